@@ -1,0 +1,1 @@
+"""A decode worker: reserves blocks, takes sequences over, writes the answer."""

@@ -1,0 +1,86 @@
+"""Six verbs move memory: register, exchange, connect, post, check, release.
+
+    owner of the memory                       writer
+    region = transport.register(nbytes)
+    transport.address, region.descriptor ───▶ peer = transport.connect(address, descriptor)      (over gRPC or Redis)
+                                              transfer = peer.post(source_region, pieces)
+                                              transfer.result(timeout_s) / transfer.done()
+    region.release()                          peer.release()
+
+One-sided: the owner takes no part in a write. A transfer that is done has landed: the owner sees its bytes. A transfer
+that failed may have landed in part; `peer.release()` returns only when nothing of that peer is in flight any more, which
+is what "quiet" means in the hand-over.
+"""
+
+from __future__ import annotations
+
+import abc
+import concurrent.futures
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """`nbytes` from `source_offset` in the local region to `target_offset` in the peer's."""
+
+    source_offset: int
+    target_offset: int
+    nbytes: int
+
+
+class Region(abc.ABC):
+    """Memory that peers may write into through this transport, until released."""
+
+    buffer: memoryview  # writable, format "B"; torch.frombuffer takes it
+    descriptor: bytes  # what a peer needs to write here; unguessable
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Peers' later writes fail. Idempotent. The memory itself lives as long as a view of `buffer` does."""
+
+
+class Transfer(concurrent.futures.Future[None]):
+    """Done when every byte has landed; fails with TransferFailed. `done()` is the check, `result(timeout)` the wait."""
+
+
+class Peer(abc.ABC):
+    """A connection for writing into one region of one process."""
+
+    @abc.abstractmethod
+    def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
+        """Starts to write; returns at once. Transfers of one peer may finish in any order.
+
+        Raises InvalidParameter when a piece lies outside `source` or outside the peer's region, and TransferFailed when
+        the peer is released or lost.
+        """
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Fails what is in flight, and returns when no byte of it can land any more. Idempotent."""
+
+
+class Transport(abc.ABC):
+    """One instance per process and kind. Thread-safe. Making one raises TransportUnavailable and says what is missing."""
+
+    name: str
+    address: bytes  # what a peer's connect() takes
+
+    @abc.abstractmethod
+    def register(self, nbytes: int, memory: memoryview | None = None) -> Region:
+        """Allocates `nbytes` that peers may write into, or takes `memory` (writable, of that size) where it is given.
+
+        A worker allocates its KV memory through the first transport and registers the same memory with the others."""
+
+    @abc.abstractmethod
+    def connect(self, address: bytes, descriptor: bytes, timeout_s: float = 5.0) -> Peer:
+        """Reaches the peer (a real exchange of bytes, so that a wrong address fails here and not at the first write).
+
+        Raises TransferFailed naming the address when it does not answer in time."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Releases all peers and regions and ends the threads. Idempotent."""
+
+    @abc.abstractmethod
+    def counts(self) -> dict[str, int]:
+        """{"regions", "peers", "transfers"} alive now, for promise P3; "written_bytes" ever."""

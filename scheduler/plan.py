@@ -1,0 +1,75 @@
+"""A step, as frozen data: what the scheduler decides and the engine executes. No tensor in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from spec.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Draw:
+    """Draw the token at `position` of a sequence from the logits of the slice's last token."""
+
+    params: SamplingParams
+    position: int  # index in the sequence of the token to draw: prompt_tokens + output tokens so far
+    prompt_tokens: int  # output token i sits at position prompt_tokens + i
+    history: tuple[int, ...]  # prompt and output token ids so far, when params.has_penalties; else ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slice:
+    """One sequence's share of a step: compute `token_ids` at positions [start, start + len(token_ids))."""
+
+    sequence_id: str
+    token_ids: tuple[int, ...]
+    start: int  # tokens whose KV is already in the blocks
+    block_table: tuple[int, ...]  # blocks of positions [0, start + len(token_ids))
+    draw: Draw | None  # None: more of the sequence is still to be computed
+    # Log-probabilities asked for of the prompt tokens that this slice's logits predict: positions start+1 .. start+len,
+    # as far as they are still prompt. `targets` are those tokens.
+    prompt_logprobs: int | None = None
+    prompt_targets: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Slices in batch order; decodes (one token) and chunks may be mixed."""
+
+    step: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.token_ids) for piece in self.slices)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Under the model itself, natural logarithm; `top` is likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drawn:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """One entry per slice of the plan, in its order."""
+
+    drawn: tuple[Drawn | None, ...]
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+
+
+class Executor(Protocol):
+    """The engine, as the loop that drives it sees it."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Writes the KV of every slice's tokens into its blocks and draws where a slice says so."""
+        ...

@@ -1,0 +1,90 @@
+"""How a sequence's tokens are drawn, as a worker needs to know it. Text (stop strings, n answers) is the router's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from spec.errors import InvalidParameter
+
+MAX_STOP_TOKENS = 64
+MAX_LOGIT_BIAS = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Greedy at temperature 0; otherwise the draw is a function of (seed, token position) alone.
+
+    Order: logit bias and penalties, temperature, top-k, top-p, min-p, draw. `logprobs` are the model's own, before all of
+    these: None = none, 0 = the chosen token's, k = also the k likeliest. `forced_token_ids` are taken as the first tokens
+    of the answer whatever the model would draw (teacher forcing).
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    forced_token_ids: tuple[int, ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidParameter, naming the first field that is out of range."""
+        if self.max_tokens < 1:
+            raise InvalidParameter(f"must be at least 1, is {self.max_tokens}", field="max_tokens")
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_p", self.top_p, 0.0, 1.0)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _within("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if self.top_p == 0.0:
+            raise InvalidParameter("must be above 0, is 0", field="top_p")
+        if self.top_k < 0:
+            raise InvalidParameter(f"must be 0 (off) or more, is {self.top_k}", field="top_k")
+        for field, asked in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if asked is not None and not 0 <= asked <= vocab_size:
+                raise InvalidParameter(f"must be between 0 and the vocabulary's {vocab_size}, is {asked}", field=field)
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidParameter(
+                f"holds {len(self.stop_token_ids)} ids, at most {MAX_STOP_TOKENS} are taken", field="stop_token_ids"
+            )
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidParameter(f"holds {len(self.logit_bias)} ids, at most {MAX_LOGIT_BIAS} are taken", field="logit_bias")
+        if len(self.forced_token_ids) > self.max_tokens:
+            raise InvalidParameter("holds more tokens than max_tokens", field="forced_token_ids")
+        for field, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", tuple(self.logit_bias)),
+            ("forced_token_ids", self.forced_token_ids),
+        ):
+            check_token_ids(ids, vocab_size, field=field)
+        for token_id, bias in self.logit_bias.items():
+            if not math.isfinite(bias):
+                raise InvalidParameter(f"of token {token_id} must be finite, is {bias}", field="logit_bias")
+
+
+def check_token_ids(ids: tuple[int, ...] | list[int], vocab_size: int, *, field: str) -> None:
+    """Raises InvalidParameter with the first id outside [0, vocab_size)."""
+    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+        raise InvalidParameter(f"holds {wrong}, outside the vocabulary [0, {vocab_size})", field=field)
+
+
+def _within(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise InvalidParameter(f"must be between {low:g} and {high:g}, is {value}", field=field)

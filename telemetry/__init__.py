@@ -1,0 +1,1 @@
+"""Every metric and every span name, declared once."""
