@@ -164,6 +164,18 @@ class SequenceState(_message.Message):
     deadline_unix_ns: int
     def __init__(self, sequence_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., deadline_unix_ns: _Optional[int] = ...) -> None: ...
 
+class ConfirmQuietRequest(_message.Message):
+    __slots__ = ("reservation_id",)
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: str
+    def __init__(self, reservation_id: _Optional[str] = ...) -> None: ...
+
+class ConfirmQuietResponse(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "reservation", "decode_worker_id", "decode_address")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -341,12 +353,14 @@ class SequenceOutput(_message.Message):
 class HandoffRequest(_message.Message):
     __slots__ = ("begin", "chunk", "final", "quiet")
     class Begin(_message.Message):
-        __slots__ = ("ticket", "transport")
+        __slots__ = ("ticket", "transport", "producer_address")
         TICKET_FIELD_NUMBER: _ClassVar[int]
         TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+        PRODUCER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
         ticket: SignedTicket
         transport: str
-        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., transport: _Optional[str] = ...) -> None: ...
+        producer_address: str
+        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., transport: _Optional[str] = ..., producer_address: _Optional[str] = ...) -> None: ...
     class Chunk(_message.Message):
         __slots__ = ("first_token", "num_tokens", "digest")
         FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]

@@ -204,6 +204,11 @@ class PrefillStub(object):
                 request_serializer=legato_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=legato_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
                 _registered_method=True)
+        self.ConfirmQuiet = channel.unary_unary(
+                '/legato.v1.Prefill/ConfirmQuiet',
+                request_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
+                response_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer(object):
@@ -219,6 +224,14 @@ class PrefillServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmQuiet(self, request, context):
+        """Asked by a decode worker whose Handoff stream broke: answers when nothing of that reservation is, or ever will be, in
+        flight from here, so that its blocks may be freed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -226,6 +239,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=legato_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=legato_dot_v1_dot_worker__pb2.PrefillEvent.SerializeToString,
+            ),
+            'ConfirmQuiet': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmQuiet,
+                    request_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.FromString,
+                    response_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -257,6 +275,33 @@ class Prefill(object):
             '/legato.v1.Prefill/Prefill',
             legato_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             legato_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmQuiet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/legato.v1.Prefill/ConfirmQuiet',
+            legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
+            legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
             options,
             channel_credentials,
             insecure,
