@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+FLOORS_0_TO_2 = {"spec", "scheduler", "kernels", "telemetry", "kvtransfer", "engine", "service", "legato.v1"}
+
 # room -> rooms of ours that it may import
 ARROWS: dict[str, set[str]] = {
     "spec": set(),
@@ -20,8 +22,9 @@ ARROWS: dict[str, set[str]] = {
     "kvtransfer": {"spec", "legato.v1", "kernels"},
     "engine": {"spec", "scheduler", "kernels"},
     "service": {"spec", "legato.v1", "telemetry"},
-    "prefill_svc": {"spec", "scheduler", "kernels", "telemetry", "kvtransfer", "engine", "service", "legato.v1"},
-    "decode_svc": {"spec", "scheduler", "kernels", "telemetry", "kvtransfer", "engine", "service", "legato.v1"},
+    "worker": FLOORS_0_TO_2,
+    "prefill_svc": FLOORS_0_TO_2 | {"worker"},
+    "decode_svc": FLOORS_0_TO_2 | {"worker"},
     "router": {"service", "legato.v1", "spec", "telemetry", "scheduler"},
     "legato.v1": set(),
 }
