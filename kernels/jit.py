@@ -1,0 +1,26 @@
+"""Triton where it is installed, and modules that import without it (CPU installs, macOS).
+
+A kernel is only ever run through its launcher's `launch`, which reaches for `triton` first: where Triton is missing,
+that is the line that says so. Kernels run on the current CUDA device: a rank is a process, and its device is current.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class _Missing:
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("kernels on a GPU need triton, which is not installed: pip install 'legato[gpu]'")
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Missing()
+
+
+def jit(kernel: Any) -> Any:
+    """`triton.jit`, or the plain function where Triton is missing."""
+    return kernel if isinstance(triton, _Missing) else triton.jit(kernel)
