@@ -53,7 +53,7 @@ class TransportEndpoint(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "wire_version")
+    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "wire_version", "vocab_size", "eos_token_ids")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,8 @@ class WorkerRecord(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     epoch: int
@@ -82,7 +84,9 @@ class WorkerRecord(_message.Message):
     draining: bool
     pid: int
     wire_version: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., wire_version: _Optional[str] = ...) -> None: ...
+    vocab_size: int
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., wire_version: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs")

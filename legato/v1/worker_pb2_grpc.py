@@ -378,7 +378,8 @@ class DecodeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Subscribe(self, request, context):
-        """One message per step for all sequences of one router. When the call ends, they are given up.
+        """One message per step for all sequences of one router, and one at once (it may hold the load alone): from then on no
+        token is lost. When the call ends, they are given up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
