@@ -1,0 +1,75 @@
+"""Where a request runs, as pure functions of frozen load views. The simulator drives this same code.
+
+    waiting in the router's line ──▶ choose_prefill: a worker with room, the one with the least work outstanding
+                                 ──▶ rank_decode: workers that can ever hold it, the emptiest first
+                                 ──▶ decode_prefills: does it need a prefill worker at all?
+
+Load is counted in tokens: outstanding prompt tokens on a prefill worker, tokens of KV on a decode worker. Equal loads go
+to the smallest worker id, so that the same views always give the same answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+# A prefill worker is given work for this many full steps and no more: it never runs dry while the next request travels,
+# and what still waits in the router can go to whichever worker is free first.
+BACKLOG_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillView:
+    worker_id: str
+    outstanding_tokens: int  # dispatched, and their first token not yet drawn
+    max_step_tokens: int
+    capacity_tokens: int  # the longest sequence it can hold
+
+    @property
+    def has_room(self) -> bool:
+        """Idle, whatever the size of what comes; or with less than its backlog outstanding."""
+        return self.outstanding_tokens == 0 or self.outstanding_tokens < BACKLOG_STEPS * self.max_step_tokens
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeView:
+    worker_id: str
+    charged_tokens: int  # KV of this router's sequences: running and reserved
+    reported_tokens: int  # KV in use as the worker last said, of all routers
+    capacity_tokens: int
+
+    @property
+    def held_tokens(self) -> int:
+        """Its own report is late by a step, and our charge knows nothing of other routers: the larger one is nearer."""
+        return max(self.charged_tokens, self.reported_tokens)
+
+    @property
+    def fill(self) -> float:
+        return self.held_tokens / max(1, self.capacity_tokens)
+
+
+def choose_prefill(views: Sequence[PrefillView], total_tokens: int) -> str | None:
+    """The worker to prefill a sequence that may grow to `total_tokens`; None: all are busy, wait."""
+    fitting = [view for view in views if view.has_room and view.capacity_tokens >= total_tokens]
+    best = min(fitting, key=lambda view: (view.outstanding_tokens, view.worker_id), default=None)
+    return best.worker_id if best is not None else None
+
+
+def rank_decode(views: Sequence[DecodeView], total_tokens: int) -> list[str]:
+    """Workers to ask for a reservation, in this order, for a sequence that may grow to `total_tokens`.
+
+    A full worker is in the list: whether blocks can be had now is the worker's own answer, not ours.
+    """
+    fitting = [view for view in views if view.capacity_tokens >= total_tokens]
+    return [view.worker_id for view in sorted(fitting, key=lambda view: (view.fill, view.worker_id))]
+
+
+def decode_prefills(prefill_workers: int, prompt_tokens: int, decode: DecodeView, up_to_tokens: int) -> bool:
+    """Whether the decode worker prefills the sequence itself, in its inflight batch, and nothing is handed over.
+
+    Yes when there is no prefill worker, for then it is this or nothing; and when the prompt is at most `up_to_tokens` and
+    this router has nothing on that decode worker (0 = never): its chunk then delays nobody's next token.
+    """
+    if prefill_workers == 0:
+        return True
+    return prompt_tokens <= up_to_tokens and decode.held_tokens == 0
