@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-from spec.sampling import SamplingParams
+from spec.sampling import SamplingParams, TokenLogprobs
+
+__all__ = ["Draw", "Drawn", "Executor", "Slice", "StepPlan", "StepResult", "TokenLogprobs"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,14 +45,6 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(piece.token_ids) for piece in self.slices)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Under the model itself, natural logarithm; `top` is likeliest first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

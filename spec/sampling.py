@@ -9,6 +9,15 @@ from types import MappingProxyType
 
 from spec.errors import InvalidParameter
 
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Under the model itself, natural logarithm; `top` is ((token id, logprob), ...), likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
 
@@ -17,9 +26,9 @@ MAX_LOGIT_BIAS = 1024
 class SamplingParams:
     """Greedy at temperature 0; otherwise the draw is a function of (seed, token position) alone.
 
-    Order: logit bias and penalties, temperature, top-k, top-p, min-p, draw. `logprobs` are the model's own, before all of
-    these: None = none, 0 = the chosen token's, k = also the k likeliest. `forced_token_ids` are taken as the first tokens
-    of the answer whatever the model would draw (teacher forcing).
+    Order: logit bias and penalties, temperature, top-k, top-p, min-p, draw. `logprobs` are the model's own, before all
+    of these: None = none, 0 = the chosen token's, k = also the k likeliest. `forced_token_ids` are taken as the first
+    tokens of the answer whatever the model would draw (teacher forcing).
     """
 
     max_tokens: int = 256
@@ -64,7 +73,9 @@ class SamplingParams:
                 f"holds {len(self.stop_token_ids)} ids, at most {MAX_STOP_TOKENS} are taken", field="stop_token_ids"
             )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidParameter(f"holds {len(self.logit_bias)} ids, at most {MAX_LOGIT_BIAS} are taken", field="logit_bias")
+            raise InvalidParameter(
+                f"holds {len(self.logit_bias)} ids, at most {MAX_LOGIT_BIAS} are taken", field="logit_bias"
+            )
         if len(self.forced_token_ids) > self.max_tokens:
             raise InvalidParameter("holds more tokens than max_tokens", field="forced_token_ids")
         for field, ids in (
@@ -80,7 +91,7 @@ class SamplingParams:
 
 def check_token_ids(ids: tuple[int, ...] | list[int], vocab_size: int, *, field: str) -> None:
     """Raises InvalidParameter with the first id outside [0, vocab_size)."""
-    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise InvalidParameter(f"holds {wrong}, outside the vocabulary [0, {vocab_size})", field=field)
 

@@ -1,0 +1,142 @@
+"""Between the wire's messages (legato.v1) and the house's words (spec): one function each way."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Literal
+
+from legato.v1 import common_pb2, worker_pb2
+from spec.dtype import Dtype
+from spec.errors import InvalidParameter
+from spec.layout import KVLayout
+from spec.sampling import SamplingParams, TokenLogprobs
+
+FinishReason = Literal["stop", "length"]
+
+_FINISH_TO_PROTO: dict[str | None, common_pb2.FinishReason] = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": common_pb2.FINISH_REASON_STOP,
+    "length": common_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_PROTO: dict[int, FinishReason | None] = {
+    common_pb2.FINISH_REASON_UNSPECIFIED: None,
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
+    """Ranges are not looked at: SamplingParams.validate() does, where the vocabulary is known.
+
+    An absent seed reads 0, so whoever draws one (the router) looks at `message.HasField("seed")` first.
+    """
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=MappingProxyType(dict(message.logit_bias)),
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        forced_token_ids=tuple(message.forced_token_ids),
+    )
+
+
+def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
+    """The seed is always set. Real numbers are float32 on the wire."""
+    return common_pb2.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+        forced_token_ids=params.forced_token_ids,
+    )
+
+
+def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
+    return common_pb2.TokenLogprobs(
+        logprob=logprobs.logprob,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
+
+
+def logprobs_from_proto(message: common_pb2.TokenLogprobs) -> TokenLogprobs:
+    """Raises InvalidParameter when ids and values are not pairs."""
+    if len(message.top_token_ids) != len(message.top_logprobs):
+        raise InvalidParameter("and top_token_ids differ in length", field="top_logprobs")
+    return TokenLogprobs(message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
+
+
+def token_to_proto(token_id: int, logprobs: TokenLogprobs | None = None) -> common_pb2.Token:
+    if logprobs is None:
+        return common_pb2.Token(token_id=token_id)
+    return common_pb2.Token(token_id=token_id, logprobs=logprobs_to_proto(logprobs))
+
+
+def token_from_proto(message: common_pb2.Token) -> tuple[int, TokenLogprobs | None]:
+    return message.token_id, logprobs_from_proto(message.logprobs) if message.HasField("logprobs") else None
+
+
+def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
+    return worker_pb2.KVLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_tokens=layout.block_tokens,
+        dtype=layout.dtype.value,
+    )
+
+
+def layout_from_proto(message: worker_pb2.KVLayout) -> KVLayout:
+    """Raises InvalidParameter for a size of 0, InvalidConfiguration for a dtype that is not known."""
+    for field in ("num_layers", "num_kv_heads", "head_dim", "block_tokens"):
+        if getattr(message, field) < 1:
+            raise InvalidParameter("must be at least 1, is 0", field=f"kv_layout.{field}")
+    return KVLayout(
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        block_tokens=message.block_tokens,
+        dtype=Dtype.parse(message.dtype),
+    )
+
+
+def finish_to_proto(reason: str | None) -> common_pb2.FinishReason:
+    """None (not finished) is FINISH_REASON_UNSPECIFIED."""
+    return _FINISH_TO_PROTO[reason]
+
+
+def finish_from_proto(reason: int) -> FinishReason | None:
+    """A reason of a newer version ends the answer too: it reads "stop"."""
+    return _FINISH_FROM_PROTO.get(reason, "stop")
+
+
+def model_identity(model_id: str, revision: str, compute_dtype: Dtype, adapter: str = "") -> worker_pb2.ModelIdentity:
+    """What must be equal for two workers to exchange KV. Compare with ==; `revision` is ModelFiles.revision."""
+    return worker_pb2.ModelIdentity(
+        model_id=model_id, revision=revision, adapter=adapter, compute_dtype=compute_dtype.value
+    )
+
+
+def identity_text(identity: worker_pb2.ModelIdentity) -> str:
+    """For people: "smollm2@b179c952 bfloat16"."""
+    adapter = f"+{identity.adapter}" if identity.adapter else ""
+    return f"{identity.model_id}{adapter}@{identity.revision[:8]} {identity.compute_dtype}"

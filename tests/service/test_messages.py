@@ -1,0 +1,88 @@
+"""Each pair of functions is the identity, field by field, over the real wire bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from legato.v1 import common_pb2, worker_pb2
+from service import messages
+from spec.dtype import Dtype
+from spec.errors import InvalidConfiguration, InvalidParameter
+from spec.layout import KVLayout
+from spec.sampling import SamplingParams, TokenLogprobs
+
+# every field differs from its default, and is exact in float32
+FULL = SamplingParams(
+    max_tokens=7,
+    temperature=0.5,
+    top_k=40,
+    top_p=0.75,
+    min_p=0.125,
+    repetition_penalty=1.25,
+    presence_penalty=-0.5,
+    frequency_penalty=0.25,
+    logit_bias={3: -1.5, 49151: 2.0},
+    seed=2**64 - 1,
+    stop_token_ids=(1, 2),
+    ignore_eos=True,
+    logprobs=0,
+    prompt_logprobs=5,
+    forced_token_ids=(9, 8, 7),
+)
+
+
+@pytest.mark.parametrize("params", [FULL, SamplingParams()], ids=["full", "default"])
+def test_sampling_survives_the_wire(params: SamplingParams) -> None:
+    sent = messages.sampling_to_proto(params).SerializeToString()
+    got = messages.sampling_from_proto(common_pb2.SamplingParams.FromString(sent))
+    for field in dataclasses.fields(SamplingParams):
+        assert getattr(got, field.name) == getattr(params, field.name), field.name
+
+
+def test_every_sampling_field_of_the_wire_has_its_word() -> None:
+    wire = {field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields}
+    assert wire == {field.name for field in dataclasses.fields(SamplingParams)}
+    default = SamplingParams()
+    assert all(getattr(FULL, name) != getattr(default, name) for name in wire), "FULL leaves no field at its default"
+
+
+def test_tokens_and_logprobs_survive_the_wire() -> None:
+    logprobs = TokenLogprobs(-0.25, ((5, -0.25), (4, -1.5)))
+    assert messages.logprobs_from_proto(messages.logprobs_to_proto(logprobs)) == logprobs
+    assert messages.token_from_proto(messages.token_to_proto(5, logprobs)) == (5, logprobs)
+    assert messages.token_from_proto(messages.token_to_proto(0)) == (0, None)
+    with pytest.raises(InvalidParameter, match="top_logprobs"):
+        messages.logprobs_from_proto(common_pb2.TokenLogprobs(top_token_ids=[1, 2], top_logprobs=[-1.0]))
+
+
+def test_layouts_survive_the_wire_and_bad_ones_are_named() -> None:
+    layout = KVLayout(30, 3, 64, 16, Dtype.BFLOAT16)
+    message = messages.layout_to_proto(layout)
+    assert messages.layout_from_proto(message) == layout
+    message.head_dim = 0
+    with pytest.raises(InvalidParameter, match=r"kv_layout\.head_dim"):
+        messages.layout_from_proto(message)
+    with pytest.raises(InvalidConfiguration, match="float7"):
+        messages.layout_from_proto(
+            worker_pb2.KVLayout(num_layers=1, num_kv_heads=1, head_dim=2, block_tokens=1, dtype="float7")
+        )
+
+
+@pytest.mark.parametrize("reason", [None, "stop", "length"])
+def test_finish_reasons_survive_the_wire(reason: str | None) -> None:
+    assert messages.finish_from_proto(messages.finish_to_proto(reason)) == reason
+
+
+def test_every_finish_reason_of_the_wire_is_known_and_a_newer_one_still_ends_the_answer() -> None:
+    known = {messages.finish_to_proto(reason) for reason in (None, "stop", "length")}
+    assert known == set(common_pb2.FinishReason.values())
+    assert messages.finish_from_proto(99) == "stop"
+
+
+def test_identities_compare_by_value() -> None:
+    identity = messages.model_identity("smollm2", "0123456789", Dtype.BFLOAT16)
+    assert identity == messages.model_identity("smollm2", "0123456789", Dtype.BFLOAT16)
+    assert identity != messages.model_identity("smollm2", "0123456780", Dtype.BFLOAT16)
+    assert messages.identity_text(identity) == "smollm2@01234567 bfloat16"
