@@ -8,8 +8,8 @@
     region.release()                          peer.release()
 
 One-sided: the owner takes no part in a write. A transfer that is done has landed: the owner sees its bytes. A transfer
-that failed may have landed in part; `peer.release()` returns only when nothing of that peer is in flight any more, which
-is what "quiet" means in the hand-over.
+that failed may have landed in part; `peer.release()` returns only when nothing of that peer is in flight any more,
+which is what "quiet" means in the hand-over.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import abc
 import concurrent.futures
 from collections.abc import Sequence
 from typing import NamedTuple
+
+
+QUIET_TIMEOUT_S = 10.0  # how long release() waits for a process that is alive and does not answer
 
 
 class Piece(NamedTuple):
@@ -36,19 +39,27 @@ class Region(abc.ABC):
 
     @abc.abstractmethod
     def release(self) -> None:
-        """Peers' later writes fail. Idempotent. The memory itself lives as long as a view of `buffer` does."""
+        """Returns when no byte of a peer can land any more; peers' later writes fail. Idempotent. Raises TransferFailed
+        when a peer neither confirms nor dies within QUIET_TIMEOUT_S; such memory must not be used again.
+
+        The memory itself lives as long as a view of `buffer` does."""
 
 
 class Transfer(concurrent.futures.Future[None]):
-    """Done when every byte has landed; fails with TransferFailed. `done()` is the check, `result(timeout)` the wait."""
+    """Done when every byte has landed; fails with TransferFailed. `done()` is the check, `result(timeout)` the wait.
+
+    Done-callbacks run on the transport's own thread: they hand over to another and never call a verb that waits."""
 
 
 class Peer(abc.ABC):
     """A connection for writing into one region of one process."""
 
+    connected: bool  # False once released, or once the peer is known to be lost; never True again
+
     @abc.abstractmethod
     def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
-        """Starts to write; returns at once. Transfers of one peer may finish in any order.
+        """Starts to write; returns at once. Transfers of one peer may finish in any order. `source` may be released
+        before the transfer is done; its bytes must not change until then.
 
         Raises InvalidParameter when a piece lies outside `source` or outside the peer's region, and TransferFailed when
         the peer is released or lost.
@@ -56,11 +67,12 @@ class Peer(abc.ABC):
 
     @abc.abstractmethod
     def release(self) -> None:
-        """Fails what is in flight, and returns when no byte of it can land any more. Idempotent."""
+        """Fails what is in flight, and returns when no byte of it can land any more. Idempotent. Raises TransferFailed
+        when the owner neither confirms nor dies within QUIET_TIMEOUT_S."""
 
 
 class Transport(abc.ABC):
-    """One instance per process and kind. Thread-safe. Making one raises TransportUnavailable and says what is missing."""
+    """One instance per process and kind. Thread-safe. Making one raises TransportUnavailable: what is missing here."""
 
     name: str
     address: bytes  # what a peer's connect() takes
