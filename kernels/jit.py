@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+__all__ = ["jit", "tl", "triton"]
+
 
 class _Missing:
     def __getattr__(self, name: str) -> Any:

@@ -1,0 +1,146 @@
+"""Each Triton kernel against its reference, on CPU tensors in the Triton interpreter.
+
+Run by test_interpreter.py in a process of its own: TRITON_INTERPRET has to be set before triton is imported, and must
+not be set where kernels compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import paged_attention, rms_norm, rope_kv_write, silu_mul
+
+GUARD = 64
+TOLERANCES = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3)}  # about two roundings of the dtype
+DTYPES = list(TOLERANCES)
+
+
+@pytest.fixture(autouse=True)
+def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a launcher allocates is full of NaN and lies between guards of NaN, which must be whole at the end."""
+    buffers: list[Tensor] = []
+    plain_new_empty = Tensor.new_empty
+
+    def allocate(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        buffers.append(torch.full((shape.numel() + 2 * GUARD,), float("nan"), dtype=dtype))
+        return buffers[-1][GUARD:-GUARD].view(shape)
+
+    def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        shape = torch.Size(size[0] if size and isinstance(size[0], tuple) else size)
+        if options or shape.numel() == 0:  # the interpreter's own
+            return plain_new_empty(self, *size, dtype=dtype, **options)
+        return allocate(shape, dtype or self.dtype)
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda like: allocate(like.shape, like.dtype))
+    torch.manual_seed(0)
+    yield
+    assert buffers
+    for buffer in buffers:
+        assert buffer[:GUARD].isnan().all(), "written before the output"
+        assert buffer[-GUARD:].isnan().all(), "written after the output"
+
+
+def in_poison(values: Tensor) -> Tensor:
+    """The same values between rows of NaN, so that a read beside them shows."""
+    buffer = torch.full((values.numel() + 2 * GUARD,), float("nan"), dtype=values.dtype)
+    buffer[GUARD:-GUARD] = values.flatten()
+    return buffer[GUARD:-GUARD].view(values.shape)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    rtol, atol = TOLERANCES[expected.dtype]
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "hidden_size"), [(1, 6), (3, 123), (5, 576)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(num_tokens: int, hidden_size: int, with_residual: bool, dtype: torch.dtype) -> None:
+    x = in_poison(torch.randn(num_tokens, hidden_size, dtype=dtype))
+    residual = in_poison(torch.randn(num_tokens, hidden_size, dtype=dtype)) if with_residual else None
+    weight = in_poison(torch.randn(hidden_size, dtype=dtype))
+    normed, stream = rms_norm.launch(x, weight, 1e-5, residual)
+    expected_normed, expected_stream = rms_norm.reference(x, weight, 1e-5, residual)
+    assert_close(normed, expected_normed)
+    assert torch.equal(stream, expected_stream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "intermediate_size"), [(1, 6), (3, 431), (2, 1536)])
+def test_silu_mul(num_tokens: int, intermediate_size: int, dtype: torch.dtype) -> None:
+    gate_up = in_poison(4 * torch.randn(num_tokens, 2 * intermediate_size, dtype=dtype))
+    assert_close(silu_mul.launch(gate_up), silu_mul.reference(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "block_tokens"),
+    [(1, 1, 1, 2, 1), (5, 9, 3, 64, 16), (3, 6, 2, 20, 7), (2, 40, 8, 128, 4)],
+)
+def test_rope_kv_write(
+    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype
+) -> None:
+    num_blocks, num_layers, num_positions = 4, 2, 50
+    qkv = in_poison(torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype))
+    angles = torch.outer(torch.arange(num_positions).float(), torch.rand(head_dim // 2))
+    positions = torch.randint(num_positions, (num_tokens,))
+    slots = torch.randperm(num_blocks * block_tokens)[:num_tokens]
+    if num_tokens == 1:
+        slots = torch.tensor([num_blocks * block_tokens - 1])
+    shape = (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim)
+    memory = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)]
+    queries = [
+        run(
+            qkv, in_poison(angles.cos()), in_poison(angles.sin()), positions, slots, kv[:, 1, 0], kv[:, 1, 1], num_heads
+        )
+        for run, kv in zip((rope_kv_write.launch, rope_kv_write.reference), memory, strict=True)
+    ]
+    assert_close(*queries)
+    assert int(memory[1].isfinite().sum()) == 2 * num_tokens * num_kv_heads * head_dim
+    rtol, atol = TOLERANCES[dtype]  # slots that nobody wrote, and the other layer, are NaN on both sides
+    torch.testing.assert_close(*memory, rtol=rtol, atol=atol, equal_nan=True)
+
+
+ATTENTION_CASES = {  # lengths of (queries, context), heads, KV heads, head_dim, block_tokens
+    "one": ([(1, 1)], 1, 1, 16, 16),
+    "decodes": ([(1, 9), (1, 1), (1, 70)], 9, 3, 64, 16),
+    "decodes, odd blocks": ([(1, 34), (1, 35)], 6, 2, 20, 7),
+    "decodes, one KV head": ([(1, 5), (1, 33)], 20, 1, 32, 4),
+    "one chunk": ([(23, 23)], 4, 4, 32, 16),
+    "chunk after a prefix": ([(42, 75)], 6, 3, 16, 16),
+    "mixed": ([(1, 40), (19, 19), (1, 3), (18, 66), (1, 65)], 8, 2, 16, 5),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("case", list(ATTENTION_CASES))
+def test_paged_attention(case: str, num_splits: int, dtype: torch.dtype) -> None:
+    lengths, num_heads, num_kv_heads, head_dim, block_tokens = ATTENTION_CASES[case]
+    tables_of = [-(-context // block_tokens) for _, context in lengths]
+    blocks = torch.randperm(sum(tables_of) + 2).split([*tables_of, 2])[:-1]
+    tables = torch.full(
+        (len(lengths), max(tables_of) + 1), 2**30, dtype=torch.int32
+    )  # a read past the last block crashes
+    memory = torch.full((sum(tables_of) + 2, 2, 2, num_kv_heads, block_tokens, head_dim), float("nan"), dtype=dtype)
+    for row, (own, (_, context)) in enumerate(zip(blocks, lengths, strict=True)):
+        tables[row, : len(own)] = own
+        for n in range(context):  # what lies past the context stays NaN
+            memory[own[n // block_tokens], 1, :, :, n % block_tokens] = torch.randn(2, num_kv_heads, head_dim).to(dtype)
+    starts = torch.tensor([0, *(queries for queries, _ in lengths)]).cumsum(0).int()
+    contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
+    q = in_poison(torch.randn(int(starts[-1]), num_heads, head_dim, dtype=dtype))
+    arguments = (q, memory[:, 1, 0], memory[:, 1, 1], tables, starts, contexts, head_dim**-0.5)
+    actual = paged_attention.launch(*arguments, num_splits=num_splits)
+    assert_close(actual, paged_attention.reference(*arguments))
+
+
+def test_an_empty_batch_of_rows() -> None:
+    assert silu_mul.launch(torch.empty(0, 8)).shape == (0, 4)
+    assert rms_norm.launch(torch.empty(0, 8), torch.ones(8), 1e-5)[0].shape == (0, 8)
