@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from spec.dtype import Dtype
@@ -47,6 +47,7 @@ class ModelSpec:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    stored_dtype: Dtype = Dtype.BFLOAT16  # of the weights as they lie in the files; quantized ones count as bfloat16
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -71,7 +72,9 @@ class ModelSpec:
             known = ", ".join(sorted(HF_FAMILIES))
             raise UnsupportedModel(f"model_type {family!r} is not known; known are {known}", family=family)
         if config.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not known to family {family}; it takes silu")
+            raise UnsupportedModel(
+                f"hidden_act {config['hidden_act']!r} is not known to family {family}, only silu"
+            )
         try:
             hidden_size = int(config["hidden_size"])
             num_heads = int(config["num_attention_heads"])
@@ -100,8 +103,65 @@ class ModelSpec:
         spec._check()
         return spec
 
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], tensor_names: Collection[str]) -> ModelSpec:
+        """From the metadata of a GGUF file and the names of its tensors, which tell tied embeddings and biases.
+
+        Raises UnsupportedModel for an architecture or option no row knows, InvalidModel for a key that is missing or
+        does not fit. Scaling that GGUF keeps in a tensor (`rope_freqs.weight`) is not seen here."""
+        family = metadata.get("general.architecture")
+        if family not in GGUF_ARCHITECTURES:
+            known = ", ".join(sorted(GGUF_ARCHITECTURES))
+            raise UnsupportedModel(f"GGUF architecture {family!r} is not known; known are {known}", family=family)
+
+        def key(name: str, default: Any = None) -> Any:
+            value = metadata.get(f"{family}.{name}", default)
+            if value is None:
+                raise InvalidModel(f"the GGUF metadata has no '{family}.{name}'")
+            return value
+
+        if int(key("expert_count", 0)):
+            raise UnsupportedModel("this GGUF is a mixture of experts, which no row knows", family=family)
+        try:
+            hidden_size, num_heads = int(key("embedding_length")), int(key("attention.head_count"))
+            head_dim = int(key("attention.key_length", hidden_size // num_heads))
+            for name in ("attention.value_length", "rope.dimension_count"):
+                if int(key(name, head_dim)) != head_dim:
+                    raise UnsupportedModel(f"{family}.{name} is {key(name)}; only the head's own {head_dim} is known")
+            eos_ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+            spec = cls(
+                family=GGUF_ARCHITECTURES[family],
+                num_layers=int(key("block_count")),
+                hidden_size=hidden_size,
+                num_heads=num_heads,
+                num_kv_heads=int(key("attention.head_count_kv", num_heads)),
+                head_dim=head_dim,
+                intermediate_size=int(key("feed_forward_length")),
+                vocab_size=int(key("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))),
+                max_context_tokens=int(key("context_length")),
+                rms_norm_eps=float(f"{key('attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5 was rounded to fp32
+                rope=_rope_from_gguf(key),
+                tie_embeddings="output.weight" not in tensor_names,
+                attention_bias="blk.0.attn_q.bias" in tensor_names,
+                mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
+                bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+                eos_token_ids=tuple(dict.fromkeys(int(token_id) for token_id in eos_ids if token_id is not None)),
+            )
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InvalidModel(f"the GGUF metadata holds a value that does not fit: {error}") from None
+        spec._check()
+        return spec
+
     def _check(self) -> None:
-        for field in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"):
+        for field in (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+        ):
             if getattr(self, field) < 1:
                 raise InvalidModel(f"{field} must be at least 1, is {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
@@ -111,6 +171,7 @@ class ModelSpec:
 
 
 HF_FAMILIES = frozenset({"llama"})
+GGUF_ARCHITECTURES = {"llama": "llama"}  # general.architecture -> family
 
 
 def _rope_from_hf(config: Mapping[str, Any]) -> RopeSpec:
@@ -131,7 +192,20 @@ def _rope_from_hf(config: Mapping[str, Any]) -> RopeSpec:
             high_freq_factor=float(scaling["high_freq_factor"]),
             original_max_positions=int(scaling["original_max_position_embeddings"]),
         )
-    raise UnsupportedModel(f"rope_scaling type {kind!r} is not known; known are default, linear, llama3", rope_type=kind)
+    raise UnsupportedModel(
+        f"rope_scaling type {kind!r} is not known; default, linear, llama3 are", rope_type=kind
+    )
+
+
+def _rope_from_gguf(key: Callable[..., Any]) -> RopeSpec:
+    theta = float(key("rope.freq_base", 10000.0))
+    kind = key("rope.scaling.type", "none")
+    factor = float(key("rope.scaling.factor", key("rope.scale_linear", 1.0)))
+    if kind == "none":
+        return RopeSpec(theta=theta)
+    if kind == "linear":
+        return RopeSpec(theta=theta, kind="linear", factor=factor)
+    raise UnsupportedModel(f"GGUF rope scaling {kind!r} is not known; known are none, linear", rope_type=kind)
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -1,0 +1,69 @@
+"""The paged KV cache of one rank: one tensor, in memory of its own or in memory that a transport registered."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spec.dtype import Dtype
+from spec.errors import InvalidConfiguration, OutOfBlocks
+from spec.layout import KVLayout
+
+TORCH_DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT16: torch.float16}
+
+
+class KVMemory:
+    """`tensor` is [num_blocks, num_layers, 2 (key, value), num_kv_heads, block_tokens, head_dim]; see KVLayout.
+
+    A given buffer stays its owner's; it must outlive this object and be at least num_blocks · layout.block_bytes long.
+    Blocks are not cleared: whoever takes one writes a position before reading it.
+    """
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, device: torch.device, buffer: memoryview | None = None
+    ) -> None:
+        if num_blocks < 1:
+            raise InvalidConfiguration(f"KV memory needs at least 1 block, was given {num_blocks}")
+        dtype, shape = TORCH_DTYPES[layout.dtype], layout.shape(num_blocks)
+        self.layout, self.num_blocks = layout, num_blocks
+        if buffer is None:
+            self.tensor = _allocated(shape, dtype, device, num_blocks * layout.block_bytes)
+        else:
+            self.tensor = _over(buffer, num_blocks * layout.block_bytes, dtype, device).view(shape)
+        self._layers = [(self.tensor[:, i, 0], self.tensor[:, i, 1]) for i in range(layout.num_layers)]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """(key_blocks, value_blocks), strided views [num_blocks, num_kv_heads, block_tokens, head_dim]."""
+        return self._layers[index]
+
+
+def default_num_blocks(
+    layout: KVLayout, free_bytes: int, fraction: float = 0.25, max_tokens: int = 262_144, min_tokens: int = 2_048
+) -> int:
+    """Blocks for `fraction` of the free memory, for between `min_tokens` and `max_tokens` tokens.
+
+    Raises OutOfBlocks when not even `min_tokens` fit into all of the free memory.
+    """
+    least, most = layout.blocks_for(min_tokens), layout.blocks_for(max_tokens)
+    if least * layout.block_bytes > free_bytes:
+        raise OutOfBlocks(
+            f"KV memory for {min_tokens} tokens takes {least * layout.block_bytes} bytes, {free_bytes} are free"
+        )
+    return max(least, min(most, int(free_bytes * fraction) // layout.block_bytes))
+
+
+def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, num_bytes: int) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch raises it for the CPU, and its OutOfMemoryError is one
+        raise OutOfBlocks(f"cannot allocate {num_bytes} bytes of KV memory on {device}: {error}") from None
+
+
+def _over(buffer: memoryview, num_bytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        raise InvalidConfiguration(f"KV memory in a host buffer is for the cpu, the engine runs on {device}")
+    if buffer.readonly or not buffer.c_contiguous or buffer.nbytes < num_bytes:
+        raise InvalidConfiguration(
+            f"KV memory needs a writable, contiguous buffer of {num_bytes} bytes, was given {buffer.nbytes}"
+        )
+    return torch.frombuffer(buffer.cast("B")[:num_bytes], dtype=dtype)
