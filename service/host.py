@@ -1,0 +1,198 @@
+"""A gRPC server as all three services have it: health, reflection, typed errors, authentication, graceful stop.
+
+async with Host(config.host, config.port, internal_key=config.cluster_key) as host:
+    host.add(add_DecodeServicer_to_server, servicer, "legato.v1.Decode", internal=True)
+    host.set_serving("legato.v1.Decode", True)
+    await stop.wait()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import grpc
+from google.protobuf import descriptor_pool
+from grpc_health.v1 import health as health_service
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from pydantic import SecretStr
+
+from service.auth import Authenticator
+from service.channel import KEEPALIVE, Channel, channel
+from service.config import MAX_MESSAGE_BYTES
+from service.handlers import HandlerGuard
+from service.run import arguments, run_service
+from spec.errors import InvalidConfiguration
+
+__all__ = ["Channel", "Host", "arguments", "channel", "run_service"]
+
+# Reflection and health answer anyone: load balancers and grpcurl have no key.
+_HEALTH, _REFLECTION = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME
+_NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # IPv6 is off on this machine, say
+
+
+class Host:
+    """Bound and answering from `__aenter__` on, so that a taken port is found before a model is loaded; leaving drains."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        internal_key: SecretStr | str | None = None,
+        api_keys: Sequence[SecretStr | str] = (),
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        drain_s: float = 8.0,
+    ) -> None:
+        """`internal_key` is the cluster's key (see service/auth.py); without one nobody may call internal services."""
+        self.host = host
+        self.port = port  # the real one from `__aenter__` on
+        self.stopping = asyncio.Event()  # a stream that never ends by itself ends when this is set
+        self._drain_s = drain_s
+        self._guard = HandlerGuard(Authenticator(internal_key, api_keys))
+        self._methods = _Methods()
+        self._health = health_service.aio.HealthServicer()
+        self._background: set[asyncio.Task[None]] = set()
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),  # two servers on one port would share its connections unseen
+                ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.http2.min_ping_interval_without_data_ms", 500),
+                ("grpc.http2.max_ping_strikes", 0),
+                *KEEPALIVE,
+            ]
+        )
+
+    @property
+    def address(self) -> str:
+        """host:port, as a peer on the same network takes it."""
+        return _join(self.host, self.port)
+
+    @property
+    def live_calls(self) -> Mapping[str, int]:
+        """Calls of our services that run now, by service."""
+        return self._guard.live
+
+    def add(
+        self, add_to_server: Callable[[Any, Any], None], servicer: object, service: str, *, internal: bool = False
+    ) -> None:
+        """`add_to_server` is the generated add_XServicer_to_server. NOT_SERVING until set_serving() says otherwise."""
+        collected = _Collected()
+        add_to_server(servicer, collected)
+        assert service in collected.handlers, f"the servicer is of {sorted(collected.handlers)}, not of {service}"
+        for method, handler in collected.handlers[service].items():
+            self._methods.table[f"/{service}/{method}"] = self._guard.guard(handler, service, internal=internal)
+        self._methods.services.add(service)
+        self._add_open(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, self._reflection())
+        self.set_serving(service, False)
+
+    def set_serving(self, service: str, serving: bool) -> asyncio.Task[None]:
+        """What health checks of the service answer; the server as a whole ("") serves while all its services do.
+
+        The task is done when those who watch know.
+        """
+        task = asyncio.get_running_loop().create_task(self._set_serving(service, serving))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _set_serving(self, service: str, serving: bool) -> None:
+        self._methods.serving[service] = serving
+        await self._health.set(service, _status(serving))
+        await self._health.set("", _status(all(self._methods.serving.values())))
+
+    async def __aenter__(self) -> Self:
+        await self._health.set("", _status(False))
+        self._add_open(health_pb2_grpc.add_HealthServicer_to_server, self._health)
+        self._add_open(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, self._reflection())
+        self._server.add_generic_rpc_handlers((self._methods,))
+        _check_free(self.host, self.port)
+        try:
+            self.port = self._server.add_insecure_port(_join(self.host, self.port))
+        except RuntimeError as error:
+            raise InvalidConfiguration(f"{_join(self.host, self.port)} cannot be listened on: {error}") from None
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Health says NOT_SERVING, calls get `drain_s` to end, the rest is cancelled. Idempotent."""
+        await self._health.enter_graceful_shutdown()
+        self.stopping.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._guard.idle.wait(), self._drain_s)
+        await self._server.stop(grace=None)  # who watches health would hold a grace until its end
+
+    def _reflection(self) -> object:
+        names = [*self._methods.services, _HEALTH, _REFLECTION]
+        return reflection.aio.ReflectionServicer(names, descriptor_pool.Default())
+
+    def _add_open(self, add_to_server: Callable[[Any, Any], None], servicer: object) -> None:
+        collected = _Collected()
+        add_to_server(servicer, collected)
+        for service, handlers in collected.handlers.items():
+            self._methods.table.update({f"/{service}/{method}": handler for method, handler in handlers.items()})
+
+
+class _Methods(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The server's table of methods; services may join while it runs."""
+
+    def __init__(self) -> None:
+        self.table: dict[str, grpc.RpcMethodHandler] = {}
+        self.services: set[str] = set()
+        self.serving: dict[str, bool] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self.table.get(handler_call_details.method)
+
+
+class _Collected:
+    """Stands in for a server while generated code adds its handlers."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, dict[str, grpc.RpcMethodHandler]] = {}
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """The same handlers come by name below."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+        self.handlers[service] = handlers
+
+
+def _status(serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
+    statuses = health_pb2.HealthCheckResponse
+    return statuses.SERVING if serving else statuses.NOT_SERVING
+
+
+def _check_free(host: str, port: int) -> None:
+    """gRPC is content when one of a name's addresses is free, and tells no reason when none is."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise InvalidConfiguration(f"the host {host!r} cannot be listened on: {error.strerror}", key="host") from None
+    for family, kind, protocol, _name, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            if error.errno in _NO_SUCH_FAMILY:
+                continue
+            said = (
+                "is taken by another process"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot be used: {error.strerror}"
+            )
+            raise InvalidConfiguration(f"port {port} on {host} {said}", key="port", port=port) from None
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
