@@ -1,7 +1,7 @@
 """The head of a GGUF file: metadata and the table of tensors, without their data.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Read here and not
-by the `gguf` library, because that one takes seconds over a vocabulary, in every process of a cluster.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Read here and
+not by the `gguf` library, because that one takes seconds over a vocabulary, in every process of a cluster.
 """
 
 from __future__ import annotations
