@@ -19,7 +19,6 @@ import concurrent.futures
 from collections.abc import Sequence
 from typing import NamedTuple
 
-
 QUIET_TIMEOUT_S = 10.0  # how long release() waits for a process that is alive and does not answer
 
 

@@ -1,0 +1,105 @@
+"""Frames and gathered bytes on a connected socket, for kvtransfer/sockets.py.
+
+A frame is a 4-byte little-endian length and a TransferFrame of protos/legato/v1/transfer.proto.
+"""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from kvtransfer.transport import QUIET_TIMEOUT_S
+from legato.v1.transfer_pb2 import SocketsAddress, TransferFrame
+from spec.errors import TransferFailed
+
+FRAME_LIMIT_BYTES = 1 << 20
+GATHERED_PIECES = 512  # of one system call; IOV_MAX is 1024
+SOCKET_BUFFER_BYTES = 4 << 20
+
+
+def dial(where: SocketsAddress, timeout_s: float) -> socket.socket:
+    if where.unix_path and where.host_id == host_id():
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.settimeout(timeout_s)
+        try:
+            link.connect(unix_name(where.unix_path))
+            tune(link)
+            return link
+        except OSError:  # another container of this host: it has its own names
+            link.close()
+    link = socket.create_connection((where.tcp_host, where.tcp_port), timeout=timeout_s)
+    tune(link)
+    return link
+
+
+def tune(link: socket.socket) -> None:
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        link.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+    if link.family in (socket.AF_INET, socket.AF_INET6):
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a host that is gone is noticed as soon as one that does not answer
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(QUIET_TIMEOUT_S * 1000))
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+
+
+def unix_name(path: str) -> str:
+    return "\0" + path[1:] if path.startswith("@") else path
+
+
+def host_id() -> str:
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return boot_id.read_text().strip() if boot_id.exists() else f"{uuid.getnode():012x}"
+
+
+def send_frame(link: socket.socket, frame: TransferFrame) -> None:
+    encoded = frame.SerializeToString()
+    link.sendall(len(encoded).to_bytes(4, "little") + encoded)
+
+
+def receive_frame(link: socket.socket) -> TransferFrame | None:
+    """None when the other side ended the link between two frames. Raises TransferFailed for what is no frame."""
+    header = _receive_exactly(link, 4)
+    if not header:
+        return None
+    size_bytes = int.from_bytes(header, "little")
+    if size_bytes > FRAME_LIMIT_BYTES:
+        raise TransferFailed(f"a frame of {size_bytes} bytes is no frame")
+    try:
+        return TransferFrame.FromString(_receive_exactly(link, size_bytes))
+    except DecodeError:
+        raise TransferFailed("a frame that cannot be read") from None
+
+
+def _receive_exactly(link: socket.socket, nbytes: int) -> bytes:
+    """`nbytes`, or nothing at the end of the link. Raises TransferFailed when it ends in the middle."""
+    received = bytearray()
+    while len(received) < nbytes:
+        part = link.recv(nbytes - len(received))
+        if not part:
+            if received:
+                raise TransferFailed("the link ended within a frame")
+            return b""
+        received += part
+    return bytes(received)
+
+
+def batches(buffer: memoryview, pieces: list[tuple[int, int]]) -> Iterator[list[memoryview]]:
+    for first in range(0, len(pieces), GATHERED_PIECES):
+        yield [buffer[offset : offset + nbytes] for offset, nbytes in pieces[first : first + GATHERED_PIECES]]
+
+
+def advance(views: list[memoryview], nbytes: int) -> None:
+    """Drops the first `nbytes` of the views."""
+    done = 0
+    while done < len(views) and nbytes >= views[done].nbytes:
+        nbytes -= views[done].nbytes
+        done += 1
+    del views[:done]
+    if nbytes:
+        views[0] = views[0][nbytes:]
