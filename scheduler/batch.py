@@ -1,0 +1,387 @@
+"""Inflight batching with chunked prefill: what every step computes, and who gives way when blocks run out.
+
+    plan    1. running sequences, oldest first, get blocks for all their known tokens; the youngest are preempted for it
+            2. those that owe one token (decodes), then those that owe more (chunks), within `max_step_tokens`
+            3. then the waiting, in order of arrival, while there is budget, a place and room; preempted ones first
+    commit  KV that was computed becomes prefix content, tokens that were drawn become known, what is finished ends
+
+A plan is out until it is committed; several may be (pipeline stages), each sequence in at most one. One caller at a
+time; time is an argument, on the caller's clock. Request errors are raised by add() and adopt(), or come as Failed
+events; everything else that goes wrong in here is an assertion.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+from scheduler.blocks import BlockPool, count_references
+from scheduler.events import Computed, Event, Failed, Finish, Preempted, Tokens
+from scheduler.lifetime import Stage
+from scheduler.plan import Drawn, Slice, StepPlan, StepResult
+from scheduler.prefix import PrefixCache
+from scheduler.roster import Roster
+from scheduler.sequence import Sequence
+from spec import errors
+
+__all__ = ["Computed", "Event", "Failed", "Finish", "Load", "Preempted", "Scheduler", "SchedulerConfig", "Tokens"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    num_blocks: int
+    block_tokens: int
+    max_step_tokens: int  # a step computes at most this many (the chunk size)
+    max_sequences: int  # slices of a step at most
+    max_context_tokens: int  # the model's; prompt and output of one sequence
+    max_waiting: int = 4096
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: bytes = b""  # names whose KV it is: model, revision, adapter, dtype
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("num_blocks", "block_tokens", "max_sequences", "max_waiting"):
+            if getattr(self, field) < 1:
+                raise errors.InvalidConfiguration(f"{field} must be at least 1, is {getattr(self, field)}")
+        if self.max_step_tokens < self.max_sequences:
+            raise errors.InvalidConfiguration(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_sequences ({self.max_sequences}), "
+                "or a step could not hold a token of each"
+            )
+        if self.max_context_tokens < 2:
+            raise errors.InvalidConfiguration(f"max_context_tokens must be at least 2, is {self.max_context_tokens}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    waiting: int
+    running: int
+    held: int
+    waiting_tokens: int  # known tokens whose KV is still to be computed, of waiting and running sequences
+    free_blocks: int  # free, or cached and evictable
+    total_blocks: int
+
+
+class Scheduler:
+    """Owns all sequences of one worker, and with the reservations its blocks."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks, config.block_tokens)
+        self.prefix = PrefixCache(self.pool, config.cache_salt, enabled=config.prefix_caching)
+        self.context_limit = min(config.max_context_tokens, config.num_blocks * config.block_tokens)
+        self._roster = Roster()
+        self._flights: dict[int, tuple[StepPlan, tuple[Sequence, ...]]] = {}  # steps that are not committed
+        self._untold: list[Event] = []  # told with the next commit or expire
+        self._short_of_blocks = False  # the last plan left somebody without
+        self._steps = 0
+        self._totals: collections.Counter[str] = collections.Counter()
+
+    # ---- coming and going --------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence, now_s: float) -> None:
+        """Takes it into the waiting line. Raises ContextTooLong when it can never run here, Overloaded when the line is
+        full, InvalidParameter for an empty prompt, an id that is here, or an answer that is already complete."""
+        self._admissible(sequence)
+        if len(self._roster.waiting) >= self.config.max_waiting:
+            raise errors.Overloaded(f"{len(self._roster.waiting)} sequences are waiting already")
+        self._roster.enter(sequence, Stage.WAITING, now_s)
+
+    def adopt(self, sequence: Sequence, block_table: Iterable[int], computed_tokens: int, now_s: float) -> None:
+        """Takes it into the batch with the KV of its first `computed_tokens` tokens, which is in `block_table`.
+
+        The references on these blocks pass over, also when it raises; then they are released. Raises as add() does."""
+        blocks = list(block_table)
+        assert len(blocks) == self.pool.blocks_for(computed_tokens)
+        try:
+            self._admissible(sequence)
+            if not computed_tokens < sequence.known_tokens:
+                raise errors.InvalidParameter("must leave one token to compute", field="computed_tokens")
+        except errors.LegatoError:
+            self.pool.release(blocks)
+            raise
+        sequence.block_table, sequence.computed_tokens = blocks, computed_tokens
+        sequence.published_blocks = computed_tokens // self.config.block_tokens  # by the reservation
+        self._roster.enter(sequence, Stage.RUNNING, now_s)
+        self._totals["adopted"] += 1
+
+    def _admissible(self, sequence: Sequence) -> None:
+        known = sequence.known_tokens
+        if self._roster.get(sequence.sequence_id) is not None:
+            raise errors.InvalidParameter(f"{sequence.sequence_id!r} runs here already", field="sequence_id")
+        if not sequence.prompt_token_ids:
+            raise errors.InvalidParameter("must hold at least one token", field="prompt")
+        if len(sequence.output_token_ids) >= sequence.params.max_tokens:
+            raise errors.InvalidParameter("hold all tokens that were asked for", field="output_token_ids")
+        if known + 1 > self.context_limit:
+            raise errors.ContextTooLong(
+                f"and answer so far are {known} tokens, and with one more they must fit into {self.context_limit}",
+                field="prompt",
+            )
+
+    def abort(self, sequence_id: str, now_s: float) -> bool:
+        """Ends it without an event. False: it is not here (any more). Blocks that a step writes go at its commit."""
+        sequence = self._roster.get(sequence_id)
+        if sequence is None or sequence.stage is Stage.LEAVING:
+            return False
+        self._end(sequence)
+        self._totals["aborted"] += 1
+        return True
+
+    def release(self, sequence_id: str) -> None:
+        """The hand-over of a held sequence is over: its blocks are given back, and stay cached as prefix.
+
+        A sequence that is not held is left alone, one that is not here is no error: it may have been aborted."""
+        sequence = self._roster.get(sequence_id)
+        if sequence is not None and sequence.stage is Stage.HELD:
+            self._end(sequence)
+
+    def expire(self, now_s: float) -> list[Event]:
+        """Ends those whose deadline has passed. A held one is left alone: the hand-over has a clock of its own."""
+        events, self._untold = self._untold, []
+        while (sequence := self._roster.pop_due(now_s)) is not None:
+            self._end(sequence)
+            self._totals["expired"] += 1
+            error = errors.DeadlineExceeded("the deadline of the request has passed")
+            events.append(Failed(sequence.sequence_id, error))
+        return events
+
+    def next_deadline_s(self) -> float | None:
+        """When expire() has something to do next."""
+        return self._roster.next_deadline_s()
+
+    def _end(self, sequence: Sequence) -> None:
+        """Out of every line; its blocks go when no step writes them any more."""
+        if sequence.in_flight:
+            self._roster.move(sequence, Stage.LEAVING)
+            return
+        self._roster.move(sequence, Stage.ENDED)
+        self.pool.release(sequence.forget_blocks())
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step. None: nothing can be computed before something else happens."""
+        budget = self.config.max_step_tokens
+        chosen: list[Sequence] = []
+        slices: list[Slice] = []
+        for sequence in _decodes_first(self._secure_blocks()):
+            if budget == 0:
+                break
+            budget -= self._take(sequence, budget, chosen, slices)
+        while budget and (admitted := self._admit()) is not None:
+            budget -= self._take(admitted, budget, chosen, slices)
+        if not slices:
+            return None
+        for sequence in chosen:
+            if sequence.started_s is None:
+                sequence.started_s = now_s
+        plan = StepPlan(self._steps, tuple(slices))
+        self._flights[plan.step] = (plan, tuple(chosen))
+        self._steps += 1
+        return plan
+
+    def _take(self, sequence: Sequence, budget: int, chosen: list[Sequence], slices: list[Slice]) -> int:
+        num_tokens = min(sequence.owed_tokens, budget)
+        slices.append(sequence.slice(num_tokens, self.config.block_tokens))
+        chosen.append(sequence)
+        sequence.in_flight = True
+        return num_tokens
+
+    def _secure_blocks(self) -> list[Sequence]:
+        """The oldest running sequences that can be planned; each holds blocks for all its known tokens."""
+        self._short_of_blocks = False
+        ready: list[Sequence] = []
+        for sequence in self._roster.running[: self.config.max_sequences]:
+            if sequence.in_flight or sequence.stage is not Stage.RUNNING:  # preempted a moment ago
+                continue
+            if self._grow(sequence):
+                ready.append(sequence)
+            else:
+                self._short_of_blocks = True
+        return ready
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Younger sequences give way, older ones do not: so the oldest always gets on."""
+        missing = self.pool.blocks_for(sequence.known_tokens) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        while self.pool.available < missing:
+            if (victim := self._roster.youngest_behind(sequence)) is None:
+                return False
+            self._preempt(victim)
+        sequence.block_table += self.pool.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the front of the line with nothing computed; what it has published may still be found there."""
+        self.pool.release(sequence.forget_blocks())
+        sequence.preemptions += 1
+        self._roster.move(sequence, Stage.PREEMPTED)
+        self._short_of_blocks = True
+        self._totals["preemptions"] += 1
+        self._untold.append(Preempted(sequence.sequence_id))
+
+    def _admit(self) -> Sequence | None:
+        """The first in line starts to run, if there is a place, and room for all its known tokens."""
+        roster = self._roster
+        if not roster.waiting or self._short_of_blocks or len(roster.running) >= self.config.max_sequences:
+            return None
+        sequence = roster.waiting[0]
+        shared = self._known_prefix(sequence) if self._room() > 0 else []
+        missing = self.pool.blocks_for(sequence.known_tokens) - len(shared)
+        if missing > self._room():
+            self.pool.release(shared)
+            self._short_of_blocks = True
+            return None
+        roster.move(sequence, Stage.RUNNING)
+        sequence.block_table = shared + self.pool.allocate(missing)
+        sequence.computed_tokens = len(shared) * self.config.block_tokens
+        sequence.published_blocks = len(shared)
+        if sequence.preemptions == 0:
+            sequence.cached_tokens = sequence.computed_tokens
+        self._totals["cached_tokens"] += sequence.computed_tokens
+        return sequence
+
+    def _known_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold its prefix, a reference on each. Log-probabilities of the prompt need all of it computed."""
+        if sequence.wants_prompt_logprobs or not self.prefix.enabled:
+            return []
+        known = sequence.tokens(0, sequence.known_tokens)
+        self.prefix.extend(sequence.block_hashes, known[len(sequence.block_hashes) * self.config.block_tokens :])
+        return self.prefix.match(known, sequence.block_hashes)
+
+    def _room(self) -> int:
+        """Blocks for one who is not running yet: a quarter block for each who runs is left to grow into."""
+        return self.pool.available - -(-len(self._roster.running) // 4)
+
+    def spare_blocks(self) -> int:
+        """Blocks that a reservation may take: none while a sequence here waits for some."""
+        if self._short_of_blocks and (self._roster.waiting or self._roster.running):
+            return 0
+        return max(self._room(), 0)
+
+    # ---- what came of it ---------------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Event]:
+        """Takes the result of a plan over. What came for a sequence that has ended meanwhile is dropped."""
+        planned, sequences = self._flights.pop(plan.step)
+        assert planned is plan
+        events, self._untold = self._untold, []
+        outcome = zip(plan.slices, sequences, result.drawn, result.prompt_logprobs, strict=True)
+        for piece, sequence, drawn, scored in outcome:
+            sequence.in_flight = False
+            if sequence.stage is Stage.LEAVING:
+                self._end(sequence)
+                continue
+            assert (drawn is None) == (piece.draw is None)
+            assert len(scored) == len(piece.prompt_targets)
+            sequence.computed_tokens = piece.start + len(piece.token_ids)
+            sequence.prompt_logprobs += scored
+            self._publish(sequence)
+            events.append(Computed(piece.sequence_id, piece.start, len(piece.token_ids), piece.block_table))
+            if drawn is not None:
+                events.append(self._draw(sequence, drawn, now_s))
+        self._totals["steps"] += 1
+        self._totals["computed_tokens"] += plan.num_tokens
+        return events
+
+    def _draw(self, sequence: Sequence, drawn: Drawn, now_s: float) -> Tokens:
+        first_index = len(sequence.output_token_ids)
+        sequence.output_token_ids.append(drawn.token_id)
+        sequence.drawn_here += 1
+        self._totals["generated_tokens"] += 1
+        scored = tuple(sequence.prompt_logprobs)
+        sequence.prompt_logprobs.clear()
+        finish = self._finish_of(sequence)
+        held = finish is None and sequence.drawn_here == sequence.draws_here
+        if finish is not None:
+            self._end(sequence)
+            self._totals["finished"] += 1
+        elif held:
+            self._roster.move(sequence, Stage.HELD)
+        assert sequence.started_s is not None
+        return Tokens(
+            sequence_id=sequence.sequence_id,
+            first_index=first_index,
+            drawn=(drawn,),
+            prompt_logprobs=scored,
+            finish=finish,
+            held=held,
+            cached_tokens=sequence.cached_tokens,
+            queued_s=sequence.queued_s,
+            started_s=sequence.started_s,
+            drawn_s=now_s,
+        )
+
+    def _finish_of(self, sequence: Sequence) -> Finish | None:
+        params, token_id = sequence.params, sequence.output_token_ids[-1]
+        if token_id in params.stop_token_ids or (token_id in self.config.eos_token_ids and not params.ignore_eos):
+            return "stop"
+        if len(sequence.output_token_ids) >= params.max_tokens or sequence.known_tokens >= self.context_limit:
+            return "length"
+        return None
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Blocks that have become full become prefix content."""
+        size, first = self.config.block_tokens, sequence.published_blocks
+        full = sequence.computed_tokens // size
+        if full == first or not self.prefix.enabled:
+            return
+        hashes = sequence.block_hashes
+        if len(hashes) < full:
+            self.prefix.extend(hashes, sequence.tokens(len(hashes) * size, full * size))
+        self.prefix.publish(hashes, sequence.block_table, first, full)
+        sequence.published_blocks = full
+
+    # ---- what is here ------------------------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        waiting, running = self._roster.waiting, self._roster.running
+        return Load(
+            waiting=len(waiting),
+            running=len(running),
+            held=len(self._roster) - len(waiting) - len(running),
+            waiting_tokens=self._roster.waiting_tokens + sum(sequence.owed_tokens for sequence in running),
+            free_blocks=self.pool.available,
+            total_blocks=self.pool.num_blocks,
+        )
+
+    def counts(self) -> dict[str, int]:
+        """What must be zero when nothing runs (P3). `held_blocks` are those of the whole pool, whoever holds them."""
+        return {
+            "sequences": len(self._roster),
+            "waiting": len(self._roster.waiting),
+            "running": len(self._roster.running),
+            "steps_in_flight": len(self._flights),
+            "held_blocks": self.pool.num_held,
+        }
+
+    def totals(self) -> dict[str, int]:
+        """What only grows."""
+        work = ("steps", "computed_tokens", "generated_tokens", "cached_tokens", "preemptions", "adopted")
+        ends = ("finished", "aborted", "expired")
+        return {name: self._totals[name] for name in (*work, *ends)} | {"evictions": self.pool.evictions}
+
+    def references(self) -> collections.Counter[int]:
+        """References on blocks that sequences here hold."""
+        return count_references(sequence.block_table for sequence in self._roster)
+
+    def check(self) -> None:
+        """Asserts the invariants. O(everything): for tests and for a look at a running worker."""
+        self.pool.check()
+        self._roster.check()
+        assert all(self.pool.references(block) >= count for block, count in self.references().items())
+        for sequence in self._roster:
+            assert sequence.computed_tokens < sequence.known_tokens
+            assert len(sequence.block_table) >= self.pool.blocks_for(sequence.computed_tokens)
+        assert not any(sequence.block_table for sequence in self._roster.waiting)
+        flying = [id(sequence) for _, sequences in self._flights.values() for sequence in sequences]
+        assert len(flying) == len(set(flying))
+        assert set(flying) == {id(sequence) for sequence in self._roster if sequence.in_flight}
+
+
+def _decodes_first(ready: list[Sequence]) -> list[Sequence]:
+    decodes = [sequence for sequence in ready if sequence.owed_tokens == 1]
+    return decodes if len(decodes) == len(ready) else decodes + [s for s in ready if s.owed_tokens > 1]

@@ -1,0 +1,74 @@
+"""Which blocks hold which prefix: a chain of content hashes over full blocks.
+
+hash(block i) = blake2b-256(hash(block i - 1) | token ids of block i, 8 bytes each); the root is blake2b-256(salt), and
+the salt names whose KV it is (model, revision, adapter, dtype). Equal hashes mean equal prefixes: there is no second check.
+
+A block is published only after its KV was computed here, or was verified on arrival.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from scheduler.blocks import BlockPool
+
+HASH_BYTES = 32
+TOKEN_BYTES = array("q").itemsize
+
+
+class PrefixCache:
+    """Names and finds what the pool keeps and evicts. `enabled=False`: finds and publishes nothing."""
+
+    def __init__(self, pool: BlockPool, salt: bytes, *, enabled: bool = True) -> None:
+        self._pool = pool
+        self._enabled = enabled
+        self._root = hashlib.blake2b(salt, digest_size=HASH_BYTES).digest()
+
+    def extend(self, hashes: list[bytes], token_ids: Sequence[int]) -> None:
+        """Appends to `hashes`, the chain so far, the hashes of the full blocks in `token_ids`, which follow on it."""
+        stride = self._pool.block_tokens * TOKEN_BYTES
+        content = array("q", token_ids).tobytes()
+        parent = hashes[-1] if hashes else self._root
+        for start in range(0, len(content) - stride + 1, stride):
+            parent = hashlib.blake2b(parent + content[start : start + stride], digest_size=HASH_BYTES).digest()
+            hashes.append(parent)
+
+    def hashes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The chain of all full blocks of `token_ids`; empty when caching is off."""
+        chain: list[bytes] = []
+        if self._enabled:
+            self.extend(chain, token_ids)
+        return chain
+
+    def match(self, token_ids: Sequence[int], hashes: Sequence[bytes] | None = None) -> list[int]:
+        """The blocks of the longest known prefix, a reference on each for the caller, who releases them.
+
+        At most len(token_ids) - 1 tokens: one is left to compute. `hashes`: their chain, where it is at hand."""
+        blocks = self._find(token_ids, hashes)
+        self._pool.hold(blocks)
+        return blocks
+
+    def matching_tokens(self, token_ids: Sequence[int], hashes: Sequence[bytes] | None = None) -> int:
+        """How many tokens match() would find; takes nothing."""
+        return len(self._find(token_ids, hashes)) * self._pool.block_tokens
+
+    def _find(self, token_ids: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
+        chain = self.hashes(token_ids) if hashes is None else hashes
+        blocks: list[int] = []
+        for content in chain[: max(len(token_ids) - 1, 0) // self._pool.block_tokens]:
+            if (block := self._pool.find(content)) is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def publish(self, hashes: Sequence[bytes], block_table: Sequence[int], first_block: int, end_block: int) -> None:
+        """Blocks [first_block, end_block) of `block_table` hold their whole content, as the chain `hashes` names it."""
+        if self._enabled:
+            for index in range(first_block, end_block):
+                self._pool.publish(block_table[index], hashes[index])
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled

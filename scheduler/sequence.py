@@ -1,0 +1,96 @@
+"""One sequence as a worker runs it: its tokens, how far their KV is computed, and where it lies.
+
+There is no prefill and no decode in it: `computed_tokens` catches up with the known tokens (prompt and output). Chunks,
+prefix hits, KV from afar, preemption and resumption are this one arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from scheduler.lifetime import Stage, advance
+from scheduler.plan import Draw, Slice, TokenLogprobs
+from spec.sampling import SamplingParams
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Sequence:
+    """The first six are the caller's; once it is added, all is the Scheduler's, and only it writes.
+
+    `output_token_ids` may hold tokens at start: they were drawn elsewhere. `draws_here`: None = until finished; k = it
+    stops after k tokens drawn here, its blocks held for the hand-over. `deadline_s` is on the scheduler's clock.
+    """
+
+    sequence_id: str
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: list[int]
+    params: SamplingParams
+    deadline_s: float = math.inf
+    draws_here: int | None = None
+
+    stage: Stage = Stage.NEW
+    arrival: int = -1  # place in the order of arrival; the smaller goes first
+    in_flight: bool = False  # a step that is not committed yet writes its blocks
+    computed_tokens: int = 0  # KV of positions [0, computed_tokens) is in the blocks
+    cached_tokens: int = 0  # of these, found in the prefix cache when it first ran
+    drawn_here: int = 0
+    preemptions: int = 0
+    queued_s: float = 0.0
+    started_s: float | None = None  # its first step was planned
+    block_table: list[int] = dataclasses.field(default_factory=list)  # a reference on each
+    block_hashes: list[bytes] = dataclasses.field(default_factory=list)  # content chain, as far as it was needed
+    published_blocks: int = 0
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)  # the first token takes them along
+    _table: tuple[int, ...] = ()
+
+    @property
+    def known_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def owed_tokens(self) -> int:
+        """Known tokens whose KV is not computed."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) - self.computed_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They go out with the first token of the answer, so one who has a token has had them."""
+        return self.params.prompt_logprobs is not None and not self.output_token_ids
+
+    def advance(self, to: Stage) -> None:
+        self.stage = advance(self.stage, to)
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Known tokens at positions [start, end)."""
+        prompt_tokens = len(self.prompt_token_ids)
+        if end <= prompt_tokens:
+            return self.prompt_token_ids[start:end]
+        output = self.output_token_ids[max(start - prompt_tokens, 0) : end - prompt_tokens]
+        return (*self.prompt_token_ids[start:], *output)
+
+    def forget_blocks(self) -> list[int]:
+        """Back to nothing computed; the caller releases the blocks."""
+        blocks, self.block_table, self._table = self.block_table, [], ()
+        self.computed_tokens = self.published_blocks = 0
+        self.prompt_logprobs.clear()
+        return blocks
+
+    def slice(self, num_tokens: int, block_tokens: int) -> Slice:
+        """Its share of a step: the next `num_tokens` owed tokens, and a draw if these are all."""
+        start, prompt_tokens = self.computed_tokens, len(self.prompt_token_ids)
+        end, known = start + num_tokens, prompt_tokens + len(self.output_token_ids)
+        table = self._table
+        if len(table) != len(self.block_table):
+            table = self._table = tuple(self.block_table)
+        if end < known:
+            table = table[: -(-end // block_tokens)]
+        draw = None
+        if end == known:
+            history = self.tokens(0, known) if self.params.has_penalties else ()
+            draw = Draw(self.params, known, prompt_tokens, history)
+        if num_tokens == 1 and end > prompt_tokens:
+            return Slice(self.sequence_id, (self.output_token_ids[start - prompt_tokens],), start, table, draw)
+        targets = self.prompt_token_ids[start + 1 : end + 1] if self.wants_prompt_logprobs else ()
+        asked = self.params.prompt_logprobs if targets else None
+        return Slice(self.sequence_id, self.tokens(start, end), start, table, draw, asked, targets)
