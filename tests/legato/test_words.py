@@ -1,0 +1,171 @@
+"""What needs no server: errors, requests, retries, the ledger's arithmetic, and how light the import is."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import subprocess
+import sys
+
+import numpy
+import pytest
+
+import legato
+import spec.errors
+import spec.sampling
+from legato import _request, errors, types
+from legato._ledger import ledger_of
+from legato._retry import Backoff
+from legato.v1 import common_pb2
+
+CLIENT_ONLY = {"UNREACHABLE"}
+LATER_THAN_A_REQUEST = {"TICKET_REFUSED", "DIGEST_MISMATCH", "TRANSFER_FAILED", "TRANSPORT_UNAVAILABLE"} | {
+    *("INVALID_MODEL", "UNSUPPORTED_MODEL", "INVALID_CONFIGURATION", "ERROR_REASON_UNSPECIFIED")
+}
+
+
+def _classes():
+    return {name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)}
+
+
+def test_all_is_the_truth_and_the_drawing_too():
+    assert sorted(_classes()) == errors.__all__
+    for name in errors.__all__:
+        assert name in (errors.__doc__ or "").split(), name
+
+
+def test_reasons_are_those_of_the_wire():
+    leaves = {one.reason for one in _classes().values()}
+    assert leaves - CLIENT_ONLY == set(common_pb2.ErrorReason.keys()) - LATER_THAN_A_REQUEST
+    assert set(errors.BY_REASON) == leaves - CLIENT_ONLY
+    for reason, ours in errors.BY_REASON.items():
+        theirs = spec.errors.BY_REASON[reason]
+        assert (ours.__name__, ours.retryable) == (theirs.__name__, theirs.retryable)
+        assert [base.__name__ for base in ours.__mro__[1:-3]] == [base.__name__ for base in theirs.__mro__[1:-3]]
+
+
+def test_import_is_light_and_names_are_real():
+    code = "import sys, legato, legato.types, legato.errors; assert not {'grpc', 'torch', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in legato.__all__:
+        assert getattr(legato, name).__name__ == name
+    with pytest.raises(AttributeError):
+        legato.Clinet  # noqa: B018
+
+
+def test_options_are_one_list_with_the_defaults_of_the_engine():
+    given = inspect.signature(_request.answer_options).parameters
+    assert set(given) == set(_request.Sampling.__annotations__)
+    defaults = spec.sampling.SamplingParams()
+    for name in (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "ignore_eos",
+        "logprobs",
+    ):
+        assert given[name].default == getattr(defaults, name), name
+    for verb in (legato.Client.stream, legato.Client.chat):
+        assert set(given) < set(inspect.signature(verb).parameters)
+        assert all(f"{name} " in verb.__doc__ for name in given)
+    with pytest.raises(TypeError, match="max_token"):
+        legato.Client("localhost:1").generate("x", max_token=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "build"),
+    [
+        ("prompt", lambda: _request.generate_request("\ud800", "", _request.answer_options())),
+        ("prompt", lambda: _request.generate_request([1, -2], "", _request.answer_options())),
+        ("prompt", lambda: _request.generate_request([1, 2.5], "", _request.answer_options())),
+        ("prompt", lambda: _request.generate_request(b"bytes", "", _request.answer_options())),
+        ("stop", lambda: _request.answer_options(stop=["ok", "\udfff"])),
+        ("stop", lambda: _request.answer_options(stop=3)),
+        ("max_tokens", lambda: _request.answer_options(max_tokens=-1)),
+        ("max_tokens", lambda: _request.answer_options(max_tokens=True)),
+        ("max_tokens", lambda: _request.answer_options(max_tokens=2**32)),
+        ("temperature", lambda: _request.answer_options(temperature="hot")),
+        ("seed", lambda: _request.answer_options(seed=-1)),
+        ("n", lambda: _request.answer_options(n=0)),
+        ("logit_bias", lambda: _request.answer_options(logit_bias={-1: 1.0})),
+        ("messages", lambda: _request.chat_messages("hi")),
+        ("messages", lambda: _request.chat_messages([{"role": "user"}])),
+        (
+            "messages[1].content",
+            lambda: _request.chat_messages([{"role": "a", "content": "b"}, {"role": "a", "content": 1}]),
+        ),
+    ],
+)
+def test_what_the_wire_cannot_carry_is_refused_by_name(field, build):
+    with pytest.raises(errors.InvalidParameter) as caught:
+        build()
+    assert caught.value.details["field"] == field
+
+
+def test_what_the_wire_can_carry_is_left_to_the_cluster():
+    options = _request.answer_options(max_tokens=0, temperature=float("nan"), top_p=numpy.float32(0.5))
+    assert options.sampling.temperature != options.sampling.temperature
+    empty = _request.generate_request(numpy.array([], dtype=numpy.int64), "", options)
+    assert empty.WhichOneof("prompt") == "token_ids"
+
+
+@pytest.mark.parametrize("address", ["", "localhost", "localhost:", "localhost:0", "a:1,b", "a:x"])
+def test_addresses(address):
+    with pytest.raises(errors.InvalidParameter):
+        legato.Client(address)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), True, "5"])
+def test_timeouts(timeout_s):
+    with pytest.raises(errors.InvalidParameter):
+        legato.Client("localhost:1", timeout_s=timeout_s)
+
+
+def test_backoff_doubles_with_jitter_and_respects_the_deadline():
+    lost = errors.WorkerLost("lost")
+    backoff = Backoff(legato.Retries(attempts=9, first_delay_s=1, max_delay_s=4), 2, 100.0, random.Random(1))
+    delays = [backoff.delay_after_s(lost, 0.0, False) for _ in range(6)]
+    assert delays[0] == 0.0  # the other address, at once
+    for delay, longest in zip(delays[1:], [1, 2, 4, 4, 4], strict=True):
+        assert longest / 2 <= delay <= longest
+    assert len(set(delays)) == 6
+    with pytest.raises(errors.WorkerLost):
+        backoff.delay_after_s(lost, 99.0, False)
+    for final in (errors.InternalError("x"), errors.DeadlineExceeded("x"), errors.UnknownModel("x")):
+        with pytest.raises(type(final)):
+            Backoff(legato.Retries(), 1, 100.0).delay_after_s(final, 0.0, False)
+
+
+def test_ledger_by_hand():
+    ms = 1_000_000
+    sent = 1_700_000_000 * 10**9
+    names = ("prefill_queued_ns", "prefill_started_ns", "first_token_ns", "handed_over_ns", "decode_started_ns")
+    stages = {name: sent + at * ms for name, at in zip(names, (2, 5, 25, 31, 33), strict=True)}
+    ledger = ledger_of(stages, sent, 26 * ms, 40 * ms)
+    assert [round(1e3 * one, 6) for one in ledger.stages_s.values()] == [2, 3, 20, 6, 2, 7]
+    assert ledger.clock_shift_s == 0
+    early = ledger_of(stages | {"handed_over_ns": sent + 20 * ms}, sent, 26 * ms, 40 * ms)
+    assert (early.exposed_transfer_s, early.decode_queue_s, early.clock_shift_s) == (0, pytest.approx(0.008), 0)
+
+
+def test_ledger_sums_whatever_the_clocks_say():
+    generator = random.Random(7)
+    names = ("prefill_queued_ns", "prefill_started_ns", "first_token_ns", "handed_over_ns", "decode_started_ns")
+    for _ in range(300):
+        sent = 10**18
+        stages = {name: sent + generator.randint(-(10**9), 10**9) for name in names if generator.random() < 0.8}
+        second = generator.randint(0, 10**9)
+        ledger = ledger_of(stages, sent, second // 2, second)
+        assert all(one >= 0 for one in ledger.stages_s.values())
+        assert abs(ledger.total_s - second / 1e9) < 1e-6
+        single = ledger_of(stages, sent, second, None)
+        assert single.total_s <= second / 1e9 + 1e-9
+
+
+def test_types_are_frozen_and_plain():
+    for name, one in vars(types).items():
+        if isinstance(one, type) and hasattr(one, "__dataclass_fields__"):
+            assert one.__dataclass_params__.frozen, name
