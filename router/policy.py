@@ -4,8 +4,8 @@
                                  ──▶ rank_decode: workers that can ever hold it, the emptiest first
                                  ──▶ decode_prefills: does it need a prefill worker at all?
 
-Load is counted in tokens: outstanding prompt tokens on a prefill worker, tokens of KV on a decode worker. Equal loads go
-to the smallest worker id, so that the same views always give the same answer.
+Load is counted in tokens: outstanding prompt tokens on a prefill worker, tokens of KV on a decode worker. Equal loads
+go to the smallest worker id, so that the same views always give the same answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PrefillView:
     worker_id: str
     outstanding_tokens: int  # dispatched, and their first token not yet drawn
     max_step_tokens: int
-    capacity_tokens: int  # the longest sequence it can hold
+    longest_tokens: int  # the longest sequence that it takes
 
     @property
     def has_room(self) -> bool:
@@ -36,7 +36,8 @@ class DecodeView:
     worker_id: str
     charged_tokens: int  # KV of this router's sequences: running and reserved
     reported_tokens: int  # KV in use as the worker last said, of all routers
-    capacity_tokens: int
+    capacity_tokens: int  # all its KV memory
+    longest_tokens: int  # the longest sequence that it takes
 
     @property
     def held_tokens(self) -> int:
@@ -50,7 +51,7 @@ class DecodeView:
 
 def choose_prefill(views: Sequence[PrefillView], total_tokens: int) -> str | None:
     """The worker to prefill a sequence that may grow to `total_tokens`; None: all are busy, wait."""
-    fitting = [view for view in views if view.has_room and view.capacity_tokens >= total_tokens]
+    fitting = [view for view in views if view.has_room and view.longest_tokens >= total_tokens]
     best = min(fitting, key=lambda view: (view.outstanding_tokens, view.worker_id), default=None)
     return best.worker_id if best is not None else None
 
@@ -60,15 +61,15 @@ def rank_decode(views: Sequence[DecodeView], total_tokens: int) -> list[str]:
 
     A full worker is in the list: whether blocks can be had now is the worker's own answer, not ours.
     """
-    fitting = [view for view in views if view.capacity_tokens >= total_tokens]
+    fitting = [view for view in views if view.longest_tokens >= total_tokens]
     return [view.worker_id for view in sorted(fitting, key=lambda view: (view.fill, view.worker_id))]
 
 
 def decode_prefills(prefill_workers: int, prompt_tokens: int, decode: DecodeView, up_to_tokens: int) -> bool:
     """Whether the decode worker prefills the sequence itself, in its inflight batch, and nothing is handed over.
 
-    Yes when there is no prefill worker, for then it is this or nothing; and when the prompt is at most `up_to_tokens` and
-    this router has nothing on that decode worker (0 = never): its chunk then delays nobody's next token.
+    Yes when there is no prefill worker, for then it is this or nothing; and when the prompt is at most `up_to_tokens`
+    (0 = never) and that decode worker holds nothing: its chunk then delays nobody's next token.
     """
     if prefill_workers == 0:
         return True

@@ -1,0 +1,294 @@
+"""One answer, from its place in the line to its last token, whatever happens to the workers.
+
+    place ──▶ reserved (decode) ──▶ Prefill ──▶ first token ──▶ handed over ──▶ tokens from the subscription ──▶ end
+      ▲                                                                                            │
+      └── a worker or a hand-over was lost: prompt + tokens so far are placed again, at most 3 times ┘
+
+Exactly once, by construction: a token is accepted at index len(output) and nowhere else; what comes twice is dropped,
+what comes too early waits. The draw is a function of (seed, position), so the tokens behind a failover are those that
+would have come without it.
+
+Whoever leaves the iterator, for whatever reason, leaves nothing behind: the Prefill call is cancelled, the decode worker
+is told, charges are released, without waiting for either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Iterable
+
+import grpc
+
+from legato.v1 import common_pb2, worker_pb2
+from router.ledger import Ledger
+from router.placement import Failure, Need, Placement, Placer
+from router.registry import Model
+from router.worker import Worker
+from service import logs
+from service.tracing import Spans
+from spec.errors import (
+    DeadlineExceeded,
+    Draining,
+    HandoffError,
+    LegatoError,
+    OutOfBlocks,
+    Overloaded,
+    RequestCancelled,
+    TransferFailed,
+    WorkerLost,
+)
+from telemetry import names
+
+logger = logs.get(__name__)
+
+MAX_ATTEMPTS = 3
+LAST_WORD_S = 0.25  # a Prefill call that has nothing more to do says so within this
+QUIET_END_S = 2.0
+# What other workers, or the same ones a moment later, may do better.
+PLACE_AGAIN = (WorkerLost, HandoffError, Draining, OutOfBlocks, Overloaded)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens `first_index`.. of the answer. `finish_reason` is set with the last ones."""
+
+    first_index: int
+    tokens: tuple[common_pb2.Token, ...]
+    finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED
+    prompt_logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
+
+
+class Deadline:
+    """On the event loop's clock; `unix_ns` is the same moment for workers."""
+
+    def __init__(self, in_s: float) -> None:
+        self.at_s = asyncio.get_running_loop().time() + in_s
+        self.unix_ns = time.time_ns() + int(in_s * 1e9)
+
+    def remaining_s(self) -> float:
+        return max(0.0, self.at_s - asyncio.get_running_loop().time())
+
+
+class Journey:
+    """One choice of one request. `resume`: tokens of the answer that the client has already."""
+
+    def __init__(
+        self,
+        placer: Placer,
+        model: Model,
+        name: str,
+        prompt_token_ids: list[int],
+        sampling: common_pb2.SamplingParams,
+        resume: list[int],
+        arrival: int,
+        deadline: Deadline,
+        ledger: Ledger,
+        spans: Spans,
+    ) -> None:
+        state = worker_pb2.SequenceState(
+            prompt_token_ids=prompt_token_ids,
+            output_token_ids=resume,
+            sampling=sampling,
+            deadline_unix_ns=deadline.unix_ns,
+        )
+        if resume:
+            state.sampling.ClearField("prompt_logprobs")  # they went out with the first piece
+        self.ledger = ledger
+        self._need = Need(model, state, arrival)
+        self._output = state.output_token_ids
+        self._placer = placer
+        self._name = name
+        self._deadline = deadline
+        self._spans = spans
+        self._placements = 0
+        self._early: dict[int, worker_pb2.SequenceOutput] = {}
+        self._prefill_call: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self._output)
+
+    async def run(self) -> AsyncIterator[Drawn]:
+        """Raises the typed error that ended it. Use with contextlib.aclosing."""
+        while True:
+            placement = await self._place()
+            ended = False
+            try:
+                self._set_off(placement)
+                while not ended:
+                    drawn = await self._next(placement)
+                    ended = bool(drawn.finish_reason)
+                    if ended:
+                        await self._last_word(placement)
+                    yield drawn
+                return
+            except PLACE_AGAIN as error:
+                self._lost(placement, error)
+            finally:
+                self._leave(placement, ended)
+
+    # -- one placement ------------------------------------------------------------------------------------------------
+
+    async def _place(self) -> Placement:
+        with self._spans.span(names.SPAN_ROUTE, {names.ATTEMPT: self.ledger.route.attempts + 1}):
+            try:
+                async with asyncio.timeout_at(self._deadline.at_s):
+                    return await self._placer.place(self._need, self._next_name)
+            except TimeoutError:
+                raise DeadlineExceeded("the deadline passed while the request waited for workers with room") from None
+
+    def _next_name(self) -> str:
+        self._placements += 1
+        return f"{self._name}.{self._placements}"
+
+    def _set_off(self, placement: Placement) -> None:
+        loop = asyncio.get_running_loop()
+        self._early.clear()
+        late = DeadlineExceeded(f"the deadline passed after {len(self._output)} tokens of the answer")
+        self._alarm = loop.call_at(self._deadline.at_s, placement.events.put_nowait, Failure(late, None))
+        route = self.ledger.route
+        route.attempts += 1
+        route.prefill_worker_id = placement.prefill.worker_id if placement.prefill is not None else ""
+        route.decode_worker_id = placement.decode.worker_id if placement.decode is not None else ""
+        route.ClearField("transfer")
+        self._prefill_call = None
+        if placement.prefill is not None:
+            reading = self._read_prefill(placement, placement.prefill)
+            self._prefill_call = loop.create_task(reading, name=f"prefill {placement.sequence_id}")
+
+    async def _read_prefill(self, placement: Placement, prefill: Worker) -> None:
+        """All that the Prefill call says goes into the placement's line; its end too, unless it ended well."""
+        decode = placement.decode
+        request = worker_pb2.PrefillRequest(sequence=placement.sequence, reservation=placement.reservation)
+        if decode is not None:
+            request.decode_worker_id, request.decode_address = decode.worker_id, decode.record.address
+        with self._spans.span(names.SPAN_PREFILL, {names.WORKER_ID: prefill.worker_id}):
+            call = prefill.prefill.Prefill(request, timeout=self._deadline.remaining_s() + QUIET_END_S)
+            try:
+                complete = False
+                async for event in call:
+                    complete = event.HasField("handed_over") or bool(event.first_token.finish_reason)
+                    placement.events.put_nowait(event)
+                if not complete:
+                    error: LegatoError = TransferFailed(f"{prefill.worker_id} ended the call before the hand-over")
+                    placement.events.put_nowait(Failure(error, prefill))
+            except grpc.aio.AioRpcError as rpc_error:
+                placement.events.put_nowait(Failure(prefill.call_failed(rpc_error), prefill))
+            finally:
+                call.cancel()
+
+    async def _next(self, placement: Placement) -> Drawn:
+        """The next tokens; raises the error that ended the placement."""
+        while True:
+            early = self._early.pop(len(self._output), None)
+            event = early if early is not None else await placement.events.get()
+            match event:
+                case Failure(error, worker):
+                    if worker is not placement.prefill or worker is None or not placement.handed_over:
+                        raise self._as_ours(error)
+                    drawn = None  # its part was done
+                case worker_pb2.SequenceOutput():
+                    drawn = self._decoded(event, placement)
+                case worker_pb2.PrefillEvent():
+                    drawn = self._prefilled(event, placement)
+            if drawn is not None:
+                return drawn
+
+    def _prefilled(self, event: worker_pb2.PrefillEvent, placement: Placement) -> Drawn | None:
+        if event.HasField("handed_over"):
+            placement.handed_over = True
+            self.ledger.route.transfer.CopyFrom(event.handed_over.transfer)
+            return None
+        first = event.first_token
+        if len(self._output) != len(placement.sequence.output_token_ids):
+            return None  # said twice
+        placement.prefill_done()
+        self.ledger.prefilled(first)
+        return self._accept((first.token,), first.finish_reason, first.prompt_logprobs, placement)
+
+    def _decoded(self, output: worker_pb2.SequenceOutput, placement: Placement) -> Drawn | None:
+        missing = len(self._output) - output.first_index
+        if missing < 0:
+            self._early[output.first_index] = output  # the prefill worker's token is still on its way
+            return None
+        fresh = tuple(output.tokens[missing:])
+        if not fresh and not (output.finish_reason and missing == len(output.tokens)):
+            return None  # said twice
+        placement.handed_over = True
+        self.ledger.decoded(output, len(fresh))
+        return self._accept(fresh, output.finish_reason, output.prompt_logprobs, placement)
+
+    def _accept(
+        self,
+        tokens: tuple[common_pb2.Token, ...],
+        finish_reason: common_pb2.FinishReason,
+        prompt_logprobs: Iterable[common_pb2.TokenLogprobs],
+        placement: Placement,
+    ) -> Drawn:
+        drawn = Drawn(len(self._output), tokens, finish_reason, tuple(prompt_logprobs))
+        self._output.extend(token.token_id for token in tokens)
+        self._need.sequence.sampling.ClearField("prompt_logprobs")  # they go out with the first token
+        if placement.decode_charge is not None:
+            placement.decode_charge.add(len(tokens))
+        return drawn
+
+    # -- its end ------------------------------------------------------------------------------------------------------
+
+    def _as_ours(self, error: LegatoError) -> LegatoError:
+        """A worker that says "cancelled" when nobody here did is on its way out."""
+        return WorkerLost(error.message) if isinstance(error, RequestCancelled) else error
+
+    def _lost(self, placement: Placement, error: LegatoError) -> None:
+        """Raises the error when it has been tried often enough."""
+        attempts = self.ledger.route.attempts
+        logger.warning(
+            "attempt %d of %s failed at token %d: %s", attempts, self._name, len(self._output), error.message
+        )
+        if attempts >= MAX_ATTEMPTS:
+            raise error
+        self._need.avoid.update((worker.worker_id, worker.record.epoch) for worker in placement.workers())
+
+    async def _last_word(self, placement: Placement) -> None:
+        """The answer may be complete before its prefill worker has said what the hand-over moved."""
+        if self._prefill_call is None or placement.decode is None or not placement.handed_over:
+            return
+        await asyncio.wait({self._prefill_call}, timeout=LAST_WORD_S)
+        while not placement.events.empty():
+            event = placement.events.get_nowait()
+            if isinstance(event, worker_pb2.PrefillEvent) and event.HasField("handed_over"):
+                self.ledger.route.transfer.CopyFrom(event.handed_over.transfer)
+
+    def _leave(self, placement: Placement, ended: bool) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        call = self._prefill_call
+        if ended:
+            placement.close()
+            if call is not None and not call.done():
+                self._placer.registry.spawn(_end_quietly(call), name=f"end of {placement.sequence_id}")
+        else:
+            if call is not None:
+                call.cancel()
+            self._placer.give_up(placement)
+        self._record_decode()
+
+    def _record_decode(self) -> None:
+        """The stages that no process sees from inside."""
+        times = self.ledger.times
+        if times.handed_over_ns:
+            attributes: dict[str, str | int] = {
+                names.OUTPUT_TOKENS: len(self._output),
+                names.WORKER_ID: self.ledger.route.decode_worker_id,
+            }
+            with self._spans.span(names.SPAN_DECODE, attributes, start_ns=times.handed_over_ns):
+                self._spans.record(names.SPAN_DECODE_QUEUE, times.handed_over_ns, times.decode_started_ns)
+                self._spans.record(names.SPAN_DECODE_FIRST_STEP, times.decode_started_ns, times.second_token_ns)
+
+
+async def _end_quietly(call: asyncio.Task[None]) -> None:
+    """A Prefill call whose first token ended the answer still gives its reservation back: it is let to."""
+    await asyncio.wait({call}, timeout=QUIET_END_S)
+    call.cancel()
