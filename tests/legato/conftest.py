@@ -62,7 +62,8 @@ class ToyRouter(inference_pb2_grpc.InferenceServicer, inference_pb2_grpc.Cluster
 
     async def _answer(self, request: Any, prompt: list[int], context: Any) -> AsyncIterator[Any]:
         script = self._begin(request, context)
-        context.add_done_callback(lambda done: self.cancelled.set() if done.cancelled() else None)
+        whole: list[bool] = []
+        context.add_done_callback(lambda _: None if whole else self.cancelled.set())
         options, sampling = request.options, request.options.sampling
         seed = sampling.seed if sampling.HasField("seed") else 5
         message = inference_pb2.GenerateResponse
@@ -99,6 +100,7 @@ class ToyRouter(inference_pb2_grpc.InferenceServicer, inference_pb2_grpc.Cluster
             await self._maybe_fail(script, sent, context)
             if not script.no_finish:
                 yield message(finished=_finished(choice, len(prompt), sampling.max_tokens, stages, script))
+        whole.append(True)
 
     def _begin(self, request: Any, context: Any) -> Script:
         kept = type(request)()
