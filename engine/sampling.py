@@ -78,6 +78,7 @@ def _argmax(logits: torch.Tensor) -> list[int]:
 
 def _forced(each: Draw, token_id: int) -> int:
     index, forced = each.position - each.prompt_tokens, each.params.forced_token_ids
+    assert index >= 0
     return forced[index] if index < len(forced) else token_id
 
 
