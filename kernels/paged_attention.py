@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
 
@@ -199,9 +200,11 @@ def launch(
     group = num_heads // num_kv_heads
     group_padded = triton.next_power_of_2(group)
     dim_padded = max(triton.next_power_of_2(head_dim), 16)
-    tile_rows = 16 if num_tokens == num_sequences else 64  # every sequence decodes, or some bring chunks
-    tile_queries = max(tile_rows // group_padded, 1)
-    tile_kv = 64 if dim_padded * q.element_size() <= 256 else 32
+    # Tiles and warps are such that no shape of tests/kernels/test_compile.py spills registers.
+    only_decodes, wide = num_tokens == num_sequences, q.dtype == torch.float32
+    tile_queries = max((16 if only_decodes else 32 if wide else 64) // group_padded, 1)
+    tile_kv = 16 if wide else 64 if dim_padded <= (64 if only_decodes else 128) else 32
+    num_warps = 4 if tile_queries * group_padded == 16 else 8
     num_tiles = num_tokens // tile_queries + num_sequences
     if num_splits is None:
         num_multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -236,7 +239,7 @@ def launch(
         tile_queries,
         tile_kv,
         num_splits,
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=2,
     )
     if num_splits > 1:
@@ -260,12 +263,14 @@ def paged_attention(
     """Returns [T, Hq * D] in q.dtype. Chunks and decodes may be mixed.
 
     q                         [T, Hq, D], contiguous; the queries of all sequences, one after the other
-    key_blocks, value_blocks  [num_blocks, Hkv, block_tokens, D], strided views of the KV memory; D is dense
+    key_blocks, value_blocks  [num_blocks, Hkv, block_tokens, D], strided views of the KV memory, alike; D is dense
     block_tables              [S, M] int32; entries past a sequence's last block are not read
     query_starts              [S + 1] int32, rising from 0 to T
     context_lens              [S] int32, tokens in the KV memory including this step's; at least the number of queries
     """
     assert key_blocks.shape == value_blocks.shape
-    assert key_blocks.stride(3) == value_blocks.stride(3) == 1
-    run = launch if q.is_cuda else reference
+    assert key_blocks.stride() == value_blocks.stride()
+    assert key_blocks.stride(3) == 1
+    library = library_for(q, key_blocks)
+    run = launch if q.is_cuda else reference if library is None else library.paged_attention
     return run(q, key_blocks, value_blocks, block_tables, query_starts, context_lens, scale)

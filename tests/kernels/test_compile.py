@@ -1,0 +1,141 @@
+"""Every Triton kernel compiles to machine code for the GPUs we name, without a GPU, and spills no register.
+
+The launchers choose tiles, specialisations and warps: a recorder stands where the kernel was, and what the launcher
+would have launched is what is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="no Triton on this platform")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import native_specialize_impl  # noqa: E402
+
+from kernels import paged_attention, rms_norm, rope_kv_write, silu_mul  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
+
+TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+
+
+class Recorder:
+    """Takes a launch in the kernel's place, and compiles it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.arguments: tuple[Any, ...] | None = None
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(size > 0 for size in grid)
+        return self._record
+
+    def _record(self, *arguments: Any, **options: Any) -> None:
+        self.arguments, self.options = arguments, options
+
+    def compile(self, capability: int) -> Any:
+        """As JITFunction does at launch: a tensor or integer that 16 divides is specialised, so is the integer 1."""
+        assert self.arguments is not None
+        signature, constants, attributes = {}, {}, {}
+        for index, (parameter, value) in enumerate(zip(self.kernel.params, self.arguments, strict=True)):
+            kind, key = "constexpr", None
+            if not parameter.is_constexpr:
+                kind, key = native_specialize_impl(CUDABackend, value, False, True, True)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constants[(index,)] = value
+            elif key is not None:
+                attributes[(index,)] = CUDABackend.parse_attr(key)
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+
+
+def usage(ptx: str, target: str, folder: Path) -> dict[str, int]:
+    """What the assembler says: registers per thread, and bytes of them that spill."""
+    (folder / "kernel.ptx").write_text(ptx)
+    tool = (triton.knobs.nvidia.ptxas_blackwell if target.startswith("sm_10") else triton.knobs.nvidia.ptxas).path
+    command = [tool, "-v", f"--gpu-name={target}", str(folder / "kernel.ptx"), "-o", str(folder / "kernel.cubin")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    patterns = {"registers": r"Used (\d+) registers", "spilled_bytes": r"(\d+) bytes spill stores"}
+    return {name: int(re.findall(pattern, report)[0]) for name, pattern in patterns.items()}
+
+
+def launch_rms_norm(dtype: torch.dtype, hidden_size: int) -> None:
+    x = torch.zeros(4, hidden_size, dtype=dtype)
+    rms_norm.launch(x, x[0], 1e-5, x)
+
+
+def launch_silu_mul(dtype: torch.dtype, intermediate_size: int) -> None:
+    silu_mul.launch(torch.zeros(4, 2 * intermediate_size, dtype=dtype))
+
+
+def launch_rope_kv_write(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    memory = torch.zeros(2, 2, 2, num_kv_heads, 16, head_dim, dtype=dtype)
+    qkv = torch.zeros(4, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    angles, index = torch.zeros(8, head_dim // 2), torch.zeros(4, dtype=torch.int64)
+    rope_kv_write.launch(qkv, angles, angles, index, index, memory[:, 1, 0], memory[:, 1, 1], num_heads)
+
+
+def launch_paged_attention(
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, num_tokens: int, num_splits: int
+) -> None:
+    memory = torch.zeros(2, 2, 2, num_kv_heads, 16, head_dim, dtype=dtype)
+    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
+    starts, contexts, tables = (torch.zeros(*shape, dtype=torch.int32) for shape in [(5,), (4,), (4, 64)])
+    keys, values = memory[:, 1, 0], memory[:, 1, 1]
+    paged_attention.launch(q, keys, values, tables, starts, contexts, 0.125, num_splits=num_splits)
+
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
+    "rms_norm bf16 576": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 576)),
+    "rms_norm bf16 8192": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 8192)),
+    "silu_mul bf16 1536": (silu_mul, "_kernel", lambda: launch_silu_mul(BRAIN, 1536)),
+    "rope_kv_write bf16 9/3 64": (rope_kv_write, "_kernel", lambda: launch_rope_kv_write(BRAIN, 9, 3, 64)),
+    "rope_kv_write bf16 64/8 128": (rope_kv_write, "_kernel", lambda: launch_rope_kv_write(BRAIN, 64, 8, 128)),
+    "decode bf16 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(BRAIN, 9, 3, 64, 4, 1)),
+    "decode bf16 64/8 128 split": (
+        paged_attention,
+        "_attend_kernel",
+        lambda: launch_paged_attention(BRAIN, 64, 8, 128, 4, 8),
+    ),
+    "join bf16 128": (paged_attention, "_join_kernel", lambda: launch_paged_attention(BRAIN, 64, 8, 128, 4, 8)),
+    "chunk bf16 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(BRAIN, 9, 3, 64, 99, 1)),
+    "chunk fp16 32/8 128": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(HALF, 32, 8, 128, 99, 1)),
+    "chunk bf16 16/8 256": (
+        paged_attention,
+        "_attend_kernel",
+        lambda: launch_paged_attention(BRAIN, 16, 8, 256, 99, 1),
+    ),
+    "chunk fp32 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(SINGLE, 9, 3, 64, 99, 1)),
+}
+
+
+@pytest.mark.parametrize("capability", list(TARGETS))
+@pytest.mark.parametrize("case", list(CASES))
+def test_compiles_without_a_spill(case: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, name, launch = CASES[case]
+    recorders = {kernel: Recorder(getattr(module, kernel)) for kernel in vars(module) if kernel.endswith("_kernel")}
+    for kernel, recorder in recorders.items():
+        monkeypatch.setattr(module, kernel, recorder)
+    launch()
+    compiled = recorders[name].compile(capability)
+    assert f".target {TARGETS[capability]}" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
+    used = usage(compiled.asm["ptx"], TARGETS[capability], tmp_path)
+    print(f"\n{case:28} {TARGETS[capability]:8} {used} shared_bytes {compiled.metadata.shared}")
+    assert used["spilled_bytes"] == 0
+    assert compiled.metadata.shared <= 99 * 1024, "does not fit the smallest of these GPUs' relatives (sm_86, sm_89)"
