@@ -78,7 +78,7 @@ class Scheduler:
         self._steps = 0
         self._totals: collections.Counter[str] = collections.Counter()
 
-    # ---- coming and going --------------------------------------------------------------------------------------------
+    # ---- coming and going ------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence, now_s: float) -> None:
         """Takes it into the waiting line. Raises ContextTooLong when it can never run here, Overloaded when the line is
@@ -159,7 +159,7 @@ class Scheduler:
         self._roster.move(sequence, Stage.ENDED)
         self.pool.release(sequence.forget_blocks())
 
-    # ---- a step ------------------------------------------------------------------------------------------------------
+    # ---- a step ----------------------------------------------------------------------------------------------------
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step. None: nothing can be computed before something else happens."""
@@ -262,7 +262,7 @@ class Scheduler:
             return 0
         return max(self._room(), 0)
 
-    # ---- what came of it ---------------------------------------------------------------------------------------------
+    # ---- what came of it -------------------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Event]:
         """Takes the result of a plan over. What came for a sequence that has ended meanwhile is dropped."""
@@ -335,7 +335,7 @@ class Scheduler:
         self.prefix.publish(hashes, sequence.block_table, first, full)
         sequence.published_blocks = full
 
-    # ---- what is here ------------------------------------------------------------------------------------------------
+    # ---- what is here ----------------------------------------------------------------------------------------------
 
     def load(self) -> Load:
         waiting, running = self._roster.waiting, self._roster.running

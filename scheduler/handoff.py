@@ -6,10 +6,8 @@
     ADMITTED    all landed; the blocks passed to the caller                 ended
     FREED       the blocks went back to the pool                            ended
 
-Three verdicts, never one: the request failed (fail, expire), its memory is quiet (quiet), the worker is healthy (not ours).
-Once a writer has begun, blocks are freed on the second alone. No clock frees memory that may still be written.
-
-A reservation is told from its ticket by everything in it: id, sequence, producer, producer's epoch, blocks and generations.
+Three verdicts, never one: the request failed (fail, expire), its memory is quiet (quiet), the worker is healthy (not
+ours). Once a writer has begun, blocks are freed on the second alone: no clock frees memory that may still be written.
 """
 
 from __future__ import annotations
@@ -83,8 +81,8 @@ class _Entry:
 class Reservations:
     """Owned by a decode worker, beside its Scheduler and on the same pool; called by one at a time.
 
-    `consumer` names this worker in this life (id and epoch), so that no reservation id comes twice. `spare_blocks` says how
-    many blocks may be taken, which is none while the scheduler's own sequences wait for some.
+    `consumer` names this worker in this life (id and epoch), so that no reservation id comes twice. `spare_blocks` says
+    how many blocks may be taken, which is none while the scheduler's own sequences wait for some.
     """
 
     def __init__(
@@ -106,7 +104,7 @@ class Reservations:
         self._tombstones: collections.OrderedDict[str, str] = collections.OrderedDict()  # id -> how it ended
         self._totals: collections.Counter[str] = collections.Counter()
 
-    # ---- the request's side --------------------------------------------------------------------------------------------
+    # ---- the request's side ----------------------------------------------------------------------------------------
 
     def reserve(
         self,
@@ -120,7 +118,7 @@ class Reservations:
     ) -> Reservation:
         """Takes blocks for the KV of all of `token_ids`, which this producer alone may write.
 
-        Raises Draining, ContextTooLong when the sequence could not go on here, OutOfBlocks when there is no room now."""
+        Raises Draining, ContextTooLong when the sequence can never fit here, OutOfBlocks when there is no room now."""
         self._reservable(len(token_ids))
         hashes = self._prefix.hashes(token_ids)
         blocks = self._prefix.match(token_ids, hashes)
@@ -151,10 +149,9 @@ class Reservations:
         if self.draining:
             raise Draining(f"{self._consumer} reserves nothing new")
         limit = min(self.config.max_context_tokens, self._pool.num_blocks * self._pool.block_tokens)
-        if num_tokens + 2 > limit:  # the token that comes with them, and one to draw
-            raise ContextTooLong(
-                f"and answer so far are {num_tokens} tokens; {limit} is the context here", field="prompt"
-            )
+        if num_tokens + 1 > limit:
+            message = f"and answer so far are {num_tokens} tokens, and with one more they must fit into {limit}"
+            raise ContextTooLong(message, field="prompt")
         if len(self._live) >= self.config.max_reservations:
             raise OutOfBlocks(f"{len(self._live)} hand-overs are on their way already")
 
@@ -173,11 +170,9 @@ class Reservations:
         return True
 
     def expire(self, now_s: float) -> list[str]:
-        """Fails those whose lease or deadline ran out and returns their ids: those that wait for their writer to be quiet
-        (stage_of is CANCELLING; the service stops the writer), and those that no writer had begun, which are free."""
-        over = [
-            id_ for id_, entry in self._live.items() if entry.stage is not _S.CANCELLING and entry.expires_s <= now_s
-        ]
+        """Fails those whose lease or deadline ran out, and returns their ids: those that wait for their writer to be
+        quiet (stage_of is CANCELLING; the service stops the writer), and those that had none and are free already."""
+        over = [entry.reservation.reservation_id for entry in self._clocked() if entry.expires_s <= now_s]
         for reservation_id in over:
             self.fail(reservation_id, "its lease ran out", now_s)
             self._totals["expired"] += 1
@@ -185,9 +180,12 @@ class Reservations:
 
     def next_expiry_s(self) -> float | None:
         """When expire() has something to do next, if nothing progresses."""
-        return min((entry.expires_s for entry in self._live.values() if entry.stage is not _S.CANCELLING), default=None)
+        return min((entry.expires_s for entry in self._clocked()), default=None)
 
-    # ---- the writer's side ---------------------------------------------------------------------------------------------
+    def _clocked(self) -> list[_Entry]:
+        return [entry for entry in self._live.values() if entry.stage is not _S.CANCELLING]
+
+    # ---- the writer's side -----------------------------------------------------------------------------------------
 
     def begin(
         self,
@@ -200,7 +198,7 @@ class Reservations:
         generations: Sequence[int],
         now_s: float,
     ) -> None:
-        """The producer may write from here on. Raises TicketRefused, counted, when anything is not as it was reserved."""
+        """The producer may write from here on. Raises TicketRefused, counted, where anything is not as reserved."""
         entry = self._find(reservation_id)
         reservation = entry.reservation
         wrong = {
@@ -221,13 +219,10 @@ class Reservations:
     def landed(self, reservation_id: str, first_token: int, num_tokens: int, now_s: float) -> None:
         """Tokens [first_token, first_token + num_tokens) are there, and their digest was found right.
 
-        In order and once each: raises TicketRefused for a repeated, late or overlong chunk, TransferFailed for a gap."""
+        In order, each once: raises TicketRefused for a repeated, late or overlong chunk, TransferFailed for a gap."""
         entry = self._writing(reservation_id, now_s)
         if first_token > entry.landed_tokens:
-            self.refused["gap"] += 1
-            raise TransferFailed(
-                f"tokens {entry.landed_tokens} to {first_token} did not come", reservation_id=reservation_id
-            )
+            raise self._gap(reservation_id, entry.landed_tokens, first_token)
         if first_token < entry.landed_tokens or num_tokens < 1:
             raise self._refusal("repeated chunk", reservation_id)
         if first_token + num_tokens > entry.reservation.num_tokens:
@@ -236,14 +231,12 @@ class Reservations:
         self._progress(entry, now_s)
 
     def complete(self, reservation_id: str, now_s: float) -> tuple[int, ...]:
-        """All is there. Returns the block table, whose references pass to the caller (for Scheduler.adopt), who has KV of
-        `num_tokens` tokens now; full blocks have become prefix content. Raises as landed() does."""
+        """All is there. Returns the block table of its `num_tokens` tokens, whose references pass to the caller, for
+        Scheduler.adopt; full blocks have become prefix content. Raises as landed() does."""
         entry = self._writing(reservation_id, now_s)
         reservation = entry.reservation
         if entry.landed_tokens < reservation.num_tokens:
-            self.refused["gap"] += 1
-            missing = reservation.num_tokens - entry.landed_tokens
-            raise TransferFailed(f"{missing} tokens did not come", reservation_id=reservation_id)
+            raise self._gap(reservation_id, entry.landed_tokens, reservation.num_tokens)
         self._prefix.publish(entry.block_hashes, reservation.block_ids, 0, len(entry.block_hashes))
         self._bury(entry, _S.ADMITTED, "admitted")
         return reservation.block_ids
@@ -258,7 +251,7 @@ class Reservations:
         self._free(entry, "its writer stopped")
         return True
 
-    # ---- within --------------------------------------------------------------------------------------------------------
+    # ---- within ----------------------------------------------------------------------------------------------------
 
     def _find(self, reservation_id: str) -> _Entry:
         if (entry := self._live.get(reservation_id)) is None:
@@ -279,6 +272,10 @@ class Reservations:
         suffix = f" ({how_it_ended})" if how_it_ended else ""
         return TicketRefused(f"reservation {reservation_id}: {reason}{suffix}", reservation_id=reservation_id)
 
+    def _gap(self, reservation_id: str, first_token: int, end_token: int) -> TransferFailed:
+        self.refused["gap"] += 1
+        return TransferFailed(f"tokens {first_token} to {end_token} did not come", reservation_id=reservation_id)
+
     def _progress(self, entry: _Entry, now_s: float) -> None:
         entry.expires_s = min(now_s + self.config.lease_s, entry.reservation.deadline_s)
 
@@ -298,7 +295,7 @@ class Reservations:
             self._tombstones.popitem(last=False)
         self._totals[to.value] += 1
 
-    # ---- what is here --------------------------------------------------------------------------------------------------
+    # ---- what is here ----------------------------------------------------------------------------------------------
 
     def stage_of(self, reservation_id: str) -> ReservationStage | None:
         """Of a live reservation; None: unknown or ended."""

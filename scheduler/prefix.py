@@ -1,7 +1,7 @@
 """Which blocks hold which prefix: a chain of content hashes over full blocks.
 
 hash(block i) = blake2b-256(hash(block i - 1) | token ids of block i, 8 bytes each); the root is blake2b-256(salt), and
-the salt names whose KV it is (model, revision, adapter, dtype). Equal hashes mean equal prefixes: there is no second check.
+the salt names whose KV it is (model, revision, adapter, dtype). Equal hashes mean equal prefixes.
 
 A block is published only after its KV was computed here, or was verified on arrival.
 """
