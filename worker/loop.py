@@ -9,21 +9,21 @@ invariant or a broken device: the loop ends, `failure` is set, `on_failure` is c
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from scheduler.batch import Event, Scheduler
 from scheduler.plan import Executor
+from service import logs
 
-logger = logging.getLogger(__name__)
+logger = logs.get(__name__)
 
 IDLE_WAIT_S = 0.25  # how often an idle loop looks whether something expired
 
 
 class EngineLoop:
-    """`deliver(events)` and `tick(now_s)` are called in the loop's thread; `tick` with the lock held, before each plan."""
+    """`deliver(events)` and `tick(now_s)` are called in the loop's thread, `tick` before each plan under the lock."""
 
     def __init__(
         self,

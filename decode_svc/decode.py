@@ -1,0 +1,131 @@
+"""legato.v1.Decode: reserve, take over, write the answer.
+
+A sequence is placed here by Reserve (its KV comes from a prefill worker; see handoff.py) or by Admit (prefilled in the
+inflight batch). From then on its router reads its tokens on the Subscribe stream, until the message that carries a
+finish reason or an error. A router whose stream ends has left: its sequences are given up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+
+from decode_svc.handoff import Handoffs
+from decode_svc.placements import Placed, Placements
+from kvtransfer import ticket as tickets
+from legato.v1 import worker_pb2, worker_pb2_grpc
+from scheduler.handoff import Reservation
+from service.messages import layout_to_proto
+from spec.errors import Draining, InvalidParameter, LegatoError, RequestCancelled, TicketRefused
+from worker.clock import monotonic_s
+from worker.sequences import sequence_from_proto
+
+
+class DecodeService(worker_pb2_grpc.DecodeServicer):
+    def __init__(self, placements: Placements, handoffs: Handoffs) -> None:
+        self.draining = False
+        self._core = placements.core
+        self._placements = placements
+        self._handoffs = handoffs
+
+    async def Reserve(
+        self, request: worker_pb2.ReserveRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.Reservation:
+        core, state = self._core, request.sequence
+        self._refuse_if_taken(state.sequence_id)
+        if request.identity != core.record.identity:
+            raise TicketRefused(f"{core.record.worker_id} serves another model or revision than the one asked for")
+        tokens = (*state.prompt_token_ids, *state.output_token_ids)
+        self._placements.subscriptions.attach(request.router_id, state.sequence_id)
+        try:
+            with core.loop.lock:
+                reservation = core.reservations.reserve(
+                    state.sequence_id,
+                    tokens,
+                    producer_id=request.prefill_worker_id,
+                    producer_epoch=request.prefill_epoch,
+                    deadline_s=monotonic_s(state.deadline_unix_ns),
+                    now_s=time.monotonic(),
+                )
+        except LegatoError:
+            self._placements.subscriptions.detach(state.sequence_id)
+            raise
+        self._placements.add(state.sequence_id, Placed(reservation=reservation))
+        return worker_pb2.Reservation(
+            ticket=self._ticket(request, reservation, tokens),
+            kv_layout=layout_to_proto(core.rank.layout),
+            endpoints=core.record.endpoints,
+            lease_s=core.config.handoff.lease_s,
+            consumer_id=core.record.worker_id,
+        )
+
+    def _ticket(
+        self, request: worker_pb2.ReserveRequest, reservation: Reservation, tokens: Sequence[int]
+    ) -> worker_pb2.SignedTicket:
+        core = self._core
+        ticket = worker_pb2.Ticket(
+            reservation_id=reservation.reservation_id,
+            sequence_id=reservation.sequence_id,
+            prefix_digest=tickets.prefix_digest(core.record.identity, tokens),
+            num_tokens=reservation.num_tokens,
+            identity=core.record.identity,
+            kv_layout_id=core.rank.layout.layout_id,
+            producer_id=request.prefill_worker_id,
+            producer_epoch=request.prefill_epoch,
+            consumer_id=core.record.worker_id,
+            consumer_epoch=core.record.epoch,
+            block_ids=reservation.block_ids,
+            block_generations=reservation.generations,
+            first_token=reservation.held_tokens,
+            expires_unix_ns=request.sequence.deadline_unix_ns,
+        )
+        return tickets.issue(core.cluster_key, ticket)
+
+    async def Admit(
+        self, request: worker_pb2.AdmitRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.AdmitResponse:
+        state = request.sequence
+        self._refuse_if_taken(state.sequence_id)
+        self._placements.subscriptions.attach(request.router_id, state.sequence_id)
+        sequence = sequence_from_proto(state)
+        try:
+            with self._core.loop.lock:
+                self._core.scheduler.add(sequence, sequence.queued_s)
+        except LegatoError:
+            self._placements.subscriptions.detach(state.sequence_id)
+            raise
+        self._placements.add(state.sequence_id, Placed())
+        self._core.loop.wake()
+        return worker_pb2.AdmitResponse()
+
+    def _refuse_if_taken(self, sequence_id: str) -> None:
+        if self.draining:
+            raise Draining(f"{self._core.record.worker_id} is draining")
+        if sequence_id in self._placements.placed:
+            raise InvalidParameter(f"{sequence_id!r} runs here already", field="sequence_id")
+
+    async def Abort(
+        self, request: worker_pb2.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.AbortResponse:
+        self._placements.give_up(request.sequence_id, RequestCancelled("the router gave the request up"))
+        return worker_pb2.AbortResponse()
+
+    async def Handoff(
+        self, request_iterator: AsyncIterator[worker_pb2.HandoffRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.HandoffReply]:
+        async for reply in self._handoffs.stream(request_iterator):
+            yield reply
+
+    async def Subscribe(
+        self, request: worker_pb2.SubscribeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.StepOutput]:
+        subscription = self._placements.subscriptions.open(request.router_id)
+        yield worker_pb2.StepOutput(load=self._core.load())
+        try:
+            async for output in subscription.outputs():
+                yield output
+        finally:
+            for sequence_id in self._placements.subscriptions.close(subscription):
+                self._placements.give_up(sequence_id, RequestCancelled("the router left"))

@@ -1,0 +1,252 @@
+"""The receiving end of hand-overs: legato.v1.Decode.Handoff, one stream each.
+
+    Begin   ticket verified, reservation opened for writing  ──▶ Accepted
+    Chunk   bytes that landed are digested here and compared ──▶ (nothing, or Cancel)
+    Final   plan complete: the sequence joins the batch      ──▶ Admitted
+    Quiet   nothing is in flight any more: blocks are freed
+
+A stream that ends before Admitted or Quiet leaves memory that is not proven quiet. Then the writer is asked: a living
+one answers when it is quiet, one that restarted has another epoch, one that is gone refuses the connection. Until one
+of the three is known, the blocks stay out of use and are counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from decode_svc.placements import Placed, Placements
+from kvtransfer import ticket as tickets
+from kvtransfer.digest import chunk_digest
+from legato.v1 import worker_pb2, worker_pb2_grpc
+from service import logs
+from service.status import reason_to_proto
+from spec.errors import DigestMismatch, HandoffError, LegatoError, TicketRefused, TransferFailed
+from worker.clock import unix_ns
+from worker.sequences import sequence_from_proto
+
+logger = logs.get(__name__)
+
+ASK_AGAIN_S = 1.0
+ASK_TIMEOUT_S = 5.0
+
+Request = worker_pb2.HandoffRequest
+Reply = worker_pb2.HandoffReply
+
+
+class Receiver:
+    """One hand-over. `replies` is what goes back to the writer; None ends the stream."""
+
+    def __init__(self, placements: Placements) -> None:
+        self.replies: asyncio.Queue[Reply | None] = asyncio.Queue()
+        self.ticket: worker_pb2.Ticket | None = None
+        self.begin: Request.Begin | None = None
+        self.settled = False  # admitted, or quiet: the reservation is over
+        self._placements = placements
+        self._core = placements.core
+
+    async def receive(self, requests: AsyncIterator[Request]) -> None:
+        """Reads the stream to its end. Raises TicketRefused for a ticket that opens nothing here."""
+        try:
+            async for message in requests:
+                match message.WhichOneof("event"):
+                    case "begin":
+                        self._open(message.begin)
+                        self.replies.put_nowait(Reply(accepted=Reply.Accepted()))
+                    case "chunk":
+                        await self._guarded(self._landed(message.chunk))
+                    case "final":
+                        await self._guarded(self._admit(message.final))
+                    case "quiet":
+                        self._quiet()
+                        return
+        finally:
+            self.replies.put_nowait(None)
+
+    async def _guarded(self, step: Awaitable[None]) -> None:
+        """A hand-over that goes wrong ends the request and asks the writer to stop; the stream goes on until Quiet."""
+        try:
+            await step
+        except HandoffError as error:
+            assert self.ticket is not None
+            logger.warning("hand-over of %s refused: %s", self.ticket.sequence_id, error)
+            self._placements.give_up(self.ticket.sequence_id, error)
+
+    def _open(self, begin: Request.Begin) -> None:
+        core = self._core
+        if self.ticket is not None:
+            raise TicketRefused("this stream has begun already")
+        try:
+            ticket = tickets.verify(core.cluster_key, begin.ticket, now_unix_ns=time.time_ns())
+            self._check(ticket)
+            with core.loop.lock:
+                core.reservations.begin(
+                    ticket.reservation_id,
+                    sequence_id=ticket.sequence_id,
+                    producer_id=ticket.producer_id,
+                    producer_epoch=ticket.producer_epoch,
+                    block_ids=tuple(ticket.block_ids),
+                    generations=tuple(ticket.block_generations),
+                    now_s=time.monotonic(),
+                )
+        except TicketRefused:
+            core.refused_handoffs += 1
+            raise
+        self.ticket, self.begin = ticket, begin
+        self._placed().cancel_writer = self._cancel_writer
+
+    def _check(self, ticket: worker_pb2.Ticket) -> None:
+        core = self._core
+        if (ticket.consumer_id, ticket.consumer_epoch) != (core.record.worker_id, core.record.epoch):
+            raise TicketRefused("the ticket is for another worker, or for this one before it restarted")
+        if ticket.identity != core.record.identity or ticket.kv_layout_id != core.rank.layout.layout_id:
+            raise TicketRefused("the ticket is for another model, revision or KV layout")
+        if ticket.sequence_id not in self._placements.placed:
+            raise TicketRefused("the reservation of this ticket has ended", reservation_id=ticket.reservation_id)
+
+    def _placed(self) -> Placed:
+        assert self.ticket is not None
+        placed = self._placements.placed.get(self.ticket.sequence_id)
+        if placed is None or placed.reservation is None:
+            raise TransferFailed("the request was given up")
+        return placed
+
+    def _cancel_writer(self, error: LegatoError) -> None:
+        cancel = Reply.Cancel(reason=reason_to_proto(error), message=error.message)
+        self.replies.put_nowait(Reply(cancel=cancel))
+
+    async def _landed(self, chunk: Request.Chunk) -> None:
+        self._placed()
+        core, ticket = self._core, self.ticket
+        assert ticket is not None
+        if core.config.handoff.digest == "always":
+            found = await asyncio.get_running_loop().run_in_executor(
+                core.digest_pool,
+                chunk_digest,
+                core.landing,
+                tuple(ticket.block_ids),
+                chunk.first_token,
+                chunk.num_tokens,
+            )
+            if found != chunk.digest:
+                core.refused_handoffs += 1
+                raise DigestMismatch(
+                    f"{chunk.num_tokens} tokens from {chunk.first_token} on did not land as they were sent"
+                )
+        core.stage_in(self._blocks_of(ticket, chunk))
+        with core.loop.lock:
+            core.reservations.landed(ticket.reservation_id, chunk.first_token, chunk.num_tokens, time.monotonic())
+
+    def _blocks_of(self, ticket: worker_pb2.Ticket, chunk: Request.Chunk) -> list[int]:
+        size, end = self._core.rank.layout.block_tokens, chunk.first_token + chunk.num_tokens
+        return list(ticket.block_ids[chunk.first_token // size : -(-end // size)])
+
+    async def _admit(self, final: Request.Final) -> None:
+        placed, core, ticket = self._placed(), self._core, self.ticket
+        assert ticket is not None
+        state = final.sequence
+        tokens = (*state.prompt_token_ids, *state.output_token_ids)
+        if (
+            state.sequence_id != ticket.sequence_id
+            or len(tokens) != ticket.num_tokens + 1
+            or tickets.prefix_digest(ticket.identity, tokens[:-1]) != ticket.prefix_digest
+        ):
+            core.refused_handoffs += 1
+            raise TicketRefused("the sequence state is not of the tokens that the ticket was issued for")
+        sequence = sequence_from_proto(state)
+        with core.loop.lock:
+            now_s = time.monotonic()
+            block_table = core.reservations.complete(ticket.reservation_id, now_s)
+            core.scheduler.adopt(sequence, block_table, ticket.num_tokens, now_s)
+        placed.handed_over_ns = unix_ns(now_s)
+        placed.reservation = None
+        placed.cancel_writer = None
+        self.settled = True
+        core.loop.wake()
+        self.replies.put_nowait(Reply(admitted=Reply.Admitted()))
+
+    def _quiet(self) -> None:
+        if self.ticket is None or self.settled:
+            return
+        self.settled = True
+        with self._core.loop.lock:
+            self._core.reservations.quiet(self.ticket.reservation_id, time.monotonic())
+        self._placements.give_up(self.ticket.sequence_id, TransferFailed("the prefill worker stopped"))
+
+    @property
+    def unproven(self) -> bool:
+        """The stream was open for writing and said neither Final nor Quiet."""
+        return self.ticket is not None and not self.settled
+
+    async def until_quiet(self, ask: Callable[[str, str], Awaitable[bool]]) -> None:
+        """After a broken stream: asks the writer until its memory is known to be quiet."""
+        assert self.ticket is not None and self.begin is not None
+        self._placed_gone()
+        while not await ask(self.begin.producer_address, self.ticket.reservation_id):
+            await asyncio.sleep(ASK_AGAIN_S)
+        self._quiet()
+
+    def _placed_gone(self) -> None:
+        assert self.ticket is not None
+        if (placed := self._placements.placed.get(self.ticket.sequence_id)) is not None:
+            placed.cancel_writer = None
+        self._placements.give_up(
+            self.ticket.sequence_id, TransferFailed("the prefill worker left during the hand-over")
+        )
+
+
+class Handoffs:
+    """All open streams, and the memory of broken ones that is not proven quiet yet."""
+
+    def __init__(self, placements: Placements, open_channel: Callable[[str], grpc.aio.Channel]) -> None:
+        self.open_streams = 0
+        self._placements = placements
+        self._open_channel = open_channel
+        self._quarantine: set[asyncio.Task[None]] = set()
+
+    @property
+    def quarantined(self) -> int:
+        return len(self._quarantine)
+
+    async def close(self) -> None:
+        """Memory that is still not proven quiet goes with the process, and with it every way to write into it."""
+        for task in self._quarantine:
+            task.cancel()
+
+    async def stream(self, requests: AsyncIterator[Request]) -> AsyncIterator[Reply]:
+        receiver = Receiver(self._placements)
+        reading = asyncio.create_task(receiver.receive(requests))
+        self.open_streams += 1
+        try:
+            while (reply := await receiver.replies.get()) is not None:
+                yield reply
+            await reading
+        finally:
+            self.open_streams -= 1
+            reading.cancel()
+            await asyncio.wait([reading])
+            if receiver.unproven:
+                task = asyncio.create_task(receiver.until_quiet(self._is_quiet))
+                self._quarantine.add(task)
+                task.add_done_callback(self._quarantine.discard)
+
+    async def _is_quiet(self, address: str, reservation_id: str) -> bool:
+        channel = self._open_channel(address)
+        try:
+            stub = worker_pb2_grpc.PrefillStub(channel)
+            await stub.ConfirmQuiet(
+                worker_pb2.ConfirmQuietRequest(reservation_id=reservation_id), timeout=ASK_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            if (
+                error.code() is grpc.StatusCode.UNAVAILABLE
+            ):  # a refusal is the host's word that no process listens there
+                return "refused" in (error.details() or "").lower()
+            # Silence proves nothing. Any other answer comes from a process that is not the writer.
+            return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+        finally:
+            await channel.close()
+        return True  # the writer's own word, or its successor's on the same address, which proves that it is gone

@@ -1,0 +1,146 @@
+"""Which sequences are on this worker, where their tokens go, and how they are given up.
+
+    placed by Reserve or Admit ──▶ tokens to the router's subscription ──▶ last message (finish reason or error)
+                               └─▶ give_up: router, lease, writer or digest said no; memory follows when it is quiet
+
+Used in the event loop only; `deliver` and `tick` are called in the engine loop's thread and post over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from opentelemetry.context import Context, get_current
+
+from decode_svc.subscriptions import Subscription, Subscriptions
+from legato.v1 import worker_pb2
+from scheduler.events import Event, Failed, Tokens
+from scheduler.handoff import Reservation
+from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
+from service.status import reason_to_proto
+from service.tracing import Spans
+from spec.errors import LegatoError, TransferFailed
+from telemetry import names
+from worker.clock import unix_ns
+from worker.core import Core
+
+HEARTBEAT_S = 0.5  # routers learn of freed blocks and of our life at least this often
+
+
+@dataclasses.dataclass(slots=True)
+class Placed:
+    """A sequence between Reserve or Admit and its last message."""
+
+    reservation: Reservation | None = None
+    handed_over_ns: int = 0
+    cancel_writer: Callable[[LegatoError], None] | None = None  # set while a Handoff stream is open
+    told: bool = False  # stage times went out
+    context: Context = dataclasses.field(default_factory=get_current)  # the trace that it belongs to
+    stages: tuple[int, int, int] = (0, 0, 0)  # its queue began, its first step began and ended; unix nanoseconds
+
+
+class Placements:
+    """Owned by the process."""
+
+    def __init__(self, core: Core, spans: Spans) -> None:
+        self.core = core
+        self._spans = spans
+        self.placed: dict[str, Placed] = {}
+        self.subscriptions = Subscriptions()
+        self._event_loop = asyncio.get_running_loop()
+
+    def add(self, sequence_id: str, placed: Placed) -> None:
+        self.placed[sequence_id] = placed
+
+    def give_up(self, sequence_id: str, reason: LegatoError) -> None:
+        """Request failed; its memory follows when it is quiet. Unknown ids are fine: it may have just ended."""
+        placed = self.placed.pop(sequence_id, None)
+        self.subscriptions.detach(sequence_id)
+        if placed is None:
+            return
+        now_s = time.monotonic()
+        with self.core.loop.lock:
+            self.core.scheduler.abort(sequence_id, now_s)
+            if placed.reservation is not None:
+                self.core.reservations.fail(placed.reservation.reservation_id, reason.reason, now_s)
+        if placed.cancel_writer is not None:
+            placed.cancel_writer(reason)
+        self.core.loop.wake()
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """In the engine loop's thread."""
+        self._event_loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: Sequence[Event]) -> None:
+        outputs: dict[Subscription, worker_pb2.StepOutput] = {}
+        for event in events:
+            if not isinstance(event, Tokens | Failed):
+                continue
+            subscription = self.subscriptions.of(event.sequence_id)
+            placed = self.placed.get(event.sequence_id)
+            if subscription is None or placed is None:
+                continue
+            output = outputs.setdefault(subscription, worker_pb2.StepOutput())
+            last = self._fill(output.sequences.add(), event, placed)
+            if last:
+                del self.placed[event.sequence_id]
+                self.subscriptions.detach(event.sequence_id)
+                self._trace(event.sequence_id, placed)
+        if not outputs:
+            return
+        load = self.core.load()
+        for subscription, output in outputs.items():
+            output.load.CopyFrom(load)
+            subscription.put(output)
+
+    def _fill(self, output: worker_pb2.SequenceOutput, event: Tokens | Failed, placed: Placed) -> bool:
+        """Returns whether this is the sequence's last message."""
+        output.sequence_id = event.sequence_id
+        if isinstance(event, Failed):
+            output.error = reason_to_proto(event.error)
+            output.error_message = event.error.message
+            return True
+        output.first_index = event.first_index
+        output.tokens.extend(token_to_proto(drawn.token_id, drawn.logprobs) for drawn in event.drawn)
+        output.finish_reason = finish_to_proto(event.finish)
+        if not placed.told:
+            placed.told = True
+            placed.stages = unix_ns(event.queued_s), unix_ns(event.started_s), unix_ns(event.drawn_s)
+            output.queued_ns, output.started_ns, output.drawn_ns = placed.stages
+            output.handed_over_ns = placed.handed_over_ns
+            output.cached_tokens = event.cached_tokens
+            output.prompt_logprobs.extend(logprobs_to_proto(entry) for entry in event.prompt_logprobs)
+        return event.finish is not None
+
+    def _trace(self, sequence_id: str, placed: Placed) -> None:
+        queued_ns, started_ns, drawn_ns = placed.stages
+        attributes = {names.SEQUENCE_ID: sequence_id, names.WORKER_ID: self.core.record.worker_id}
+        whole = self._spans.record(names.SPAN_DECODE, queued_ns, time.time_ns(), attributes, placed.context)
+        self._spans.record(names.SPAN_DECODE_QUEUE, queued_ns, started_ns, context=whole)
+        self._spans.record(names.SPAN_DECODE_FIRST_STEP, started_ns, drawn_ns, context=whole)
+
+    async def heartbeat(self) -> None:
+        """Tells every router our load, also when nothing runs: blocks may have become free without a token drawn."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            load = self.core.load()
+            for subscription in self.subscriptions.all:
+                subscription.put(worker_pb2.StepOutput(load=load))
+
+    # ---- leases ----
+
+    def tick(self, now_s: float) -> None:
+        """In the engine loop's thread, with its lock held: reservations whose lease ran out."""
+        expired = self.core.reservations.expire(now_s)
+        if expired:
+            self._event_loop.call_soon_threadsafe(self._lease_ended, expired)
+
+    def _lease_ended(self, reservation_ids: Sequence[str]) -> None:
+        for sequence_id, placed in list(self.placed.items()):
+            if placed.reservation is not None and placed.reservation.reservation_id in reservation_ids:
+                self.give_up(
+                    sequence_id, TransferFailed("no sign of the prefill worker within the lease", sequence=sequence_id)
+                )

@@ -1,0 +1,51 @@
+"""A decode worker, composed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from decode_svc.decode import DecodeService
+from decode_svc.handoff import Handoffs
+from decode_svc.placements import Placements
+from legato.v1 import worker_pb2_grpc
+from scheduler.events import Event
+from service.channel import channel
+from service.host import Host
+from service.tracing import Spans
+from worker.core import Core
+
+
+class DecodePool:
+    service_name = "legato.v1.Decode"
+
+    def __init__(self, core: Core, spans: Spans) -> None:
+        self._placements = Placements(core, spans)
+        self._handoffs = Handoffs(self._placements, lambda address: channel(address, core.config.cluster_key))
+        self._service = DecodeService(self._placements, self._handoffs)
+        self._heartbeat = asyncio.create_task(self._placements.heartbeat())
+
+    def add_to(self, host: Host) -> None:
+        host.add(worker_pb2_grpc.add_DecodeServicer_to_server, self._service, self.service_name, internal=True)
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        self._placements.deliver(events)
+
+    def tick(self, now_s: float) -> None:
+        self._placements.tick(now_s)
+
+    def live(self) -> dict[str, int]:
+        return {
+            "decode.placed": len(self._placements.placed),
+            "decode.handoffs": self._handoffs.open_streams,
+            "decode.quarantined": self._handoffs.quarantined,
+        }
+
+    def drain(self) -> None:
+        self._service.draining = True
+
+    async def close(self) -> None:
+        self._heartbeat.cancel()
+        for subscription in self._placements.subscriptions.all:
+            subscription.end()
+        await self._handoffs.close()

@@ -1,0 +1,156 @@
+"""The course of one Prefill call.
+
+run ── check the ticket, open the hand-over (sender.open)
+    ── add to the scheduler ──▶ Computed: a chunk's blocks leave (sender.advance)
+    │                          Tokens:   the first token is answered at once
+    │                          Failed, or the hand-over failed: the call ends typed
+    ── finish the hand-over (sender.finish) ──▶ HandedOver
+    ── whatever happened: first nothing is in flight (sender.close), then blocks are given back
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+
+from kvtransfer import ticket as tickets
+from kvtransfer.plan import RankKV
+from legato.v1 import worker_pb2, worker_pb2_grpc
+from prefill_svc.peers import Peers
+from prefill_svc.sender import Sender, SourceKV, Target
+from scheduler.events import Computed, Event, Failed, Tokens
+from service.messages import finish_to_proto, layout_from_proto, logprobs_to_proto, token_to_proto
+from service.tracing import Spans
+from spec.errors import LegatoError
+from telemetry import names
+from worker.clock import unix_ns
+from worker.core import Core
+from worker.sequences import sequence_from_proto
+
+ACCEPT_TIMEOUT_S = 5.0
+
+
+class PrefillCall:
+    """`events` come from the engine loop, `answers` go to the router; None ends them."""
+
+    def __init__(self, request: worker_pb2.PrefillRequest, core: Core, peers: Peers, spans: Spans) -> None:
+        self.sequence_id: str = request.sequence.sequence_id
+        self.reservation_id = ""
+        self.events: asyncio.Queue[Event | LegatoError] = asyncio.Queue()
+        self.answers: asyncio.Queue[worker_pb2.PrefillEvent | None] = asyncio.Queue()
+        self.closed = asyncio.Event()
+        self._request = request
+        self._core = core
+        self._peers = peers
+        self._spans = spans
+        self._sender: Sender | None = None
+        self._drawn = False  # the sequence is held for the hand-over, or has ended
+
+    async def run(self) -> None:
+        """Raises the LegatoError with which the call ends."""
+        attributes = {names.SEQUENCE_ID: self.sequence_id, names.WORKER_ID: self._core.record.worker_id}
+        ended_here = False
+        try:
+            with self._spans.span(names.SPAN_PREFILL, attributes):
+                if self._request.HasField("reservation"):
+                    await self._open_handoff()
+                first = await self._first_token()
+                ended_here = bool(first.finish_reason)
+                self.answers.put_nowait(worker_pb2.PrefillEvent(first_token=first))
+                if self._sender is not None and not ended_here:
+                    await self._finish_handoff(self._sender, first)
+        finally:
+            self.answers.put_nowait(None)
+            await self._close(ended_here)
+
+    async def _open_handoff(self) -> None:
+        """Only for exactly this sequence, this model and this process: raises TicketRefused otherwise."""
+        core, reservation, state = self._core, self._request.reservation, self._request.sequence
+        ticket = tickets.verify(core.cluster_key, reservation.ticket, now_unix_ns=time.time_ns())
+        layout = layout_from_proto(reservation.kv_layout)
+        tickets.check_sender(
+            ticket,
+            identity=core.record.identity,
+            target_layout=layout,
+            producer_id=core.record.worker_id,
+            producer_epoch=core.record.epoch,
+            computed_prefix_digest=tickets.prefix_digest(
+                core.record.identity, (*state.prompt_token_ids, *state.output_token_ids)
+            ),
+        )
+        self.reservation_id = ticket.reservation_id
+        name, peer = await self._peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
+        self._sender = Sender(
+            worker_pb2_grpc.DecodeStub(self._peers.channel(self._request.decode_address)),
+            SourceKV(core.landing, core.rank, core.regions[name], core.stage_out),
+            Target(ticket, reservation.ticket, RankKV.whole(layout), peer, name),
+            core.record.address,
+            core.digest_pool,
+        )
+        self._sender.failed.add_done_callback(lambda failed: self.events.put_nowait(failed.result()))
+        await self._sender.open(ACCEPT_TIMEOUT_S)
+
+    async def _first_token(self) -> worker_pb2.PrefillEvent.FirstToken:
+        sequence = sequence_from_proto(self._request.sequence, draws_here=1)
+        with self._core.loop.lock:
+            self._core.scheduler.add(sequence, time.monotonic())
+        self._core.loop.wake()
+        while not isinstance(event := await self.events.get(), Tokens):
+            match event:
+                case Computed():
+                    self._advance(event)
+                case Failed():
+                    raise event.error
+                case LegatoError():
+                    raise event
+        self._drawn = True
+        self._spans.record(names.SPAN_PREFILL_QUEUE, unix_ns(event.queued_s), unix_ns(event.started_s))
+        self._spans.record(
+            names.SPAN_PREFILL_COMPUTE,
+            unix_ns(event.started_s),
+            unix_ns(event.drawn_s),
+            {names.CACHED_TOKENS: event.cached_tokens},
+        )
+        return worker_pb2.PrefillEvent.FirstToken(
+            token=token_to_proto(event.drawn[0].token_id, event.drawn[0].logprobs),
+            finish_reason=finish_to_proto(event.finish),
+            prompt_logprobs=[logprobs_to_proto(entry) for entry in event.prompt_logprobs],
+            queued_ns=unix_ns(event.queued_s),
+            started_ns=unix_ns(event.started_s),
+            drawn_ns=unix_ns(event.drawn_s),
+            cached_tokens=event.cached_tokens,
+        )
+
+    def _advance(self, event: Computed) -> None:
+        release = functools.partial(self._core.unhold, event.block_table)
+        if self._sender is None:
+            release()
+        else:
+            self._sender.advance(event.first_token + event.num_tokens, event.block_table, release)
+
+    async def _finish_handoff(self, sender: Sender, first: worker_pb2.PrefillEvent.FirstToken) -> None:
+        state = worker_pb2.SequenceState()
+        state.CopyFrom(self._request.sequence)
+        state.output_token_ids.append(first.token.token_id)
+        stats = await sender.finish(state)
+        now_ns = time.time_ns()
+        self._spans.record(
+            names.SPAN_TRANSFER, sender.first_write_ns or now_ns, now_ns, {names.TRANSFER_BYTES: stats.bytes}
+        )
+        self._spans.record(names.SPAN_HANDOFF_FINISH, first.drawn_ns, now_ns)
+        self.answers.put_nowait(worker_pb2.PrefillEvent(handed_over=worker_pb2.PrefillEvent.HandedOver(transfer=stats)))
+
+    async def _close(self, ended_here: bool) -> None:
+        core = self._core
+        with core.loop.lock:
+            if not self._drawn:
+                core.scheduler.abort(self.sequence_id, time.monotonic())
+        if self._sender is not None:
+            await self._sender.close(finished_without_handoff=ended_here)
+        with core.loop.lock:
+            core.scheduler.release(self.sequence_id)
+        while not self.events.empty():
+            if isinstance(event := self.events.get_nowait(), Computed):
+                core.unhold(event.block_table)
+        self.closed.set()

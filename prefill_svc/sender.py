@@ -1,0 +1,243 @@
+"""The source end of one hand-over: blocks leave chunk by chunk while the next chunk is computed.
+
+    open()      Begin ──▶ Accepted             no byte is written before it, none outside the stream's life
+    advance()   a chunk's KV is in the blocks  called by the engine's events; holds those blocks
+    finish()    Final ──▶ Admitted             the decode worker has the sequence
+    close()     Quiet ──▶                      nothing is in flight any more: the decode worker may free its blocks
+
+One chunk moves at a time: post, digest while it moves, tell. A held block keeps its content until its chunk is told,
+whatever happens to the sequence meanwhile: what the digest covers is what was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import grpc
+import torch
+
+from kvtransfer.digest import chunk_digest
+from kvtransfer.plan import RankKV, plan_transfer
+from kvtransfer.transport import Peer, Region
+from legato.v1 import worker_pb2, worker_pb2_grpc
+from legato.v1.common_pb2 import TransferStats
+from service import logs
+from service.status import error_from_reason, error_from_rpc
+from spec.errors import LegatoError, RequestCancelled, TransferFailed
+
+logger = logs.get(__name__)
+
+TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one chunk; the waiting clock is the reservation's lease
+
+
+class SourceKV(NamedTuple):
+    """This worker's KV memory, as a sender reads it."""
+
+    landing: torch.Tensor  # [num_blocks, layers, 2, heads, block_tokens, head_dim]; what `region` is the memory of
+    rank: RankKV
+    region: Region
+    stage_out: Callable[[Sequence[int]], None]  # brings blocks there from the engine's device
+
+
+class Target(NamedTuple):
+    """Where one reservation's blocks are."""
+
+    ticket: worker_pb2.Ticket
+    signed: worker_pb2.SignedTicket
+    rank: RankKV
+    peer: Peer
+    transport: str
+
+
+class _Chunk(NamedTuple):
+    end: int  # tokens computed
+    block_table: tuple[int, ...]
+    release: Callable[[], None]  # gives the held blocks back
+
+
+class Sender:
+    """Owned by one Prefill call. Not thread-safe: every method runs in the event loop."""
+
+    def __init__(
+        self,
+        stub: worker_pb2_grpc.DecodeStub,
+        source: SourceKV,
+        target: Target,
+        producer_address: str,
+        pool: concurrent.futures.Executor,
+    ) -> None:
+        self.stats = TransferStats(transport=target.transport, skipped_tokens=target.ticket.first_token)
+        self.failed: asyncio.Future[LegatoError] = asyncio.get_running_loop().create_future()
+        self._stub = stub
+        self._source = source
+        self._target = target
+        self._producer_address = producer_address
+        self._pool = pool
+        self.first_write_ns = 0
+        self._sent_tokens = target.ticket.first_token
+        self._chunks: asyncio.Queue[_Chunk | None] = asyncio.Queue()
+        self._admitted = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._call: grpc.aio.StreamStreamCall | None = None
+
+    async def open(self, timeout_s: float) -> None:
+        """Raises what the decode worker refused with, TransferFailed when it does not answer in time."""
+        self._call = self._stub.Handoff()
+        begin = worker_pb2.HandoffRequest.Begin(
+            ticket=self._target.signed, transport=self._target.transport, producer_address=self._producer_address
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._call.write(worker_pb2.HandoffRequest(begin=begin))
+                reply = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        except TimeoutError:
+            self._call.cancel()
+            raise TransferFailed(
+                f"{self._target.ticket.consumer_id} did not accept the hand-over in {timeout_s} s"
+            ) from None
+        if reply is grpc.aio.EOF:
+            raise error_from_rpc(await _status_of(self._call))
+        if reply.HasField("cancel"):
+            raise error_from_reason(reply.cancel.reason, reply.cancel.message)
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._move())]
+
+    def advance(self, end: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
+        """KV of tokens [0, end) is in `block_table`, whose blocks are held until `release` is called."""
+        self._chunks.put_nowait(_Chunk(end, block_table, release))
+
+    async def finish(self, state: worker_pb2.SequenceState) -> TransferStats:
+        """Waits for the last chunk, hands the sequence state over and waits until the decode worker has admitted it."""
+        assert self._call is not None
+        self._chunks.put_nowait(None)
+        await self._or_failed(self._tasks[1])
+        await self._write(worker_pb2.HandoffRequest(final=worker_pb2.HandoffRequest.Final(sequence=state)))
+        await self._or_failed(asyncio.ensure_future(self._admitted.wait()))
+        return self.stats
+
+    async def close(self, *, finished_without_handoff: bool = False) -> None:
+        """Quiet: what is in flight has landed or can land no more; says so. After finish() it only ends the stream."""
+        if self._call is None:
+            return
+        if len(self._tasks) == 2 and not self._tasks[1].done():
+            self._chunks.put_nowait(None)
+            self._fail(RequestCancelled("the hand-over was given up"))
+            await asyncio.wait([self._tasks[1]])
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            if not self._admitted.is_set():
+                quiet = worker_pb2.HandoffRequest.Quiet(finished_without_handoff=finished_without_handoff)
+                await self._call.write(worker_pb2.HandoffRequest(quiet=quiet))
+            await self._call.done_writing()
+        for task in self._tasks:
+            if not task.done():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(task), timeout=1.0)
+                task.cancel()
+        self._call.cancel()
+        while not self._chunks.empty():
+            if (chunk := self._chunks.get_nowait()) is not None:
+                chunk.release()
+
+    def _fail(self, error: LegatoError) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    async def _or_failed(self, task: asyncio.Future[None] | asyncio.Task[bool]) -> None:
+        await asyncio.wait([task, self.failed], return_when=asyncio.FIRST_COMPLETED)
+        if self.failed.done():
+            if not task.done() and task not in self._tasks:
+                task.cancel()
+            raise self.failed.result()
+
+    async def _write(self, message: worker_pb2.HandoffRequest) -> None:
+        assert self._call is not None
+        try:
+            await self._call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            self._fail(TransferFailed(f"{self._target.ticket.consumer_id} left during the hand-over"))
+            raise self.failed.result() from None
+
+    async def _listen(self) -> None:
+        """Admitted or Cancel; the end of the stream before Admitted is a lost peer."""
+        assert self._call is not None
+        try:
+            while (reply := await self._call.read()) is not grpc.aio.EOF:
+                if reply.HasField("admitted"):
+                    self._admitted.set()
+                elif reply.HasField("cancel"):
+                    self._fail(error_from_reason(reply.cancel.reason, reply.cancel.message))
+        except grpc.aio.AioRpcError as error:
+            logger.debug("hand-over stream to %s ended: %s", self._target.ticket.consumer_id, error.code())
+        if not self._admitted.is_set():
+            self._fail(TransferFailed(f"{self._target.ticket.consumer_id} left during the hand-over"))
+
+    async def _move(self) -> None:
+        """Sends what advance() brought, one chunk after the other, until None or a failure."""
+        while (chunk := await self._chunks.get()) is not None:
+            try:
+                if not self.failed.done():
+                    await self._send(chunk)
+            except LegatoError as error:
+                self._fail(error)
+            except Exception as error:
+                logger.exception("sending a chunk failed")
+                self._fail(TransferFailed(f"sending a chunk failed: {error}"))
+            finally:
+                chunk.release()
+
+    async def _send(self, chunk: _Chunk) -> None:
+        ticket, first = self._target.ticket, self._sent_tokens
+        end = chunk.end
+        if end < ticket.num_tokens:  # a block leaves once it is full; the last one as it is
+            end -= end % self._source.rank.layout.block_tokens
+        if end <= first:
+            return
+        size = self._source.rank.layout.block_tokens
+        self._source.stage_out(chunk.block_table[first // size : -(-end // size)])
+        pieces = plan_transfer(
+            self._source.rank, chunk.block_table, self._target.rank, tuple(ticket.block_ids), first, end - first
+        )
+        self.first_write_ns = self.first_write_ns or time.time_ns()
+        started_s = time.monotonic()
+        transfer = self._target.peer.post(self._source.region, pieces)
+        digesting = asyncio.get_running_loop().run_in_executor(
+            self._pool, chunk_digest, self._source.landing, chunk.block_table, first, end - first
+        )
+        try:
+            await _landed(transfer, self._target.peer)
+        finally:
+            digest = await digesting
+        self.stats.moving_s += time.monotonic() - started_s
+        self.stats.bytes += sum(piece.nbytes for piece in pieces)
+        self.stats.pieces += len(pieces)
+        self.stats.sent_tokens += end - first
+        self._sent_tokens = end
+        told = worker_pb2.HandoffRequest.Chunk(first_token=first, num_tokens=end - first, digest=digest)
+        await self._write(worker_pb2.HandoffRequest(chunk=told))
+
+
+async def _landed(transfer: concurrent.futures.Future[None], peer: Peer) -> None:
+    """Waits for a transfer. One that outruns its clock, or whose waiter is cancelled, is quiet when this returns."""
+    waiting = asyncio.wrap_future(transfer)
+    try:
+        await asyncio.wait_for(asyncio.shield(waiting), TRANSFER_TIMEOUT_S)
+    except TimeoutError:
+        await asyncio.to_thread(peer.release)
+        raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None
+    except asyncio.CancelledError:
+        await asyncio.wait([waiting], timeout=TRANSFER_TIMEOUT_S)
+        if not waiting.done():
+            await asyncio.to_thread(peer.release)
+        raise
+
+
+async def _status_of(call: grpc.aio.StreamStreamCall) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
+    )

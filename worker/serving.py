@@ -1,0 +1,133 @@
+"""A worker's life as a process: listen, load, register, serve, drain, end.
+
+the port is taken first         a port that is taken is found before a model is loaded
+then model, memory, engine      minutes for a large model; health says NOT_SERVING, `report` how far it is
+then the registration           routers find it
+asked to stop: drain            the registration says so, nothing new is admitted, what runs ends or its time is up
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+from legato.v1 import worker_pb2_grpc
+from scheduler.events import Event
+from service import logs
+from service.config import WorkerConfig
+from service.host import Host
+from service.registry import Registrar, check_redis
+from service.tracing import Spans
+from spec.errors import InternalError
+from telemetry.setup import setup
+from worker.control import WorkerService
+from worker.core import Core, build_core
+from worker.loop import EngineLoop
+
+logger = logs.get(__name__)
+
+POLL_S = 0.02
+
+
+class Pool(Protocol):
+    """What makes a worker a prefill or a decode worker."""
+
+    service_name: str
+
+    def add_to(self, host: Host) -> None: ...
+    def deliver(self, events: Sequence[Event]) -> None: ...
+    def tick(self, now_s: float) -> None: ...
+    def live(self) -> dict[str, int]: ...
+    def drain(self) -> None:
+        """Refuse new work from now on."""
+
+    async def close(self) -> None: ...
+
+
+@dataclasses.dataclass(slots=True)
+class Running:
+    core: Core
+    pool: Pool
+    failed: asyncio.Future[object]  # with the exception: the engine loop ended; nothing more is served
+
+
+Report = Callable[[str, float], None]
+MakePool = Callable[[Core, Spans], Pool]
+
+
+def log_progress(what: str, fraction: float) -> None:
+    logger.info("state=loading step=%r percent=%d", what, int(fraction * 100))
+
+
+@contextlib.asynccontextmanager
+async def running(config: WorkerConfig, make_pool: MakePool, report: Report = log_progress) -> AsyncIterator[Running]:
+    """Serves while the block runs. Raises the SetupErrors of what it was given."""
+    event_loop = asyncio.get_running_loop()
+    telemetry = setup(
+        config.telemetry.service_name or f"legato-{config.role}", config.telemetry.otlp_endpoint, config.worker_id or ""
+    )
+    await check_redis(config.redis_url)
+    async with Host(config.host, config.port, internal_key=config.cluster_key, drain_s=1.0) as host:
+        core = await asyncio.to_thread(build_core, config, report)
+        failed: asyncio.Future[object] = event_loop.create_future()
+
+        def on_failure(error: BaseException) -> None:
+            event_loop.call_soon_threadsafe(failed.set_result, error)
+
+        core.record.address = _advertised(config.advertise, host)
+        pool = make_pool(core, Spans(telemetry))
+        core.loop = EngineLoop(
+            core.scheduler,
+            core,
+            pool.deliver,
+            on_failure=on_failure,
+            tick=pool.tick,
+        )
+        pool.add_to(host)
+        control = WorkerService(core, pool.live, pool.drain)
+        host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
+        core.loop.start()
+        registrar = Registrar(config.redis_url, config.cluster, core.record, config.registration_lease_s)
+        try:
+            async with registrar:
+                host.set_serving(pool.service_name, True)
+                host.set_serving("legato.v1.Worker", True)
+                logger.info("state=ready worker=%s address=%s", core.record.worker_id, core.record.address)
+                yield Running(core, pool, failed)
+                await _drain(config, host, core, pool, registrar)
+        finally:
+            await pool.close()
+            await host.stop()
+            await asyncio.to_thread(core.close)
+            telemetry.close()
+
+
+async def serve(config: WorkerConfig, stop: asyncio.Event, make_pool: MakePool) -> None:
+    """Until `stop`. Raises InternalError when the engine loop fails."""
+    logs.setup(config.worker_id or f"legato-{config.role}", config.telemetry.log_level)
+    async with running(config, make_pool) as worker:
+        stopping: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({stopping, worker.failed}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if worker.failed.done():
+            raise InternalError(f"the engine loop failed: {worker.failed.result()!r}")
+
+
+async def _drain(config: WorkerConfig, host: Host, core: Core, pool: Pool, registrar: Registrar) -> None:
+    host.set_serving(pool.service_name, False)
+    pool.drain()
+    core.record.draining = True
+    registrar.update(core.record)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(config.drain_s):
+            while any(pool.live().values()):
+                await asyncio.sleep(POLL_S)
+
+
+def _advertised(advertise: str | None, host: Host) -> str:
+    if advertise is None:
+        return host.address
+    return advertise if ":" in advertise else f"{advertise}:{host.port}"
