@@ -8,8 +8,8 @@ Exactly once, by construction: a token is accepted at index len(output) and nowh
 what comes too early waits. The draw is a function of (seed, position), so the tokens behind a failover are those that
 would have come without it.
 
-Whoever leaves the iterator, for whatever reason, leaves nothing behind: the Prefill call is cancelled, the decode worker
-is told, charges are released, without waiting for either.
+Whoever leaves the iterator, for whatever reason, leaves nothing behind: the Prefill call is cancelled, the decode
+worker is told, charges are released, without waiting for either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 import grpc
 
@@ -111,7 +111,7 @@ class Journey:
     def output_tokens(self) -> int:
         return len(self._output)
 
-    async def run(self) -> AsyncIterator[Drawn]:
+    async def run(self) -> AsyncGenerator[Drawn, None]:
         """Raises the typed error that ended it. Use with contextlib.aclosing."""
         while True:
             placement = await self._place()

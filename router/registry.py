@@ -1,8 +1,8 @@
 """Which workers there are, and which models they serve together.
 
 What Redis says comes as snapshots (service.registry.Watcher). A worker that is in none any more but still answers
-stays: Redis may have restarted empty, and no request is lost for that. One that does not answer is gone for good, and so
-is one whose id came back with another epoch.
+stays: Redis may have restarted empty, and no request is lost for that. One that does not answer is gone for good, and
+so is one whose id came back with another epoch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc
-from service.tokenizer import Tokenizer
 
 from legato.v1 import worker_pb2
 from router.pulse import Pulse
 from router.worker import Worker
 from service import logs
+from service.channel import Channel
+from service.tokenizer import Tokenizer
 from spec.errors import LegatoError, NoWorkers, UnknownModel, WorkerLost
 
 logger = logs.get(__name__)
@@ -40,6 +41,7 @@ class Model:
     tokenizer: Tokenizer
     vocab_size: int
     eos_token_ids: frozenset[int]
+    longest_token_bytes: int  # no token stands for more of a text than this
 
     @property
     def model_id(self) -> str:
@@ -52,7 +54,7 @@ class Registry:
     def __init__(
         self,
         router_id: str,
-        dial: Callable[[str], grpc.aio.Channel],
+        dial: Callable[[str], Channel],
         read_tokenizer: Callable[[str], Tokenizer],
     ) -> None:
         self.router_id = router_id
@@ -62,6 +64,7 @@ class Registry:
         self._dial = dial
         self._read_tokenizer = read_tokenizer
         self._models: dict[bytes, Model] = {}
+        self._longest_tokens: dict[bytes, dict[int, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reading: set[bytes] = set()
         self._closed = False
@@ -113,10 +116,15 @@ class Registry:
         return max(asked, key=lambda model: bool(self.prefill_workers(model)))
 
     def context_tokens(self, model: Model) -> int:
-        """The longest sequence that both pools take; what the pools that are there say."""
-        of_model = [worker for worker in self.workers.values() if worker.record.identity == model.identity]
-        pools = [[w.longest_tokens for w in of_model if w.is_prefill is prefill] for prefill in (True, False)]
-        return min((max(pool) for pool in pools if pool), default=0)
+        """The longest sequence that both pools take; of a pool that is empty, what it took last."""
+        longest = self._longest_tokens.setdefault(model.identity.SerializeToString(deterministic=True), {})
+        for role in (worker_pb2.PREFILL, worker_pb2.DECODE):
+            of_role = [
+                w for w in self.workers.values() if w.record.role == role and w.record.identity == model.identity
+            ]
+            if of_role:
+                longest[role] = max(worker.longest_tokens for worker in of_role)
+        return min(longest.values(), default=0)
 
     def serves(self) -> bool:
         """At least one model has a ready prefill and a ready decode worker that fit together."""
@@ -190,17 +198,12 @@ class Registry:
         """Until it can be read: the folder may still be on its way to this machine."""
         while not self._closed:
             try:
-                tokenizer = await asyncio.to_thread(self._read_tokenizer, record.model_path)
+                model = await asyncio.to_thread(_model_of, record, self._read_tokenizer)
             except LegatoError as error:
                 logger.error("no tokenizer for %s yet: %s", record.identity.model_id, error.message)
                 await asyncio.sleep(TOKENIZER_AGAIN_S)
                 continue
-            self._models[_key(record)] = Model(
-                identity=record.identity,
-                tokenizer=tokenizer,
-                vocab_size=record.vocab_size or tokenizer.vocab_size,
-                eos_token_ids=frozenset(record.eos_token_ids),
-            )
+            self._models[_key(record)] = model
             self._moved()
             return
 
@@ -229,6 +232,21 @@ class Registry:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _model_of(record: worker_pb2.WorkerRecord, read_tokenizer: Callable[[str], Tokenizer]) -> Model:
+    """Reads the disk: call in a thread."""
+    tokenizer = read_tokenizer(record.model_path)
+    vocab_size = record.vocab_size or tokenizer.vocab_size
+    alone = (tokenizer.stream(skip_special=False) for _ in range(tokenizer.vocab_size))
+    texts = (stream.push([token_id]) + stream.finish() for token_id, stream in enumerate(alone))
+    return Model(
+        identity=record.identity,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        eos_token_ids=frozenset(record.eos_token_ids),
+        longest_token_bytes=max(len(text.encode()) for text in texts),
+    )
 
 
 def _key(record: worker_pb2.WorkerRecord) -> bytes:

@@ -13,8 +13,8 @@ from typing import Protocol
 class TextStream(Protocol):
     """service.tokenizer's incremental decoder."""
 
-    def push(self, token_id: int) -> str:
-        """The characters that are whole with this token."""
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The characters that are whole with these tokens."""
         ...
 
     def finish(self) -> str:
@@ -72,7 +72,7 @@ class AnswerText:
     def push(self, token_id: int) -> str:
         """What this token adds to the text that can be given out."""
         assert not self.stop_string
-        text, self.stop_string = self._stops.push(self._stream.push(token_id))
+        text, self.stop_string = self._stops.push(self._stream.push((token_id,)))
         return text
 
     def finish(self) -> str:

@@ -21,6 +21,7 @@ import grpc
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from router.policy import DecodeView, PrefillView
 from service import logs
+from service.channel import Channel
 from service.status import error_from_reason, error_from_rpc
 from spec.errors import LegatoError, RequestCancelled, WorkerLost
 
@@ -64,7 +65,7 @@ class Worker:
     def __init__(
         self,
         record: worker_pb2.WorkerRecord,
-        channel: grpc.aio.Channel,
+        channel: Channel,
         router_id: str,
         changed: Callable[[], None],
         moved: Callable[[], None],

@@ -118,6 +118,8 @@ class RouterConfig(Section):
     cluster: Name = "legato"
     cluster_key: ClusterKey
     max_waiting: Count = 1024
+    # An idle decode worker itself prefills a prompt of at most so many tokens; 0: only when no prefill worker is there.
+    decode_prefills_tokens: Annotated[int, Field(ge=0)] = 0
     default_timeout_s: Seconds = 120.0
     max_message_bytes: Count = MAX_MESSAGE_BYTES
     api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()  # (): no key is asked for
