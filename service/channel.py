@@ -38,7 +38,7 @@ def channel(
 
 
 class Channel:
-    """A grpc.aio channel as the generated stubs take it. Calls get their metadata here: interceptors would cost more."""
+    """A grpc.aio channel as generated stubs take it. Calls get their metadata here: interceptors would cost more."""
 
     def __init__(self, address: str, internal_key: SecretStr | str | None, max_message_bytes: int) -> None:
         self.address = address

@@ -1,4 +1,4 @@
-"""What stands before every handler of a server: authentication, deserialization, trace context; behind it: typed errors.
+"""What stands before every handler of a server (authentication, parsing, trace context) and behind it (typed errors).
 
 Handlers are wrapped once, when their service is added, and not by interceptors at every call. A handler sees messages,
 may raise any LegatoError, and reads a request stream with `async for`.

@@ -37,7 +37,7 @@ _NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # IPv6 is off on th
 
 
 class Host:
-    """Bound and answering from `__aenter__` on, so that a taken port is found before a model is loaded; leaving drains."""
+    """Bound and answering from `__aenter__` on: a taken port is found before a model is loaded. Leaving it drains."""
 
     def __init__(
         self,

@@ -55,8 +55,8 @@ def arguments(
 def run_service(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]], *, exit_with_stdin: bool = False) -> int:
     """Runs `main(stop)` on uvloop; returns the exit code.
 
-    `stop` is set by SIGTERM, SIGINT or the end of standard input, and `main` then returns in its own time; a second signal
-    ends the process at once.
+    `stop` is set by SIGTERM, SIGINT or the end of standard input, and `main` then returns in its own time; a second
+    signal ends the process at once.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:

@@ -46,9 +46,8 @@ class Spans:
             try:
                 yield span
             except BaseException as error:
-                span.set_attribute(
-                    names.ERROR_REASON, error.reason if isinstance(error, LegatoError) else str(type(error))
-                )
+                reason = error.reason if isinstance(error, LegatoError) else type(error).__name__
+                span.set_attribute(names.ERROR_REASON, reason)
                 raise
 
     def record(
@@ -58,14 +57,17 @@ class Spans:
         end_ns: int,
         attributes: Mapping[str, Value] | None = None,
         context: Context | None = None,
-    ) -> None:
-        """A span that has been: from stage times, unix nanoseconds. Its parent is the current span, or `context`'s. A
-        stage that was not passed (0) has none."""
+    ) -> Context | None:
+        """A span that has been: from stage times, unix nanoseconds; a stage that was not passed (0) leaves none.
+
+        Its parent is the current span, or that of `context`; what is returned makes it a parent itself.
+        """
         assert name in names.SPANS, f"{name} is not declared in telemetry/names.py"
         if not self._telemetry.enabled or not start_ns or not end_ns:
-            return
+            return context
         span = self._telemetry.tracer.start_span(name, context, attributes=attributes, start_time=start_ns)
         span.end(max(start_ns, end_ns))
+        return trace.set_span_in_context(span, context)
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]]) -> Context | None:
