@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
 
@@ -64,4 +65,9 @@ def launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x, residual: [T, H]; weight: [H]. Returns (normed, stream), both [T, H] in x.dtype; stream may be x itself."""
     assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    return (launch if x.is_cuda else reference)(x, weight, eps, residual)
+    if x.is_cuda:
+        return launch(x, weight, eps, residual)
+    library = library_for(x, weight)
+    if library is not None and weight.dtype == x.dtype:
+        return library.rms_norm(x, weight, eps, residual)
+    return reference(x, weight, eps, residual)

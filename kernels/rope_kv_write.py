@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
 
@@ -108,7 +109,6 @@ def launch(
 ) -> Tensor:
     num_tokens = qkv.shape[0]
     num_kv_heads, block_tokens, head_dim = key_blocks.shape[1:]
-    assert key_blocks.stride() == value_blocks.stride()
     half_padded = triton.next_power_of_2(head_dim // 2)
     tile_heads = min(triton.next_power_of_2(num_heads + 2 * num_kv_heads), max(1024 // half_padded, 1))
     queries = qkv.new_empty(num_tokens, num_heads, head_dim)
@@ -147,9 +147,11 @@ def rope_kv_write(
     qkv                       [T, (Hq + 2 * Hkv) * D]: queries, keys, values
     cos, sin                  [P, D / 2] fp32, of every position
     positions, slots          [T] int64; slots are all different
-    key_blocks, value_blocks  [num_blocks, Hkv, block_tokens, D], strided views of the KV memory, written; D is dense
+    key_blocks, value_blocks  [num_blocks, Hkv, block_tokens, D], written; strided alike in the KV memory; D is dense
     """
     assert key_blocks.shape == value_blocks.shape
     assert key_blocks.stride(3) == value_blocks.stride(3) == 1
-    run = launch if qkv.is_cuda else reference
+    assert key_blocks.stride() == value_blocks.stride()
+    library = library_for(qkv, key_blocks)
+    run = launch if qkv.is_cuda else reference if library is None else library.rope_kv_write
     return run(qkv, cos, sin, positions, slots, key_blocks, value_blocks, num_heads)

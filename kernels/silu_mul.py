@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
 
@@ -46,4 +47,7 @@ def launch(gate_up: Tensor) -> Tensor:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up: [T, 2 * I]. Returns [T, I] in the same dtype."""
     assert gate_up.shape[-1] % 2 == 0
-    return (launch if gate_up.is_cuda else reference)(gate_up)
+    if gate_up.is_cuda:
+        return launch(gate_up)
+    library = library_for(gate_up)
+    return reference(gate_up) if library is None else library.silu_mul(gate_up)

@@ -1,0 +1,248 @@
+"""The compiled kernels as Python calls them: tensors in, tensors out, a few microseconds a call.
+
+Every tensor is on the CPU and contiguous unless its line says otherwise. The launchers of kernels/*.py have checked
+shapes and dtypes; what is checked here is what would make C++ read or write out of bounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.build import BuildFailed, build, default_cache, recipe
+
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+class Library:
+    """One compiled library. Functions are looked up by the dtypes that they were compiled for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle = ctypes.CDLL(str(path))
+        self._pack = self._by_dtype("pack", _P, _P, _N, _N, _I)
+        self._linear = self._by_dtype("linear", _P, _P, _P, _P, _N, _N, _N, _I)
+        self._embedding = self._by_dtype("embedding", _P, _P, _P, _N, _N, _N, result=ctypes.c_bool)
+        self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _I)
+        self._silu_mul = self._by_dtype("silu_mul", _P, _P, _N, _N, _I)
+        self._rope_kv_write = self._by_two_dtypes("rope_kv_write", *[_P] * 8, *[_N] * 8, _I)
+        self._attention = self._by_two_dtypes("paged_attention", *[_P] * 7, *[_N] * 9, _F, _I)
+        self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
+        self.panel_columns: int = self._function("panel_columns", result=_I)()
+        self._read = self._function("read_bytes", _P, _N, _I, result=ctypes.c_uint64)
+
+    def _function(self, name: str, *arguments: Any, result: Any = None) -> Any:
+        function = getattr(self._handle, f"legato_{name}")
+        function.argtypes, function.restype = arguments, result
+        return function
+
+    def _by_dtype(self, name: str, *arguments: Any, result: Any = None) -> dict[torch.dtype, Any]:
+        return {
+            dtype: self._function(f"{name}_{suffix}", *arguments, result=result) for dtype, suffix in _SUFFIX.items()
+        }
+
+    def _by_two_dtypes(self, name: str, *arguments: Any) -> dict[tuple[torch.dtype, torch.dtype], Any]:
+        return {
+            (one, other): self._function(f"{name}_{_SUFFIX[one]}_{_SUFFIX[other]}", *arguments)
+            for one in _SUFFIX
+            for other in _SUFFIX
+        }
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """[N, K] -> the panels, a new tensor of one dimension (a little more than N · K elements)."""
+        num_outputs, depth = weight.shape
+        weight = weight.contiguous()
+        panels = weight.new_empty(self._packed_elements(num_outputs, depth, weight.element_size()))
+        self._pack[weight.dtype](weight.data_ptr(), panels.data_ptr(), num_outputs, depth, torch.get_num_threads())
+        return panels
+
+    def unpack(self, panels: Tensor, num_outputs: int, depth: int) -> Tensor:
+        """The inverse of `pack`: [N, K], a new tensor."""
+        step = 2 if panels.element_size() == 2 else 1
+        steps = -(-depth // step)
+        columns = panels.view(-1, steps, self.panel_columns, step).transpose(1, 2)
+        return columns.reshape(-1, steps * step)[:num_outputs, :depth].contiguous()
+
+    def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        """x: [T, K]; bias: [N]. Returns [T, N] in x.dtype."""
+        num_rows, depth = x.shape
+        x = x.contiguous()
+        out = x.new_empty(num_rows, num_outputs)
+        self._linear[x.dtype](
+            x.data_ptr(),
+            panels.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            num_outputs,
+            depth,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def embedding(self, token_ids: Tensor, panels: Tensor, num_outputs: int, depth: int) -> Tensor:
+        """token_ids: [T] int64. Returns [T, K]."""
+        assert token_ids.dtype == torch.int64
+        token_ids = token_ids.contiguous()
+        out = panels.new_empty(token_ids.shape[0], depth)
+        inside = self._embedding[panels.dtype](
+            token_ids.data_ptr(), panels.data_ptr(), out.data_ptr(), out.shape[0], num_outputs, depth
+        )
+        assert inside, f"token ids lie in [0, {num_outputs})"
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        num_rows, size = x.shape
+        assert weight.shape == (size,)
+        assert weight.is_contiguous()
+        x = x.contiguous()
+        normed = torch.empty_like(x)
+        stream = x
+        if residual is not None:
+            residual = residual.contiguous()
+            stream = torch.empty_like(x)
+        self._rms_norm[x.dtype](
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            normed.data_ptr(),
+            stream.data_ptr(),
+            num_rows,
+            size,
+            eps,
+            torch.get_num_threads(),
+        )
+        return normed, stream
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        gate_up = gate_up.contiguous()
+        out = gate_up.new_empty(num_rows, size)
+        self._silu_mul[gate_up.dtype](gate_up.data_ptr(), out.data_ptr(), num_rows, size, torch.get_num_threads())
+        return out
+
+    def rope_kv_write(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        key_blocks: Tensor,
+        value_blocks: Tensor,
+        num_heads: int,
+    ) -> Tensor:
+        """key_blocks and value_blocks have the same strides."""
+        assert cos.dtype == sin.dtype == torch.float32
+        assert positions.dtype == slots.dtype == torch.int64
+        assert all(tensor.is_contiguous() for tensor in (cos, sin, positions, slots))
+        num_tokens = qkv.shape[0]
+        _, num_kv_heads, block_tokens, head_dim = key_blocks.shape
+        qkv = qkv.contiguous()
+        q = qkv.new_empty(num_tokens, num_heads, head_dim)
+        self._rope_kv_write[qkv.dtype, key_blocks.dtype](
+            qkv.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            key_blocks.data_ptr(),
+            value_blocks.data_ptr(),
+            q.data_ptr(),
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_tokens,
+            *key_blocks.stride()[:3],
+            torch.get_num_threads(),
+        )
+        return q
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        key_blocks: Tensor,
+        value_blocks: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """key_blocks and value_blocks have the same strides; a row of block_tables is dense."""
+        assert block_tables.dtype == query_starts.dtype == context_lens.dtype == torch.int32
+        assert block_tables.stride(1) == 1
+        assert all(tensor.is_contiguous() for tensor in (query_starts, context_lens))
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads, block_tokens = key_blocks.shape[1:3]
+        q = q.contiguous()
+        out = q.new_empty(num_tokens, num_heads * head_dim)
+        self._attention[q.dtype, key_blocks.dtype](
+            q.data_ptr(),
+            key_blocks.data_ptr(),
+            value_blocks.data_ptr(),
+            block_tables.data_ptr(),
+            query_starts.data_ptr(),
+            context_lens.data_ptr(),
+            out.data_ptr(),
+            context_lens.shape[0],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_tokens,
+            block_tables.stride(0),
+            *key_blocks.stride()[:3],
+            scale,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def read_bytes(self, memory: Tensor) -> int:
+        """Reads `memory` once, all threads sharing, as `linear` reads weights at one row; for measuring bandwidth."""
+        return int(self._read(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads()))
+
+
+@functools.cache
+def shared_library() -> Library | None:
+    """The library for this machine, compiled at the first call (seconds); None where it cannot be had, said once."""
+    try:
+        return Library(build())
+    except (BuildFailed, OSError) as error:
+        logging.getLogger(__name__).warning("CPU kernels are not available, torch serves in their place: %s", error)
+        return None
+
+
+def library_for(x: Tensor, *others: Tensor) -> Library | None:
+    """What computes on tensors of this kind in the place of a reference: None for another device or dtype."""
+    if not x.is_cpu or any(tensor.dtype not in _SUFFIX for tensor in (x, *others)):
+        return None
+    return shared_library()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """What `legato doctor` shows."""
+
+    available: bool
+    built: bool  # False: compiled at first use
+    detail: str
+
+
+def status(cache: Path | None = None) -> Status:
+    """Compiles nothing."""
+    try:
+        made = recipe()
+    except BuildFailed as error:
+        return Status(False, False, str(error))
+    path = (cache or default_cache()) / made.name
+    threads = "single-threaded" if made.openmp is None else f"OpenMP runtime {made.openmp.name}"
+    place = f"built: {path}" if path.is_file() else "not built yet; the first use compiles them, in seconds"
+    return Status(True, path.is_file(), f"{made.compiler}, {threads}; {place}")

@@ -1,0 +1,143 @@
+// Linear layers on packed weights, the packing, and the embedding that reads rows out of the packed form.
+#include "product.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace legato {
+namespace {
+
+constexpr ptrdiff_t BLOCK_BYTES = 384 << 10;  // of the rows that pass over a panel: they stay in a core's own cache
+constexpr ptrdiff_t MIN_BLOCK_ROWS = 96;
+constexpr ptrdiff_t PARALLEL_BYTES = 64 << 10;  // below, starting a second thread takes longer than the product
+
+// Weights are read once per step, front to back: large pages spare the walks through page tables.
+void prefer_large_pages(void *memory, size_t num_bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t LARGE = 2 << 20;
+    const uintptr_t begin = ((uintptr_t)memory + LARGE - 1) / LARGE * LARGE, end = ((uintptr_t)memory + num_bytes) / LARGE * LARGE;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);  // a wish: a kernel may refuse it
+#else
+    (void)memory, (void)num_bytes;
+#endif
+}
+
+template <class T>
+void pack(const T *weight, T *packed, ptrdiff_t num_outputs, ptrdiff_t depth, int threads) {
+    const ptrdiff_t panels = round_up(num_outputs, PANEL) / PANEL;
+    prefer_large_pages(packed, panels * panel_elements<T>(depth) * sizeof(T));
+    in_parallel(threads, [&](int share) {
+        for (ptrdiff_t panel = share; panel < panels; panel += threads) {
+            T *to = packed + panel * panel_elements<T>(depth);
+            memset(to, 0, panel_elements<T>(depth) * sizeof(T));
+            for (ptrdiff_t column = 0; column < PANEL && panel * PANEL + column < num_outputs; ++column) {
+                const T *from = weight + (panel * PANEL + column) * depth;
+                for (ptrdiff_t k = 0; k < depth; ++k)
+                    to[(k / STEP<T> * PANEL + column) * STEP<T> + k % STEP<T>] = from[k];
+            }
+        }
+    });
+}
+
+template <class T>
+bool embedding(const int64_t *token_ids, const T *packed, T *out, ptrdiff_t num_tokens, ptrdiff_t num_outputs,
+               ptrdiff_t depth) {
+    for (ptrdiff_t token = 0; token < num_tokens; ++token) {
+        if (token_ids[token] < 0 || token_ids[token] >= num_outputs) return false;
+        const ptrdiff_t panel = token_ids[token] / PANEL, column = token_ids[token] % PANEL;
+        const T *from = packed + panel * panel_elements<T>(depth) + column * STEP<T>;
+        T *to = out + token * depth;
+        ptrdiff_t k = 0;
+        for (; k + STEP<T> <= depth; k += STEP<T>) memcpy(to + k, from + k * PANEL, STEP<T> * sizeof(T));
+        if (k < depth) to[k] = from[k * PANEL];
+    }
+    return true;
+}
+
+template <class T>
+struct Linear {
+    const T *x;        // [num_rows, depth], contiguous
+    const T *packed;   // panels
+    const T *bias;     // [num_outputs] or null
+    T *out;            // [num_rows, num_outputs], contiguous
+    ptrdiff_t num_rows, num_outputs, depth;
+
+    template <int ROWS>
+    void block(ptrdiff_t first_row, ptrdiff_t panel) const {
+        Floats sums[ROWS][VECTORS] = {};
+        multiply<ROWS>(x + first_row * depth, depth, packed + panel * panel_elements<T>(depth), depth, sums);
+#pragma GCC unroll 12
+        for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 2
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                const ptrdiff_t column = panel * PANEL + vector * LANES;
+                const ptrdiff_t count = num_outputs - column;
+                if (count <= 0) continue;
+                const Floats sum = bias ? sums[row][vector] + load(bias + column, count) : sums[row][vector];
+                store(out + (first_row + row) * num_outputs + column, sum, count);
+            }
+    }
+
+    void panels(ptrdiff_t begin, ptrdiff_t end) const {
+        ptrdiff_t block_rows = BLOCK_BYTES / (depth * (ptrdiff_t)sizeof(T)) / MAX_ROWS * MAX_ROWS;
+        if (block_rows < MIN_BLOCK_ROWS) block_rows = MIN_BLOCK_ROWS;
+        for (ptrdiff_t row = 0; row < num_rows; row += block_rows) {
+            const ptrdiff_t rows = num_rows - row < block_rows ? num_rows - row : block_rows;
+            for (ptrdiff_t panel = begin; panel < end; ++panel)
+                in_row_blocks(rows, [&](auto count, ptrdiff_t first) {
+                    block<decltype(count)::value>(row + first, panel);
+                });
+        }
+    }
+
+    void run(int threads) const {
+        const ptrdiff_t all = round_up(num_outputs, PANEL) / PANEL;
+        if (num_outputs * depth * (ptrdiff_t)sizeof(T) * num_rows < PARALLEL_BYTES) threads = 1;
+        if (threads > all) threads = (int)all;
+        in_parallel(threads, [&](int share) { panels(all * share / threads, all * (share + 1) / threads); });
+    }
+};
+
+}  // namespace
+}  // namespace legato
+
+using namespace legato;
+
+extern "C" {
+
+int legato_panel_columns() { return PANEL; }
+
+// Elements of the packed form of a weight [num_outputs, depth] whose elements have `itemsize` bytes.
+int64_t legato_packed_elements(int64_t num_outputs, int64_t depth, int itemsize) {
+    const ptrdiff_t panels = round_up(num_outputs, PANEL) / PANEL;
+    return panels * (itemsize == 2 ? panel_elements<Bf16>(depth) : panel_elements<float>(depth));
+}
+
+void legato_pack_bf16(const Bf16 *weight, Bf16 *packed, int64_t num_outputs, int64_t depth, int threads) {
+    pack(weight, packed, num_outputs, depth, threads);
+}
+void legato_pack_fp32(const float *weight, float *packed, int64_t num_outputs, int64_t depth, int threads) {
+    pack(weight, packed, num_outputs, depth, threads);
+}
+
+void legato_linear_bf16(const Bf16 *x, const Bf16 *packed, const Bf16 *bias, Bf16 *out, int64_t num_rows,
+                        int64_t num_outputs, int64_t depth, int threads) {
+    Linear<Bf16>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
+}
+void legato_linear_fp32(const float *x, const float *packed, const float *bias, float *out, int64_t num_rows,
+                        int64_t num_outputs, int64_t depth, int threads) {
+    Linear<float>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
+}
+
+// False where a token id lies outside [0, num_outputs).
+bool legato_embedding_bf16(const int64_t *token_ids, const Bf16 *packed, Bf16 *out, int64_t num_tokens, int64_t num_outputs,
+                           int64_t depth) {
+    return embedding(token_ids, packed, out, num_tokens, num_outputs, depth);
+}
+bool legato_embedding_fp32(const int64_t *token_ids, const float *packed, float *out, int64_t num_tokens,
+                           int64_t num_outputs, int64_t depth) {
+    return embedding(token_ids, packed, out, num_tokens, num_outputs, depth);
+}
+
+}  // extern "C"
