@@ -6,6 +6,7 @@ that is the line that says so. Kernels run on the current CUDA device: a rank is
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 __all__ = ["jit", "tl", "triton"]
@@ -23,6 +24,8 @@ except ImportError:
     triton = tl = _Missing()
 
 
-def jit(kernel: Any) -> Any:
+def jit(kernel: Any = None, **options: Any) -> Any:
     """`triton.jit`, or the plain function where Triton is missing."""
-    return kernel if isinstance(triton, _Missing) else triton.jit(kernel)
+    if kernel is None:
+        return functools.partial(jit, **options)
+    return kernel if isinstance(triton, _Missing) else triton.jit(kernel, **options)

@@ -69,7 +69,8 @@ def _sequence_of(tile, starts_ptr, num_sequences, TILE_QUERIES: tl.constexpr):
     return low
 
 
-@jit
+# What changes from batch to batch is not specialised: a compilation in the middle of serving would take half a second.
+@jit(do_not_specialize=["num_sequences", "num_tokens", "table_stride"])
 def _attend_kernel(
     q_ptr,  # [T, Hkv * GROUP, D], contiguous
     key_ptr,  # [num_blocks, Hkv, block_tokens, D], strided
@@ -153,7 +154,7 @@ def _attend_kernel(
     tl.store(out, attended.to(out_ptr.dtype.element_ty), live[:, None] & in_dim[None, :])
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def _join_kernel(
     partial_ptr,  # [NUM_SPLITS, rows, D] fp32, contiguous
     log_sums_ptr,  # [NUM_SPLITS, rows] fp32, base 2, contiguous
@@ -161,25 +162,27 @@ def _join_kernel(
     num_rows,  # T * Hq
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,  # power of two, at least NUM_SPLITS
+    NUM_SPLITS: tl.constexpr,  # power of two
 ):
     """One program per row: the splits' parts, weighted by their sums of exponentials."""
     row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS_PADDED)
+    split = tl.arange(0, NUM_SPLITS)
     dim = tl.arange(0, DIM_PADDED)
-    log_sums = tl.load(log_sums_ptr + split * num_rows + row, split < NUM_SPLITS, other=float("-inf"))
+    log_sums = tl.load(log_sums_ptr + split * num_rows + row)
     weights = tl.exp2(log_sums - tl.max(log_sums, 0))
     place = (split[:, None].to(tl.int64) * num_rows + row) * HEAD_DIM + dim[None, :]
-    inside = (split[:, None] < NUM_SPLITS) & (dim[None, :] < HEAD_DIM)
-    parts = tl.load(partial_ptr + place, inside, other=0.0)
+    parts = tl.load(partial_ptr + place, dim[None, :] < HEAD_DIM, other=0.0)
     joined = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(out_ptr + row * HEAD_DIM + dim, joined.to(out_ptr.dtype.element_ty), dim < HEAD_DIM)
 
 
 def choose_splits(num_programs: int, most_kv_tokens: int, num_multiprocessors: int) -> int:
-    """As many as give every multiprocessor two programs, none shorter than 256 tokens of the longest context."""
-    return max(1, min(2 * num_multiprocessors // num_programs, most_kv_tokens // 256, 64))
+    """As many as give every multiprocessor two programs, none shorter than 256 tokens of the longest context.
+
+    A power of two from 1 to 64: each is a compilation.
+    """
+    wanted = max(1, min(2 * num_multiprocessors // num_programs, most_kv_tokens // 256, 64))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def launch(
@@ -190,7 +193,7 @@ def launch(
     query_starts: Tensor,
     context_lens: Tensor,
     scale: float,
-    num_splits: int | None = None,  # None: chosen for the device
+    num_splits: int | None = None,  # power of two; None: chosen for the device
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_tokens = key_blocks.shape[1:3]
@@ -244,10 +247,7 @@ def launch(
     )
     if num_splits > 1:
         num_rows = num_tokens * num_heads
-        splits_padded = triton.next_power_of_2(num_splits)
-        _join_kernel[(num_rows,)](
-            parts, log_sums, out, num_rows, head_dim, dim_padded, num_splits, splits_padded, num_warps=1
-        )
+        _join_kernel[(num_rows,)](parts, log_sums, out, num_rows, head_dim, dim_padded, num_splits, num_warps=1)
     return out.flatten(1)
 
 

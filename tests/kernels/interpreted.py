@@ -119,7 +119,7 @@ ATTENTION_CASES = {  # lengths of (queries, context), heads, KV heads, head_dim,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 4])
 @pytest.mark.parametrize("case", list(ATTENTION_CASES))
 def test_paged_attention(case: str, num_splits: int, dtype: torch.dtype) -> None:
     lengths, num_heads, num_kv_heads, head_dim, block_tokens = ATTENTION_CASES[case]

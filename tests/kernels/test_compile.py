@@ -53,7 +53,7 @@ class Recorder:
         for index, (parameter, value) in enumerate(zip(self.kernel.params, self.arguments, strict=True)):
             kind, key = "constexpr", None
             if not parameter.is_constexpr:
-                kind, key = native_specialize_impl(CUDABackend, value, False, True, True)
+                kind, key = native_specialize_impl(CUDABackend, value, False, not parameter.do_not_specialize, True)
             signature[parameter.name] = kind
             if kind == "constexpr":
                 constants[(index,)] = value

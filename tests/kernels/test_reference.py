@@ -147,3 +147,11 @@ else:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "most_kv_tokens", "expected"),
+    [(1, 200, 1), (1, 8192, 32), (1, 10**6, 64), (24, 8192, 8), (132, 8192, 2), (200, 8192, 1), (1000, 8192, 1)],
+)
+def test_kv_is_split_while_multiprocessors_are_idle(num_programs: int, most_kv_tokens: int, expected: int) -> None:
+    assert paged_attention.choose_splits(num_programs, most_kv_tokens, num_multiprocessors=132) == expected
