@@ -226,7 +226,7 @@ class Watcher:
 
     async def _take(self, found: Workers) -> None:
         now_s = asyncio.get_running_loop().time()
-        if not self.reachable:
+        if not self.reachable and self.workers:  # back after an outage
             self._keep_until_s = now_s + self._grace_s
         if now_s < self._keep_until_s:
             found = {**self.workers, **found}
