@@ -123,6 +123,7 @@ class Engine:
         widths = [-(-int(end) // block_tokens) for end in ends]
         tables = np.zeros((len(slices), max(widths)), np.int32)
         for row, (piece, width) in enumerate(zip(slices, widths, strict=True)):
+            assert len(piece.block_table) >= width
             tables[row, :width] = piece.block_table[:width]
         positions = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], counts)
         sequence = np.repeat(np.arange(len(slices)), counts)
@@ -132,6 +133,8 @@ class Engine:
         assert ends.max() <= self.spec.max_context_tokens
         assert tables.min() >= 0
         assert tables.max() < self.kv.num_blocks
+        assert token_ids.min() >= 0
+        assert token_ids.max() < self.spec.vocab_size
         return StepTensors(
             token_ids=self._on_device(token_ids),
             positions=self._on_device(positions),

@@ -26,8 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.philox import uniform
-from scheduler.plan import Draw, Drawn, TokenLogprobs
-from spec.errors import InternalError
+from scheduler.plan import NO_TOKEN, Draw, Drawn, TokenLogprobs
 from spec.sampling import SamplingParams
 
 Floats = NDArray[np.float64]
@@ -35,14 +34,17 @@ _GROUP = 256  # tokens summed as one when the cumulative distribution is searche
 
 
 def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    """logits: [len(draws), vocab] float32, on any device. Raises InternalError for a row that holds no finite maximum.
+    """logits: [len(draws), vocab] float32, on any device. A row without a finite maximum draws NO_TOKEN.
 
     A step in which every sequence is greedy and asks for nothing more costs one argmax, on the logits' device.
     """
     if not draws:
         return []
     if not any(_needs_row(each) for each in draws):
-        return [Drawn(_forced(each, token_id)) for each, token_id in zip(draws, _argmax(logits), strict=True)]
+        return [
+            Drawn(token_id if token_id == NO_TOKEN else _forced(each, token_id))
+            for each, token_id in zip(draws, _argmax(logits), strict=True)
+        ]
     rows = logits.cpu().numpy()
     return [_draw_row(row, each) for row, each in zip(rows, draws, strict=True)]
 
@@ -66,14 +68,13 @@ def _needs_row(each: Draw) -> bool:
 def _argmax(logits: torch.Tensor) -> list[int]:
     if logits.device.type == "cpu":  # ten times faster than torch here
         rows = logits.numpy()
-        token_ids: list[int] = rows.argmax(axis=1).tolist()
-        best = rows[np.arange(len(token_ids)), token_ids]
+        token_ids = rows.argmax(axis=1)
+        best = rows[np.arange(token_ids.size), token_ids]
     else:
         values, indices = logits.max(dim=1)
-        token_ids, best = indices.tolist(), values.cpu().numpy()
-    if not np.isfinite(best).all():
-        raise InternalError("the model's logits are not finite")
-    return token_ids
+        token_ids, best = indices.cpu().numpy(), values.cpu().numpy()
+    found: list[int] = np.where(np.isfinite(best), token_ids, NO_TOKEN).tolist()
+    return found
 
 
 def _forced(each: Draw, token_id: int) -> int:
@@ -87,7 +88,7 @@ def _draw_row(logits: NDArray[np.float32], each: Draw) -> Drawn:
     scores = _penalized(logits, each)
     best = int(scores.argmax())
     if not math.isfinite(scores[best]):
-        raise InternalError("the model's logits are not finite")
+        return Drawn(NO_TOKEN)
     token_id = best if params.temperature == 0.0 else _sample(scores, params, uniform(params.seed, each.position))
     token_id = _forced(each, token_id)
     logprobs = None if params.logprobs is None else token_logprobs(logits, token_id, params.logprobs)

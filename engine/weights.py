@@ -51,7 +51,7 @@ def load_weights(
             progress(done / total)
 
     def vector(weight: Weight, layer: int = 0) -> Tensor:
-        return files.tensor(f"{weight.name.format(layer=layer)}.weight", dtype).to(device)
+        return _fused([files.tensor(f"{weight.name.format(layer=layer)}.weight", dtype)], device)
 
     def packed(*parts: Weight, layer: int = 0) -> PackedLinear:
         names = [part.name.format(layer=layer) for part in parts]
@@ -81,7 +81,7 @@ def load_weights(
 
 
 def _fused(parts: list[Tensor], device: torch.device) -> Tensor:
-    """One after the other along the rows. A lone part is copied too: it may still lie in the mapping of a file."""
+    """One after the other along the rows. A lone part is copied too: it may still lie in the mapping of its file."""
     out = torch.empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:], dtype=parts[0].dtype, device=device)
     start = 0
     while parts:

@@ -47,9 +47,12 @@ class StepPlan:
         return sum(len(piece.token_ids) for piece in self.slices)
 
 
+NO_TOKEN = -1  # Drawn.token_id where the logits had no finite maximum: the sequence fails, its neighbours go on
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drawn:
-    token_id: int
+    token_id: int  # or NO_TOKEN
     logprobs: TokenLogprobs | None = None
 
 
