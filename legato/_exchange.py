@@ -117,5 +117,5 @@ class Exchange:
         """Ends the span. Idempotent."""
         if not self._is_closed:
             self._is_closed = True
-            self._span.set_attribute("legato.tokens", self._assembly.num_tokens)
+            self._span.set_attribute("legato.output_tokens", self._assembly.num_tokens)
             _rpc.end_span(self._span, error)

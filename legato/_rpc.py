@@ -16,11 +16,13 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", -1),  # the router judges sizes
     ("grpc.max_receive_message_length", 64 << 20),  # log-probabilities of a long prompt come as one message
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # how long one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.keepalive_time_ms", 10_000),  # a router that vanished without a word is noticed in 15 s
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a new client never inherits the back-off of an older one
+    ("grpc.enable_http_proxy", 0),
     ("grpc.enable_retries", 0),  # sending again is decided in _retry.py alone
 ]
 _BY_STATUS: dict[grpc.StatusCode, type[errors.LegatoError]] = {

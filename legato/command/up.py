@@ -1,0 +1,126 @@
+"""`legato up`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from legato.command import options, terminal
+
+if TYPE_CHECKING:
+    from service.config import ClusterConfig
+
+HELP = """Start a cluster on this machine: router, prefill and decode workers, Redis.
+
+Prints one line `ready grpc=HOST:PORT` on standard output once it can serve; restarts what dies; Ctrl-C or SIGTERM
+stops all within 10 s, exit code 0.
+
+\b
+  legato up                                        1 prefill + 1 decode worker, SmolLM2-135M
+  legato up --prefill 2 --decode 2 --port 50052
+  legato up --model ./my-model --config cluster.yaml
+  legato up --redis redis://localhost:6379         instead of an embedded server
+"""
+
+
+def up(
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML; see docs/.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Folder, .gguf file, smollm2 or ORG/NAME.")] = None,
+    prefill: Annotated[int | None, typer.Option("--prefill", min=1, help="Prefill workers.")] = None,
+    decode: Annotated[int | None, typer.Option("--decode", min=1, help="Decode workers.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Where to listen.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", "-p", min=0, max=65535, help="Of the router; 0: a free one.")
+    ] = None,
+    redis: Annotated[
+        str | None, typer.Option("--redis", metavar="URL", help="A Redis or Valkey that runs already.")
+    ] = None,
+    run_folder: Annotated[Path | None, typer.Option("--run-folder", help="For logs; a new one by default.")] = None,
+) -> int:
+    given = {"model": model, "prefill": prefill, "decode": decode, "host": host, "port": port, "redis_url": redis}
+    resolved = cluster_config(config, {key: value for key, value in given.items() if value is not None}, os.environ)
+    fetch_model(resolved.model)
+    return asyncio.run(_up(resolved, new_folder(run_folder)))
+
+
+def cluster_config(path: Path | None, given: dict[str, Any], environment: Mapping[str, str]) -> ClusterConfig:
+    """The file, LEGATO_* over it, and what the command line gives over both. Raises InvalidConfiguration."""
+    from service.config import ClusterConfig, load
+
+    ours = (options.ADDRESS_VARIABLE, options.API_KEY_VARIABLE)
+    variables = {name: value for name, value in environment.items() if name not in ours}
+    for key, value in given.items():
+        variables[f"LEGATO_{key.upper()}"] = str(value)
+    return load(ClusterConfig, path, variables)
+
+
+def fetch_model(name: str) -> None:
+    """Once and before the workers ask for it, with a progress bar. Raises InvalidModel."""
+    from service.model_source import resolve_model
+
+    columns = (TextColumn("fetching {task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=terminal.err, transient=True, disable=not terminal.err.is_terminal) as progress:
+        tasks: list[Any] = []
+
+        def report(fraction: float) -> None:
+            if not tasks:
+                tasks.append(progress.add_task(name, total=1.0))
+                if not terminal.err.is_terminal:
+                    terminal.err.print(f"fetching {name}", markup=False)
+            progress.update(tasks[0], completed=fraction)
+
+        resolve_model(name, report)
+
+
+def new_folder(wanted: Path | None) -> Path:
+    """For one run's logs and configurations; only ours to read."""
+    if wanted is None:
+        return Path(tempfile.mkdtemp(prefix="legato-"))
+    wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return wanted.resolve()
+
+
+async def _up(config: ClusterConfig, folder: Path) -> int:
+    from legato.command.local.board import Board
+    from legato.command.local.cluster import LocalCluster, first_of
+
+    board = Board()
+    cluster = LocalCluster(config, folder, os.environ, board.changed)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, _stop_or_kill, stop, cluster)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        async with board.live(folder):
+            await cluster.start()
+            ready = asyncio.ensure_future(cluster.wait_ready())
+            await first_of(ready, stopping)
+            if ready.done():
+                ready.result()
+                print(f"ready grpc={cluster.address}", flush=True)
+                await first_of(cluster.failed, stopping)
+            else:
+                ready.cancel()
+            if cluster.failed.done():
+                raise cluster.failed.result()
+    finally:
+        stopping.cancel()
+        await cluster.stop()
+    return 0
+
+
+def _stop_or_kill(stop: asyncio.Event, cluster: Any) -> None:
+    """The second signal does not wait for anyone."""
+    if stop.is_set():
+        cluster.kill()
+        sys.stderr.flush()
+    stop.set()
