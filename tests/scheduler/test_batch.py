@@ -191,7 +191,11 @@ def test_the_first_token_may_end_it_where_it_should_be_handed_over(fake: SimpleN
     ("params", "finish", "count"),
     [
         (SamplingParams(max_tokens=9, forced_token_ids=(1, 2, 7, 4)), "stop", 3),
-        (SamplingParams(max_tokens=9, forced_token_ids=(1, 2, 7, 4, 8), ignore_eos=True, stop_token_ids=(8,)), "stop", 5),
+        (
+            SamplingParams(max_tokens=9, forced_token_ids=(1, 2, 7, 4, 8), ignore_eos=True, stop_token_ids=(8,)),
+            "stop",
+            5,
+        ),
         (SamplingParams(max_tokens=3, forced_token_ids=(1, 2, 7)), "stop", 3),
         (SamplingParams(max_tokens=4, forced_token_ids=(1, 2, 9, 9)), "length", 4),
         (SamplingParams(max_tokens=90, forced_token_ids=(9,) * 30), "length", 14),

@@ -1,4 +1,4 @@
-"""Whatever the blocks, chunks, batch mix, prefix hits, preemptions, aborts and pipeline depth: the same tokens, and no leak."""
+"""Whatever the blocks, chunks, mix, prefix hits, preemptions, aborts, pipeline depth: the same tokens, and no leak."""
 
 from __future__ import annotations
 
@@ -80,44 +80,56 @@ def note(job: Job, event: object, config: SchedulerConfig) -> None:
             raise AssertionError(event.error)
 
 
-def run(
-    fake: SimpleNamespace, config: SchedulerConfig, jobs: list[Job], rng: random.Random, depth: int
-) -> Scheduler:
+class Run:
     """Drives the scheduler to the end; `depth` plans are out at once. Aborts fall between plan and commit, too."""
-    scheduler = Scheduler(config)
-    engine = fake.Engine(config.num_blocks, config.block_tokens)
-    by_id = {job.sequence.sequence_id: job for job in jobs}
-    flights: list[Any] = []
-    held: list[Job] = []
-    for step in range(3000):
-        for job in jobs:
+
+    def __init__(
+        self, fake: SimpleNamespace, config: SchedulerConfig, jobs: list[Job], rng: random.Random, depth: int
+    ) -> None:
+        self.config, self.jobs, self.rng, self.depth, self.fake = config, jobs, rng, depth, fake
+        self.scheduler = Scheduler(config)
+        self.engine = fake.Engine(config.num_blocks, config.block_tokens)
+        self.by_id = {job.sequence.sequence_id: job for job in jobs}
+        self.flights: list[Any] = []
+        self.held: list[Job] = []
+
+    def to_the_end(self) -> Scheduler:
+        for step in range(3000):
+            load = self.scheduler.load()
+            if step > 6 and not self.flights and load.waiting + load.running == 0:
+                break
+            self.step(step)
+            if self.held and (self.rng.random() < 0.3 or self.scheduler.load().running == 0):
+                self.scheduler.release(self.held.pop(0).sequence.sequence_id)
+        else:
+            raise AssertionError("the sequences do not come to an end")
+        for job in self.held:
+            self.scheduler.release(job.sequence.sequence_id)
+        self.fake.assert_empty(self.scheduler)
+        return self.scheduler
+
+    def step(self, step: int) -> None:
+        for job in self.jobs:
             if job.arrives == step:
-                scheduler.add(job.sequence, float(step))
-        if step > 6 and not flights and scheduler.load().waiting + scheduler.load().running == 0:
-            break
-        if (plan := scheduler.plan(float(step))) is not None:
-            assert plan.num_tokens <= config.max_step_tokens
-            assert len(plan.slices) <= config.max_sequences
-            flights.append((plan, engine.execute(plan)))
-        for job in jobs:
+                self.scheduler.add(job.sequence, float(step))
+        if (plan := self.scheduler.plan(float(step))) is not None:
+            assert plan.num_tokens <= self.config.max_step_tokens
+            assert len(plan.slices) <= self.config.max_sequences
+            self.flights.append((plan, self.engine.execute(plan)))
+        for job in self.jobs:
             if job.aborts == step and job.arrives <= step:
-                job.aborted = scheduler.abort(job.sequence.sequence_id, float(step))
-        scheduler.check()
-        while flights and (len(flights) >= depth or plan is None):
-            for event in scheduler.commit(*flights.pop(0), float(step)):
-                note(by_id[event.sequence_id], event, config)
-                if by_id[event.sequence_id].held and isinstance(event, Tokens):
-                    held.append(by_id[event.sequence_id])
-            plan = plan or scheduler  # one commit is enough to go on
-        scheduler.check()
-        if held and (rng.random() < 0.3 or scheduler.load().running == 0):
-            scheduler.release(held.pop(0).sequence.sequence_id)
-    else:
-        raise AssertionError("the sequences do not come to an end")
-    for job in held:
-        scheduler.release(job.sequence.sequence_id)
-    fake.assert_empty(scheduler)
-    return scheduler
+                job.aborted = self.scheduler.abort(job.sequence.sequence_id, float(step))
+        self.scheduler.check()
+        if self.flights and (len(self.flights) >= self.depth or plan is None):
+            self.commit(float(step))
+            self.scheduler.check()
+
+    def commit(self, now_s: float) -> None:
+        for event in self.scheduler.commit(*self.flights.pop(0), now_s):
+            job = self.by_id[event.sequence_id]
+            note(job, event, self.config)
+            if job.held and isinstance(event, Tokens):
+                self.held.append(job)
 
 
 def judge(fake: SimpleNamespace, job: Job, config: SchedulerConfig, limit: int) -> None:
@@ -138,7 +150,9 @@ def judge(fake: SimpleNamespace, job: Job, config: SchedulerConfig, limit: int) 
         assert job.scores == ()
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 @given(
     seed=st.integers(0, 2**32),
     block_tokens=st.sampled_from([1, 2, 3, 5, 16]),
@@ -169,7 +183,7 @@ def test_tokens_are_those_of_one_sequence_alone(
     )
     rng = random.Random(seed)
     jobs = make_jobs(rng, config, count=rng.randint(1, 9))
-    scheduler = run(fake, config, jobs, rng, depth)
+    scheduler = Run(fake, config, jobs, rng, depth).to_the_end()
     for job in jobs:
         judge(fake, job, config, scheduler.context_limit)
     if not caching:
@@ -191,7 +205,7 @@ def test_the_mix_really_preempts_hits_and_evicts(fake: SimpleNamespace, max_step
         )
         rng = random.Random(seed)
         jobs = make_jobs(rng, config, count=8)
-        scheduler = run(fake, config, jobs, rng, depth=1)
+        scheduler = Run(fake, config, jobs, rng, depth=1).to_the_end()
         for job in jobs:
             judge(fake, job, config, scheduler.context_limit)
         for name, count in scheduler.totals().items():

@@ -146,7 +146,9 @@ def test_match_finds_the_longest_common_prefix_of_whole_blocks(block_tokens: int
     for wanted in [[], *stored, [*range(19)], [*range(21)], [*range(10), 50, 99], [1, *range(20)], [5, 5]]:
         common = 0
         for tokens in stored:
-            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, wanted, strict=False)))
+            same = sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, wanted, strict=False))
+            )
             common = max(common, same // block_tokens)
         expected = min(common, max(len(wanted) - 1, 0) // block_tokens)
         assert prefix.matching_tokens(wanted) == expected * block_tokens
