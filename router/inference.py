@@ -136,6 +136,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 deadline=deadline,
                 ledger=Ledger(self._registry.router_id, received_ns),
                 spans=self._spans,
+                follows=choice > 0,
             )
             prompt_tokens = len(asked.prompt_token_ids)
             answers.append(

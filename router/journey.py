@@ -72,7 +72,7 @@ class Deadline:
 
 
 class Journey:
-    """One choice of one request. `resume`: tokens of the answer that the client has already."""
+    """One choice of one request. `resume`: tokens of it that the client has. `follows`: other choices run already."""
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class Journey:
         deadline: Deadline,
         ledger: Ledger,
         spans: Spans,
+        follows: bool = False,
     ) -> None:
         state = worker_pb2.SequenceState(
             prompt_token_ids=prompt_token_ids,
@@ -96,7 +97,7 @@ class Journey:
         if resume:
             state.sampling.ClearField("prompt_logprobs")  # they went out with the first piece
         self.ledger = ledger
-        self._need = Need(model, state, arrival)
+        self._need = Need(model, state, arrival, was_placed=follows)
         self._output = state.output_token_ids
         self._placer = placer
         self._name = name
@@ -147,8 +148,7 @@ class Journey:
     def _set_off(self, placement: Placement) -> None:
         loop = asyncio.get_running_loop()
         self._early.clear()
-        late = DeadlineExceeded(f"the deadline passed after {len(self._output)} tokens of the answer")
-        self._alarm = loop.call_at(self._deadline.at_s, placement.events.put_nowait, Failure(late, None))
+        self._alarm = loop.call_at(self._deadline.at_s, self._too_late, placement)
         route = self.ledger.route
         route.attempts += 1
         route.prefill_worker_id = placement.prefill.worker_id if placement.prefill is not None else ""
@@ -158,6 +158,10 @@ class Journey:
         if placement.prefill is not None:
             reading = self._read_prefill(placement, placement.prefill)
             self._prefill_call = loop.create_task(reading, name=f"prefill {placement.sequence_id}")
+
+    def _too_late(self, placement: Placement) -> None:
+        error = DeadlineExceeded(f"the deadline passed after {len(self._output)} tokens of the answer")
+        placement.events.put_nowait(Failure(error, None))
 
     async def _read_prefill(self, placement: Placement, prefill: Worker) -> None:
         """All that the Prefill call says goes into the placement's line; its end too, unless it ended well."""

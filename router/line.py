@@ -33,18 +33,32 @@ class Line:
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         self._arrivals = itertools.count()
+        self._waiting = 0
         self._places: list[Place] = []  # by arrival
 
     def __len__(self) -> int:
-        return len(self._places)
+        """Requests that wait to be placed, those included that ask a decode worker for blocks just now."""
+        return self._waiting
 
     def arrive(self) -> int:
-        """The number that a request keeps for its whole life.
-
-        Raises Overloaded when the line is full: one that was placed before always comes back in."""
-        if len(self._places) >= self._max_waiting:
-            raise Overloaded(f"{len(self._places)} requests are waiting already, the most that may")
+        """The number that a request keeps for its whole life. Raises Overloaded when the line is full."""
+        self._check_room()
         return next(self._arrivals)
+
+    @contextlib.contextmanager
+    def wait(self, *, was_placed: bool) -> Iterator[None]:
+        """Counts the request as waiting. Raises Overloaded when the line is full; one that was placed comes back in."""
+        if not was_placed:
+            self._check_room()
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def _check_room(self) -> None:
+        if self._waiting >= self._max_waiting:
+            raise Overloaded(f"{self._waiting} requests are waiting already, the most that may")
 
     @contextlib.contextmanager
     def stand(self, arrival: int) -> Iterator[Place]:

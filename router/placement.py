@@ -49,6 +49,7 @@ class Need:
     model: Model
     sequence: worker_pb2.SequenceState  # its id is set at each placement
     arrival: int
+    was_placed: bool = False  # it, or the answer before it in the same request, has had workers
     avoid: set[tuple[str, int]] = dataclasses.field(default_factory=set)
 
     @property
@@ -125,15 +126,17 @@ class Placer:
         Raises NoWorkers when a pool stays empty, and what a worker says against the request itself.
         """
         refused = False
-        while True:
-            with self.line.stand(need.arrival) as place:
-                placement = await self._room(place, need, name)
-                while refused and not await self._ask(placement, need):
-                    await self._blocks()
+        with self.line.wait(was_placed=need.was_placed):
+            while True:
+                with self.line.stand(need.arrival) as place:
                     placement = await self._room(place, need, name)
-            if refused or await self._ask(placement, need):
-                return placement
-            refused = True
+                    while refused and not await self._ask(placement, need):
+                        await self._blocks()
+                        placement = await self._room(place, need, name)
+                if refused or await self._ask(placement, need):
+                    need.was_placed = True
+                    return placement
+                refused = True
 
     async def _blocks(self) -> None:
         await self.registry.room.beyond(self.registry.room.version, ASK_AGAIN_S)

@@ -185,6 +185,7 @@ class Registry:
             await asyncio.sleep(UNLEASED_LOOK_S)
 
     def _retire(self, worker: Worker, error: LegatoError) -> None:
+        logger.warning("%s", error.message)
         if self.workers.get(worker.worker_id) is worker:
             del self.workers[worker.worker_id]
         self.spawn(worker.retire(error), name=f"retire {worker.worker_id}")

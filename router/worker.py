@@ -72,9 +72,9 @@ class Worker:
     ) -> None:
         self.record = record
         self.channel = channel
-        self.control = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
-        self.prefill = worker_pb2_grpc.PrefillStub(channel)  # type: ignore[no-untyped-call]
-        self.decode = worker_pb2_grpc.DecodeStub(channel)  # type: ignore[no-untyped-call]
+        self.control = worker_pb2_grpc.WorkerStub(channel)
+        self.prefill = worker_pb2_grpc.PrefillStub(channel)
+        self.decode = worker_pb2_grpc.DecodeStub(channel)
         self.leased = True  # its registration stands in Redis
         self.linked = False
         self.retired = False
@@ -173,7 +173,8 @@ class Worker:
         for deliver in routes.values():
             deliver(error)
         if was_linked:
-            logger.warning("%s", error.message)
+            if not self.retired:
+                logger.warning("%s", error.message)
             self._moved()
 
     async def retire(self, error: LegatoError) -> None:

@@ -13,7 +13,7 @@ prefill_views = st.lists(
         worker_id=st.sampled_from([f"p{i}" for i in range(6)]),
         outstanding_tokens=st.integers(0, 300),
         max_step_tokens=st.sampled_from([1, 7, 64, 123]),
-        capacity_tokens=st.integers(1, 500),
+        longest_tokens=st.integers(1, 500),
     ),
     unique_by=lambda view: view.worker_id,
 )
@@ -24,6 +24,7 @@ decode_views = st.lists(
         charged_tokens=st.integers(0, 300),
         reported_tokens=st.integers(0, 300),
         capacity_tokens=st.integers(1, 500),
+        longest_tokens=st.integers(1, 500),
     ),
     unique_by=lambda view: view.worker_id,
 )
@@ -35,7 +36,7 @@ def test_prefill_goes_to_the_least_loaded_that_fits(views, total_tokens, shuffle
     allowed = [
         v
         for v in views
-        if v.capacity_tokens >= total_tokens
+        if v.longest_tokens >= total_tokens
         and (v.outstanding_tokens == 0 or v.outstanding_tokens < BACKLOG_STEPS * v.max_step_tokens)
     ]
     if not allowed:
@@ -54,19 +55,19 @@ def test_prefill_goes_to_the_least_loaded_that_fits(views, total_tokens, shuffle
 def test_decode_is_asked_emptiest_first(views, total_tokens) -> None:  # type: ignore[no-untyped-def]
     ranked = rank_decode(views, total_tokens)
     by_id = {v.worker_id: v for v in views}
-    assert set(ranked) == {v.worker_id for v in views if v.capacity_tokens >= total_tokens}
+    assert set(ranked) == {v.worker_id for v in views if v.longest_tokens >= total_tokens}
     keys = [(max(by_id[w].charged_tokens, by_id[w].reported_tokens) / by_id[w].capacity_tokens, w) for w in ranked]
     assert keys == sorted(keys)
 
 
 def test_an_idle_prefill_worker_takes_a_prompt_of_any_length() -> None:
-    idle = PrefillView("p0", outstanding_tokens=0, max_step_tokens=7, capacity_tokens=1000)
+    idle = PrefillView("p0", outstanding_tokens=0, max_step_tokens=7, longest_tokens=1000)
     assert choose_prefill([idle], 1000) == "p0"
     assert choose_prefill([idle], 1001) is None
 
 
 def test_decode_prefills_only_where_nobody_else_can_unless_told() -> None:
-    idle, busy = DecodeView("d0", 0, 0, 100), DecodeView("d1", 0, 5, 100)
+    idle, busy = DecodeView("d0", 0, 0, 100, 100), DecodeView("d1", 0, 5, 100, 100)
     assert decode_prefills(0, 42, busy, up_to_tokens=0)
     assert not decode_prefills(1, 1, idle, up_to_tokens=0)
     assert decode_prefills(1, 42, idle, up_to_tokens=42)
