@@ -140,10 +140,11 @@ def _merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> Iterator
 
 
 def _model(make: Any, tokens: Sequence[str], merges: list[tuple[str, str]], path: Path, **options: Any) -> Any:
-    try:
-        return make({token: token_id for token_id, token in enumerate(tokens)}, merges, **options)
-    except Exception as error:  # the library raises bare Exception, for a merge of unknown tokens say
-        raise InvalidModel(f"{path}: the tokenizer's tables do not fit together: {error}", file=path) from None
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
+    for left, right in merges:  # the library would panic
+        if left not in ids or right not in ids or left + right not in ids:
+            raise InvalidModel(f"{path}: the merge {left!r} {right!r} is not of known tokens", file=path)
+    return make(ids, merges, **options)
 
 
 def _pair(merge: str, path: Path) -> tuple[str, str]:

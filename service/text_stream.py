@@ -58,7 +58,8 @@ class TextStream:
             return ""
         if raw is not None:
             return self._utf8.decode(raw)
-        return self._end_of_run() + self._pieces.text_of.get(token_id, "")
+        text = self._pieces.text_of.get(token_id)
+        return self._end_of_run() + text if text is not None else ""
 
     def _end_of_run(self) -> str:
         if not self._run:

@@ -34,7 +34,9 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
         raise InvalidModel(f"{path} has no tokenizer.json", file=file)
     try:
         backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and panics, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InvalidModel(f"{file} is no tokenizer: {error}", file=file) from None
     return Tokenizer(backend, _folder_configuration(path))
 
