@@ -23,14 +23,16 @@ OK, IN_PROGRESS = 0, 1
 ERR_BUSY, ERR_UNSUPPORTED = -15, -22
 _FIRST_ERROR_POINTER = ctypes.c_size_t(-100).value  # UCS_PTR_IS_ERR: a status disguised as a request
 
-FEATURE_RMA, FEATURE_WAKEUP, FEATURE_AM = 1 << 1, 1 << 4, 1 << 6
+FEATURE_RMA, FEATURE_WAKEUP, FEATURE_AM = 1 << 1, 1 << 4, 1 << 6  # RMA: remote keys
 THREAD_MODE_SERIALIZED = 1
 ERR_HANDLING_MODE_PEER = 1
 MEM_MAP_ALLOCATE = 1 << 1
-AM_SEND_FLAG_EAGER = 1 << 1
+AM_SEND_FLAG_EAGER, AM_SEND_FLAG_RENDEZVOUS, AM_SEND_FLAG_COPY_HEADER = 1 << 1, 1 << 2, 1 << 3
+AM_RECEIVED_RENDEZVOUS = 1 << 17
 AM_FLAG_WHOLE_MESSAGE = 1 << 0
 CLOSE_FLAG_FORCE = 1 << 0
-OP_FIELD_FLAGS = 1 << 4
+OP_FIELD_DATATYPE, OP_FIELD_FLAGS = 1 << 3, 1 << 4
+DATATYPE_IOV = 2
 
 ErrorHandler = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 MessageHandler = ctypes.CFUNCTYPE(
@@ -40,7 +42,7 @@ MessageHandler = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     ctypes.c_void_p,  # data
     ctypes.c_size_t,
-    ctypes.c_void_p,  # ucp_am_recv_param_t
+    ctypes.POINTER(ctypes.c_uint64),  # ucp_am_recv_param_t, which begins with recv_attr
 )
 
 
@@ -174,8 +176,19 @@ class RequestParams(ctypes.Structure):
     ]
 
 
+class IoVector(ctypes.Structure):
+    """ucp_dt_iov_t"""
+
+    _fields_ = [("buffer", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+_COPYING = AM_SEND_FLAG_COPY_HEADER
 PLAIN = RequestParams()
-EAGER = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_EAGER)
+EAGER = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_EAGER | _COPYING)
+RENDEZVOUS = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_RENDEZVOUS | _COPYING)
+GATHERED = RequestParams(
+    op_attr_mask=OP_FIELD_FLAGS | OP_FIELD_DATATYPE, flags=AM_SEND_FLAG_EAGER | _COPYING, datatype=DATATYPE_IOV
+)
 FORCE = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=CLOSE_FLAG_FORCE)
 
 _handle, _out, _size, _text = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
@@ -206,8 +219,9 @@ _CALLS: dict[str, tuple[Any, list[Any]]] = {
     "ucp_ep_create": (_status, [_handle, _out, _out]),
     "ucp_ep_close_nbx": (_request, [_handle, _out]),
     "ucp_ep_flush_nbx": (_request, [_handle, _out]),
-    "ucp_put_nbx": (_request, [_handle, _handle, _size, ctypes.c_uint64, _handle, _out]),
-    "ucp_am_send_nbx": (_request, [_handle, ctypes.c_uint, _handle, _size, _text, _size, _out]),
+    "ucp_am_send_nbx": (_request, [_handle, ctypes.c_uint, _text, _size, _handle, _size, _out]),
+    "ucp_am_recv_data_nbx": (_request, [_handle, _handle, _handle, _size, _out]),
+    "ucp_am_data_release": (None, [_handle, _handle]),
     "ucp_request_check_status": (_status, [_request]),
     "ucp_request_free": (None, [_request]),
 }

@@ -214,7 +214,7 @@ class _Link(threading.Thread):
                     if not frame.HasField("write"):
                         return
                     self._write(self.region.buffer, frame.write)
-                    written = TransferFrame.Written(transfer_id=frame.write.transfer_id)
+                    written = TransferFrame.Written(write_id=frame.write.write_id)
                     send_frame(self._connection, TransferFrame(written=written))
         finally:
             with self._transport._lock:
@@ -333,7 +333,7 @@ class _SocketsPeer(Peer):
 
     def _send_write(self, transfer_id: int, source: memoryview, pieces: list[Piece]) -> None:
         write = TransferFrame.Write(
-            transfer_id=transfer_id,
+            write_id=transfer_id,  # the same for all Writes of a transfer: they are counted
             target_offsets=[piece.target_offset for piece in pieces],
             nbytes=[piece.nbytes for piece in pieces],
         )
@@ -347,7 +347,7 @@ class _SocketsPeer(Peer):
         try:
             while frame := receive_frame(self._link):
                 if frame.HasField("written"):
-                    self._acknowledged(frame.written.transfer_id)
+                    self._acknowledged(frame.written.write_id)
         except (OSError, TransferFailed) as error:
             why = f"the link to {self._named} broke: {error}"
         self._lose(why)

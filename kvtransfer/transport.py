@@ -78,7 +78,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def register(self, nbytes: int, memory: memoryview | None = None) -> Region:
-        """Allocates `nbytes` that peers may write into, or takes `memory` (writable, of that size) where it is given.
+        """Allocates `nbytes` of zeros that peers may write into, or takes `memory` (writable, of that size) where it is given.
 
         A worker allocates its KV memory through the first transport and registers the same memory with the others."""
 

@@ -1,15 +1,15 @@
-"""One-sided writes by libucp: RDMA between hosts that have it, TCP otherwise, CMA or shared memory within one host.
+"""Writes by libucp: shared memory within a host, RDMA between hosts that have it, TCP otherwise.
 
 Who wants to write says so first (Attach, with the region's token) and gets the region's address and remote key. Where
 that key leads to memory that both processes share (ucp_rkey_ptr: libucp allocated the region and the peer is on this
-host), a piece is one memcpy; otherwise it is one ucp_put_nbx, and a transfer is done when the flush behind its puts is:
-the bytes have landed. libucp cannot take a remote key back, so a region that is released asks its writers to stop
-(Revoke) and waits for each one's Detach, or its death.
+host), a piece is one memcpy. Otherwise pieces are the payload of active messages, which the owner's worker puts where
+they belong (it fetches large ones straight to their place) and confirms; no other thread of the owner takes part.
+A key cannot be taken back, so a region that is released asks its writers to stop (Revoke) and waits for each one's
+Detach, or its death.
 """
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -21,33 +21,24 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 from kvtransfer import libucp
-from kvtransfer.pieces import check_memory, check_pieces
-from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer, Transport
+from kvtransfer.pieces import check_memory
+from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
+from kvtransfer.ucx_peer import Ledger, UcxPeer, copy_memory
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
 from legato.v1.transfer_pb2 import RegionDescriptor, TransferFrame, UcxAddress
 from spec.errors import TransferFailed
 
-SLICE_BYTES = 4 << 20  # copied in one turn, or put before one flush; between two the thread looks at what else there is
-SLICE_PIECES = 256
-SLICES_IN_FLIGHT = 4
-BRIEF_BYTES = 64 << 10  # a copy up to this keeps the interpreter lock
-_copy_briefly, _copy = ctypes.PyDLL(None).memmove, ctypes.CDLL(None).memmove
-for _function in (_copy_briefly, _copy):
-    _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    _function.restype = ctypes.c_void_p
-
-_Gone = concurrent.futures.Future[None]
-
 
 def default_options(host: str) -> dict[str, str]:
     """What libucp is told: loopback stays on loopback; without GPU and RDMA device the transports of a plain host."""
-    options = {"TCP_TX_SEG_SIZE": "128k", "TCP_RX_SEG_SIZE": "128k"}
+    options = {"TCP_TX_SEG_SIZE": "128k", "TCP_RX_SEG_SIZE": "128k", "TCP_MAX_POLL": "64"}
+    options["ALLOC_PRIO"] = "md:sysv,md:posix,mmap"  # never the heap: new memory is zeros, and untouched until used
     if host == "localhost" or ipaddress.ip_address(host).is_loopback:
         options["NET_DEVICES"] = "lo"
     if not Path("/proc/driver/nvidia").exists() and not Path("/sys/class/infiniband").exists():
@@ -55,7 +46,7 @@ def default_options(host: str) -> dict[str, str]:
     return options
 
 
-class UcxTransport(Transport):
+class UcxTransport(Transport, Ledger):
     """`host` is an address of the network to use; `options` are libucp's own, named without UCX_, over the defaults."""
 
     name = "ucx"
@@ -63,7 +54,7 @@ class UcxTransport(Transport):
     def __init__(self, host: str = "127.0.0.1", options: Mapping[str, str] | None = None) -> None:
         self._lock = threading.Lock()  # guards the collections that counts() reads
         self._regions: dict[bytes, _UcxRegion] = {}  # by token
-        self._peers: dict[int, _UcxPeer] = {}  # by link
+        self._peers: dict[int, UcxPeer] = {}  # by link
         self._transfers: set[Transfer] = set()
         self._links: dict[int, _Link] = {}  # the worker's thread alone
         self._written_bytes = 0
@@ -71,6 +62,7 @@ class UcxTransport(Transport):
         self._worker = UcxWorker(
             default_options(host) | dict(options or {}),
             on_frame=self._receive,
+            on_data=self._receive_data,
             on_lost=self._lost,
             on_turn=self._turn,
         )
@@ -92,7 +84,7 @@ class UcxTransport(Transport):
             token = RegionDescriptor.FromString(descriptor).token
         except DecodeError:
             raise TransferFailed("not a descriptor of ucx", descriptor=descriptor.hex()) from None
-        peer = _UcxPeer(self, self._worker)
+        peer = UcxPeer(self, self._worker)
         with self._lock:
             self._peers[peer.link_id] = peer
         try:
@@ -156,12 +148,55 @@ class UcxTransport(Transport):
         if kind == "attach":
             self._welcome(frame.attach)
         elif kind == "detach" and (link := self._links.pop(frame.detach.link_id, None)):
-            link.gone.set_result(None)
-        elif kind in ("attached", "revoke"):
-            body = frame.attached if kind == "attached" else frame.revoke
-            peer = self._peers.get(body.link_id)
-            if peer is not None:
-                peer.was_attached(frame.attached) if kind == "attached" else peer.was_revoked()
+            link.leave()
+        elif kind == "attached" and (peer := self._peer_of(frame.attached.link_id)):
+            peer.was_attached(frame.attached)
+        elif kind == "written" and (peer := self._peer_of(frame.written.link_id)):
+            peer.was_written(frame.written)
+        elif kind == "revoke" and (peer := self._peer_of(frame.revoke.link_id)):
+            peer.lose("the owner has released the region")
+
+    def _peer_of(self, link_id: int) -> UcxPeer | None:
+        with self._lock:
+            return self._peers.get(link_id)
+
+    def _receive_data(self, write: TransferFrame.Write, data: int | None, nbytes: int, offer: int | None) -> None:
+        """Puts the payload of a Write where it belongs and says so; of one that is not let in, says that."""
+        link = self._links.get(write.link_id)
+        pieces = list(zip(write.target_offsets, write.nbytes, strict=False))
+        allowed = (
+            link is not None
+            and not link.region.released
+            and len(write.target_offsets) == len(write.nbytes)
+            and sum(write.nbytes) == nbytes
+            and all(target_offset + size <= link.region.nbytes for target_offset, size in pieces)
+            and (offer is None or len(pieces) == 1)
+        )
+        if not allowed or link is None:
+            if offer is not None:
+                self._worker.discard(offer)
+            if link is not None:
+                self._worker.soon(lambda: self._confirm(link, write, "outside the region, or released"))
+            return
+        if offer is not None:
+            link.fetching += 1
+            target = link.region.base + pieces[0][0]
+            self._worker.receive(offer, target, nbytes, lambda status: self._fetched(link, write, status))
+            return
+        assert data is not None
+        for target_offset, size in pieces:
+            copy_memory(link.region.base + target_offset, data, size)
+            data += size
+        self._worker.soon(lambda: self._confirm(link, write, ""))
+
+    def _fetched(self, link: _Link, write: TransferFrame.Write, status: int) -> None:
+        link.fetching -= 1
+        self._confirm(link, write, "" if status == libucp.OK else self._worker.library.text_of(status))
+        link.settle()
+
+    def _confirm(self, link: _Link, write: TransferFrame.Write, refused: str) -> None:
+        written = TransferFrame.Written(write_id=write.write_id, link_id=write.link_id, refused=refused)
+        self._worker.send(link.endpoint, TransferFrame(written=written))
 
     def _welcome(self, attach: TransferFrame.Attach) -> None:
         try:
@@ -182,11 +217,11 @@ class UcxTransport(Transport):
 
     def _lost(self, endpoint: Endpoint) -> None:
         for link_id in [link_id for link_id, link in self._links.items() if link.endpoint is endpoint]:
-            self._links.pop(link_id).gone.set_result(None)
+            self._links.pop(link_id).leave()
         with self._lock:
             peers = [peer for peer in self._peers.values() if peer.endpoint is endpoint]
         for peer in peers:
-            peer.lose(endpoint.lost)
+            peer.was_lost(endpoint.lost)
 
     def _revoke(self, region: _UcxRegion) -> list[_Link]:
         region.released = True
@@ -197,15 +232,20 @@ class UcxTransport(Transport):
             self._worker.send(link.endpoint, TransferFrame(revoke=TransferFrame.Revoke(link_id=link_id)))
         return list(links.values())
 
-    def _began(self, transfer: Transfer) -> None:
+    # ---- the ledger, from any thread
+
+    def began(self, transfer: Transfer) -> None:
         with self._lock:
             self._transfers.add(transfer)
 
-    def _ended(self, write: _Write, why: str) -> None:
+    def ended(self, transfer: Transfer, written_bytes: int) -> None:
         with self._lock:
-            self._transfers.discard(write.transfer)
-            self._written_bytes += 0 if why else write.total_bytes
-        write.transfer.set_exception(TransferFailed(why)) if why else write.transfer.set_result(None)
+            self._transfers.discard(transfer)
+            self._written_bytes += written_bytes
+
+    def forget(self, peer: UcxPeer) -> None:
+        with self._lock:
+            self._peers.pop(peer.link_id, None)
 
 
 @dataclasses.dataclass(slots=True)
@@ -214,7 +254,17 @@ class _Link:
 
     region: _UcxRegion
     endpoint: Endpoint
-    gone: _Gone = dataclasses.field(default_factory=concurrent.futures.Future)
+    fetching: int = 0  # payloads on their way into the region
+    left: bool = False
+    gone: concurrent.futures.Future[None] = dataclasses.field(default_factory=concurrent.futures.Future)
+
+    def leave(self) -> None:
+        self.left = True
+        self.settle()
+
+    def settle(self) -> None:
+        if self.left and not self.fetching and not self.gone.done():
+            self.gone.set_result(None)
 
 
 _kept_forever: list[object] = []  # memory that a stuck writer may still write into
@@ -253,206 +303,6 @@ class _UcxRegion(Region):
         if self._given is not None:
             self._worker.unmap(self._mapping)
             self._given = None
-
-
-@dataclasses.dataclass(slots=True)
-class _Write:
-    transfer: Transfer
-    held: ctypes.c_ubyte  # keeps the source's memory
-    source_address: int
-    pieces: Sequence[Piece]
-    total_bytes: int
-    next_piece: int = 0
-    next_byte: int = 0  # within that piece
-    slices: int = 0  # put and not yet flushed
-    failed: str = ""
-
-    def take(self) -> list[tuple[int, int, int]]:
-        """The next slice: (source address, target offset, nbytes)."""
-        taken: list[tuple[int, int, int]] = []
-        budget_bytes = SLICE_BYTES
-        while budget_bytes and self.next_piece < len(self.pieces) and len(taken) < SLICE_PIECES:
-            source_offset, target_offset, nbytes = self.pieces[self.next_piece]
-            size = min(nbytes - self.next_byte, budget_bytes)
-            source = self.source_address + source_offset + self.next_byte
-            taken.append((source, target_offset + self.next_byte, size))
-            budget_bytes -= size
-            self.next_byte += size
-            if self.next_byte == nbytes:
-                self.next_piece, self.next_byte = self.next_piece + 1, 0
-        return taken
-
-    @property
-    def all_taken(self) -> bool:
-        return self.next_piece == len(self.pieces)
-
-
-class _UcxPeer(Peer):
-    """Everything but post() and release() runs on the worker's thread."""
-
-    def __init__(self, transport: UcxTransport, worker: UcxWorker) -> None:
-        self._transport = transport
-        self._worker = worker
-        self.link_id = secrets.randbits(64)
-        self.endpoint: Endpoint | None = None
-        self.attached: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._why = ""  # it takes no more writes
-        self._region_bytes = self._remote_base = 0
-        self._mapped_base = 0  # where the peer's region lies in this process, 0 when it cannot
-        self._remote_key: int | None = None
-        self._queue: collections.deque[_Write] = collections.deque()  # not wholly taken
-        self._slices = 0  # of all writes, put and not yet flushed
-        self._quiet: _Gone = concurrent.futures.Future()  # nothing in flight, nothing to come
-
-    @property
-    def connected(self) -> bool:  # type: ignore[override]
-        return not self._why and self.attached.done()
-
-    def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
-        total_bytes = check_pieces(pieces, source.buffer.nbytes, self._region_bytes)
-        if self._why:
-            raise TransferFailed(self._why)
-        held = ctypes.c_ubyte.from_buffer(source.buffer)
-        write = _Write(Transfer(), held, ctypes.addressof(held), list(pieces), total_bytes)
-        write.transfer.set_running_or_notify_cancel()
-        self._transport._began(write.transfer)
-        try:
-            self._worker.submit(lambda: self._enqueue(write))
-        except TransferFailed as error:
-            self._transport._ended(write, error.message)
-        return write.transfer
-
-    def release(self) -> None:
-        with contextlib.suppress(TransferFailed):  # the transport is closed: nothing is in flight
-            self._worker.submit(lambda: self.lose("the peer is released"))
-            try:
-                self._quiet.result(QUIET_TIMEOUT_S)
-            except concurrent.futures.TimeoutError:
-                self._worker.submit(self._cut)
-                raise TransferFailed("the owner does not confirm that nothing is in flight") from None
-            finally:
-                self._forget()
-
-    def abandon(self) -> None:
-        """The handshake failed."""
-        self._forget()
-        with contextlib.suppress(TransferFailed):
-            self._worker.submit(lambda: self.lose("it never was connected"))
-
-    def attach(self, worker_address: bytes, reply_to: UcxAddress, token: bytes) -> None:
-        try:
-            self.endpoint = self._worker.endpoint(worker_address)
-        except TransferFailed as error:
-            self.attached.set_exception(error)
-            return
-        attach = TransferFrame.Attach(link_id=self.link_id, token=token, reply_to=reply_to)
-        self._worker.send(self.endpoint, TransferFrame(attach=attach))
-
-    def was_attached(self, answer: TransferFrame.Attached) -> None:
-        if self._why or self.attached.done():
-            return
-        if answer.refused:
-            self.attached.set_exception(TransferFailed(answer.refused))
-            return
-        assert self.endpoint is not None
-        key, pointer, library = ctypes.c_void_p(), ctypes.c_void_p(), self._worker.library
-        status = library.ucp_ep_rkey_unpack(self.endpoint.handle, answer.remote_key, ctypes.byref(key))
-        if status != libucp.OK:
-            self.attached.set_exception(TransferFailed(f"its remote key: {library.text_of(status)}"))
-            return
-        self._remote_key, self._remote_base, self._region_bytes = key.value, answer.base_address, answer.region_bytes
-        if library.ucp_rkey_ptr(key, answer.base_address, ctypes.byref(pointer)) == libucp.OK:
-            self._mapped_base = pointer.value or 0
-        self.attached.set_result(None)
-
-    def was_revoked(self) -> None:
-        self.lose("the owner has released the region")
-
-    def lose(self, why: str) -> None:
-        """Fails what is in flight and takes no more. The first reason stays."""
-        self._why = self._why or why
-        if not self.attached.done():
-            self.attached.set_exception(TransferFailed(self._why))
-        writes = list(self._queue)
-        self._queue.clear()
-        for write in writes:
-            self._fail(write, self._why)
-        self._settle()
-
-    def advance(self) -> bool:
-        """The next slices. True when more could be copied at once."""
-        while self._queue and self._slices < SLICES_IN_FLIGHT:
-            write = self._queue[0]
-            if write.failed:
-                self._queue.popleft()
-                continue
-            taken = write.take()
-            if write.all_taken:
-                self._queue.popleft()
-            if self._mapped_base:
-                self._copy(taken)
-                self._landed(write)
-                return bool(self._queue)
-            self._put(write, taken)
-        return False
-
-    def _enqueue(self, write: _Write) -> None:
-        self._fail(write, self._why) if self._why else self._queue.append(write)
-
-    def _copy(self, taken: list[tuple[int, int, int]]) -> None:
-        for source, target_offset, nbytes in taken:
-            copy = _copy_briefly if nbytes <= BRIEF_BYTES else _copy
-            copy(self._mapped_base + target_offset, source, nbytes)
-
-    def _put(self, write: _Write, taken: list[tuple[int, int, int]]) -> None:
-        assert self.endpoint is not None
-        slow, brief, plain = self._worker.library, self._worker.library.briefly, ctypes.byref(libucp.PLAIN)
-        requests: list[int | None] = []
-        for source, target_offset, nbytes in taken:
-            put = brief.ucp_put_nbx if nbytes <= BRIEF_BYTES else slow.ucp_put_nbx
-            requests.append(
-                put(self.endpoint.handle, source, nbytes, self._remote_base + target_offset, self._remote_key, plain)
-            )
-        requests.append(self._worker.flush(self.endpoint))
-        write.slices += 1
-        self._slices += 1
-        self._worker.wait_for(requests, lambda status: self._flushed(write, status))
-
-    def _flushed(self, write: _Write, status: int) -> None:
-        write.slices -= 1
-        self._slices -= 1
-        if status != libucp.OK:
-            self._fail(write, f"the write failed: {self._worker.library.text_of(status)}")
-        self._landed(write)
-        self._settle()
-
-    def _landed(self, write: _Write) -> None:
-        if write.all_taken and not write.slices and not write.failed:
-            self._transport._ended(write, "")
-
-    def _fail(self, write: _Write, why: str) -> None:
-        if not write.failed:
-            write.failed = why
-            self._transport._ended(write, why)
-
-    def _settle(self) -> None:
-        """When it takes no more and nothing is in flight: tells the owner, and lets go of its memory."""
-        if not self._why or self._slices or self._quiet.done():
-            return
-        self._mapped_base = 0
-        if self._remote_key is not None:
-            self._worker.library.ucp_rkey_destroy(self._remote_key)
-        if self.endpoint is not None:
-            self._worker.send(self.endpoint, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
-        self._quiet.set_result(None)
-
-    def _cut(self) -> None:
-        if self.endpoint is not None:
-            self._worker.lose(self.endpoint, "it does not answer")
-
-    def _forget(self) -> None:
-        with self._transport._lock:
-            self._transport._peers.pop(self.link_id, None)
 
 
 def _sealed(worker_address: bytes, version: str) -> UcxAddress:

@@ -4,7 +4,9 @@ The thread sleeps in poll() on two descriptors: libucp's (ucp_worker_get_efd, ar
 other threads wake it. It never spins while it waits, so that a core that others keep busy costs a scheduling delay and
 not a collapse. Endpoints are in mode "peer": a dead peer is reported, and all that was in flight to it completes with
 an error. That mode leaves shared memory to the caller (its transports in libucp cannot report a dead peer):
-kvtransfer/ucx.py asks for a pointer to the peer's memory and copies; libucp carries the rest by CMA, TCP or RDMA.
+kvtransfer/ucx.py asks for a pointer to the peer's memory and copies. The rest goes as active messages, which libucp
+carries over TCP, CMA or RDMA, and not as ucp_put: over TCP a put is emulated, and the emulation ends the owner's
+process ("Fatal: unexpected error", ucp_progress_rma_cmpl in UCX 1.22) when the writer dies at the wrong moment.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import collections
 import concurrent.futures
 import contextlib
 import ctypes
-import dataclasses
 import logging
 import os
 import select
@@ -28,10 +29,11 @@ from kvtransfer import libucp
 from legato.v1.transfer_pb2 import TransferFrame
 from spec.errors import TransferFailed, TransportUnavailable
 
-MESSAGE_ID = 7
+MESSAGE_ID, DATA_ID = 7, 8
 IDLE_CHECK_MS = 1000  # an event that libucp did not announce costs at most this
 BUSY_CHECK_MS = 20
 CLOSE_TIMEOUT_S = 1.0
+RENDEZVOUS_BYTES = 512 << 10  # from here on the owner fetches a payload to its place; below it comes with its header
 
 _log = logging.getLogger(__name__)
 
@@ -45,36 +47,33 @@ class Endpoint:
         self.lost = ""
 
 
-@dataclasses.dataclass(slots=True)
-class _Waiting:
-    requests: list[int]  # the one that completes last is the last
-    done: Callable[[int], None]
-    status: int = libucp.OK
-
-
 class UcxWorker:
-    """`on_frame(frame)`, `on_lost(endpoint)` and `on_turn()` are called on the worker's thread; on_turn does the next
-    bit of local copying and says whether more is left. Raises TransportUnavailable when libucp cannot start."""
+    """Calls these on its thread: `on_frame(frame)`; `on_data(write, data, nbytes, desc)` for a Write whose payload lies
+    at address `data`, or is to be fetched by receive(desc, ...); `on_lost(endpoint)`; `on_turn()`, which does the next
+    bit of sending and says whether more is left. Raises TransportUnavailable when libucp cannot start."""
 
     def __init__(
         self,
         options: Mapping[str, str],
         *,
         on_frame: Callable[[TransferFrame], None],
+        on_data: Callable[[TransferFrame.Write, int | None, int, int | None], None],
         on_lost: Callable[[Endpoint], None],
         on_turn: Callable[[], bool],
     ) -> None:
         self.library = libucp.load()
-        self._on_frame, self._on_lost, self._on_turn = on_frame, on_lost, on_turn
+        self._on_frame, self._on_data, self._on_lost, self._on_turn = on_frame, on_data, on_lost, on_turn
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._inbox: list[bytes] = []
+        self._offers: list[tuple[bytes, int, int]] = []  # (Write, descriptor, nbytes) of payloads to be fetched
         self._errors: list[tuple[int, int]] = []  # (endpoint handle, status)
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[int, Callable[[int], None]]] = []
         self._endpoints: dict[bytes, Endpoint] = {}
         self._stopping = self._ended = False
         self._ending = threading.RLock()  # reentrant: a finalizer may run anywhere
         self._mappings: set[int] = set()
-        self._message_handler = libucp.MessageHandler(self._receive)  # libucp holds pointers to these two
+        self._message_handler = libucp.MessageHandler(self._receive)  # libucp holds pointers to these three
+        self._data_handler = libucp.MessageHandler(self._receive_data)
         self._error_handler = libucp.ErrorHandler(lambda _, endpoint, status: self._errors.append((endpoint, status)))
         self._context = _open_context(self.library, options)
         try:
@@ -179,24 +178,54 @@ class UcxWorker:
         if endpoint.lost:
             return
         encoded = frame.SerializeToString()
-        request = self.library.ucp_am_send_nbx(
-            endpoint.handle, MESSAGE_ID, None, 0, encoded, len(encoded), ctypes.byref(libucp.EAGER)
+        request = self.library.briefly.ucp_am_send_nbx(
+            endpoint.handle, MESSAGE_ID, encoded, len(encoded), None, 0, ctypes.byref(libucp.EAGER)
         )
-        self.wait_for([request], lambda _, held=encoded: None)  # type: ignore[misc]
+        self.wait_for(request, lambda _: None)
+
+    def send_data(
+        self, endpoint: Endpoint, write: TransferFrame.Write, views: list[tuple[int, int]], done: Callable[[int], None]
+    ) -> None:
+        """Sends the (address, nbytes) views as the payload of `write`. done(status): they may be changed again."""
+        header = write.SerializeToString()
+        if len(views) == 1:
+            payload, count = views[0]
+            params = libucp.RENDEZVOUS if count >= RENDEZVOUS_BYTES else libucp.EAGER
+        else:
+            vector = (libucp.IoVector * len(views))(*(libucp.IoVector(*view) for view in views))
+            payload, count, params = ctypes.addressof(vector), len(views), libucp.GATHERED
+        request = self.library.ucp_am_send_nbx(
+            endpoint.handle, DATA_ID, header, len(header), payload, count, ctypes.byref(params)
+        )
+        held = vector if len(views) > 1 else None
+        self.wait_for(request, lambda status, held=held: done(status))  # type: ignore[misc]
+
+    def receive(self, descriptor: int, address: int, nbytes: int, done: Callable[[int], None]) -> None:
+        """Fetches an offered payload to `address`."""
+        request = self.library.ucp_am_recv_data_nbx(
+            self._worker, descriptor, address, nbytes, ctypes.byref(libucp.PLAIN)
+        )
+        self.wait_for(request, done)
+
+    def soon(self, command: Callable[[], None]) -> None:
+        """From within a callback of libucp, which must not call libucp: runs `command` in the next turn."""
+        self._commands.append(command)
+
+    def discard(self, descriptor: int) -> None:
+        self.library.ucp_am_data_release(self._worker, descriptor)
 
     def flush(self, endpoint: Endpoint) -> int | None:
-        """A request that is done when all that was put to the endpoint has landed."""
+        """A request that is done when all that was sent to the endpoint has left."""
         request: int | None = self.library.ucp_ep_flush_nbx(endpoint.handle, ctypes.byref(libucp.PLAIN))
         return request
 
-    def wait_for(self, requests: list[int | None], done: Callable[[int], None]) -> None:
-        """Calls done(status) when all requests are; status is OK or that of one that failed."""
-        status = next((failed for r in requests if (failed := libucp.failed_status(r)) != libucp.OK), libucp.OK)
-        pending = [r for r in requests if r is not None and libucp.failed_status(r) == libucp.OK]
-        if pending:
-            self._waiting.append(_Waiting(pending, done, status))
+    def wait_for(self, request: int | None, done: Callable[[int], None]) -> None:
+        """Calls done(status) when the request is."""
+        failed = libucp.failed_status(request)
+        if request is None or failed:
+            done(failed)
         else:
-            done(status)
+            self._waiting.append((request, done))
 
     def lose(self, endpoint: Endpoint, why: str) -> None:
         """Closes the endpoint at once; what is in flight to it completes with an error."""
@@ -206,7 +235,7 @@ class UcxWorker:
         if self._endpoints.get(endpoint.address) is endpoint:
             del self._endpoints[endpoint.address]
         request = self.library.ucp_ep_close_nbx(endpoint.handle, ctypes.byref(libucp.FORCE))
-        self.wait_for([request], lambda _: None)
+        self.wait_for(request, lambda _: None)
         self._on_lost(endpoint)
 
     # ---- the thread
@@ -252,20 +281,25 @@ class UcxWorker:
         for encoded in inbox:
             with contextlib.suppress(DecodeError):  # whoever sent that waits in vain, and says so
                 self._on_frame(TransferFrame.FromString(encoded))
-        return self._check_waiting() or happened or bool(inbox) or bool(errors)
+        offers, self._offers = self._offers, []
+        for header, descriptor, nbytes in offers:
+            self._on_data(TransferFrame.Write.FromString(header), None, nbytes, descriptor)
+        return self._check_waiting() or happened or bool(inbox or offers or errors)
 
     def _check_waiting(self) -> bool:
-        check_status, free = self.library.briefly.ucp_request_check_status, self.library.ucp_request_free
-        finished: list[_Waiting] = []
-        unfinished: list[_Waiting] = []
-        for waiting in self._waiting:
-            while waiting.requests and (status := check_status(waiting.requests[-1])) != libucp.IN_PROGRESS:
-                free(waiting.requests.pop())
-                waiting.status = waiting.status or status
-            (unfinished if waiting.requests else finished).append(waiting)
+        check_status, free = self.library.briefly.ucp_request_check_status, self.library.briefly.ucp_request_free
+        finished: list[tuple[int, Callable[[int], None]]] = []
+        unfinished: list[tuple[int, Callable[[int], None]]] = []
+        for request, done in self._waiting:
+            status = check_status(request)
+            if status == libucp.IN_PROGRESS:
+                unfinished.append((request, done))
+            else:
+                free(request)
+                finished.append((status, done))
         self._waiting = unfinished
-        for waiting in finished:
-            waiting.done(waiting.status)
+        for status, done in finished:
+            done(status)
         return bool(finished)
 
     def _run_commands(self) -> None:
@@ -276,15 +310,23 @@ class UcxWorker:
             except Exception:
                 _log.exception("a command of the transport failed")
 
-    def _receive(self, _arg: int, _header: int, _header_bytes: int, data: int, nbytes: int, _param: int) -> int:
-        self._inbox.append(ctypes.string_at(data, nbytes))
+    def _receive(self, _arg: int, header: int, header_bytes: int, _data: int, _nbytes: int, _param: Any) -> int:
+        self._inbox.append(ctypes.string_at(header, header_bytes))
+        return libucp.OK
+
+    def _receive_data(self, _arg: int, header: int, header_bytes: int, data: int, nbytes: int, param: Any) -> int:
+        write = ctypes.string_at(header, header_bytes)
+        if param[0] & libucp.AM_RECEIVED_RENDEZVOUS:
+            self._offers.append((write, data, nbytes))
+            return libucp.IN_PROGRESS  # it stays ours until receive() or discard()
+        self._on_data(TransferFrame.Write.FromString(write), data, nbytes, None)
         return libucp.OK
 
     def _close_endpoints(self) -> None:
         """Last words leave first. A peer that is dead or stuck cannot hold us: its endpoint is closed by force."""
         deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
         for endpoint in self._endpoints.values():
-            self.wait_for([self.flush(endpoint)], lambda _: None)
+            self.wait_for(self.flush(endpoint), lambda _: None)
         while self._waiting and time.monotonic() < deadline_s:
             if not self._progress():
                 time.sleep(0.001)
@@ -314,14 +356,15 @@ class UcxWorker:
         status = self.library.ucp_worker_create(self._context, ctypes.byref(params), ctypes.byref(worker))
         self.library.check(status, "cannot make a worker")
         kind = libucp.MessageHandlerParams
-        handler = kind(
-            field_mask=kind.ID | kind.FLAGS | kind.CALLBACK,
-            id=MESSAGE_ID,
-            flags=libucp.AM_FLAG_WHOLE_MESSAGE,
-            cb=self._message_handler,
-        )
-        status = self.library.ucp_worker_set_am_recv_handler(worker, ctypes.byref(handler))
-        self.library.check(status, "cannot receive messages")
+        for message_id, callback in ((MESSAGE_ID, self._message_handler), (DATA_ID, self._data_handler)):
+            handler = kind(
+                field_mask=kind.ID | kind.FLAGS | kind.CALLBACK,
+                id=message_id,
+                flags=libucp.AM_FLAG_WHOLE_MESSAGE,
+                cb=callback,
+            )
+            status = self.library.ucp_worker_set_am_recv_handler(worker, ctypes.byref(handler))
+            self.library.check(status, "cannot receive messages")
         assert worker.value is not None
         return worker.value
 

@@ -58,19 +58,25 @@ class TransferFrame(_message.Message):
         remote_key: bytes
         def __init__(self, link_id: _Optional[int] = ..., refused: _Optional[str] = ..., region_bytes: _Optional[int] = ..., base_address: _Optional[int] = ..., remote_key: _Optional[bytes] = ...) -> None: ...
     class Write(_message.Message):
-        __slots__ = ("transfer_id", "target_offsets", "nbytes")
-        TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+        __slots__ = ("write_id", "target_offsets", "nbytes", "link_id")
+        WRITE_ID_FIELD_NUMBER: _ClassVar[int]
         TARGET_OFFSETS_FIELD_NUMBER: _ClassVar[int]
         NBYTES_FIELD_NUMBER: _ClassVar[int]
-        transfer_id: int
+        LINK_ID_FIELD_NUMBER: _ClassVar[int]
+        write_id: int
         target_offsets: _containers.RepeatedScalarFieldContainer[int]
         nbytes: _containers.RepeatedScalarFieldContainer[int]
-        def __init__(self, transfer_id: _Optional[int] = ..., target_offsets: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ...) -> None: ...
+        link_id: int
+        def __init__(self, write_id: _Optional[int] = ..., target_offsets: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., link_id: _Optional[int] = ...) -> None: ...
     class Written(_message.Message):
-        __slots__ = ("transfer_id",)
-        TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
-        transfer_id: int
-        def __init__(self, transfer_id: _Optional[int] = ...) -> None: ...
+        __slots__ = ("write_id", "link_id", "refused")
+        WRITE_ID_FIELD_NUMBER: _ClassVar[int]
+        LINK_ID_FIELD_NUMBER: _ClassVar[int]
+        REFUSED_FIELD_NUMBER: _ClassVar[int]
+        write_id: int
+        link_id: int
+        refused: str
+        def __init__(self, write_id: _Optional[int] = ..., link_id: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
     class Revoke(_message.Message):
         __slots__ = ("link_id",)
         LINK_ID_FIELD_NUMBER: _ClassVar[int]

@@ -1,12 +1,13 @@
-"""A worker for the conformance suite: one transport, driven by JSON lines, so that it can be another process (and be killed).
+"""A worker for the conformance suite: one transport, driven by JSON lines, so that it can be another process.
 
-    python far_worker.py NAME      reads {"verb": ..., arguments} from standard input, answers {"result": ...} or {"error": ...}
+python far_worker.py NAME      reads {"verb": ...} from standard input, answers {"result": ...} or {"error": ...}
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 import threading
 
@@ -30,10 +31,19 @@ def open_transport(name: str) -> Transport:
 
 class FarWorker:
     def __init__(self, name: str) -> None:
+        self.name = name
         self.transport = open_transport(name)
         self.regions: list[Region] = []
         self.peers: list[Peer] = []
         self.burning = False
+
+    def start_afresh(self) -> dict[str, int]:
+        """Closes the transport and opens another. The counts of the old one."""
+        self.transport.close()
+        counts = self.transport.counts()
+        if self.name != "memory":
+            self.__init__(self.name)  # type: ignore[misc]
+        return counts
 
     def address(self) -> str:
         return self.transport.address.hex()
@@ -55,8 +65,18 @@ class FarWorker:
     def connect(self, address: str, descriptor: str) -> None:
         self.peers.append(self.transport.connect(bytes.fromhex(address), bytes.fromhex(descriptor)))
 
+    def fill(self, value: int) -> None:
+        buffer = self.regions[-1].buffer
+        buffer[:] = bytes([value]) * buffer.nbytes
+
+    def post_noise(self, nbytes: int, seed: int) -> None:
+        self.regions[-1].buffer[:nbytes] = random.Random(seed).randbytes(nbytes)
+        self.peers[-1].post(self.regions[-1], [Piece(0, 0, nbytes)]).result(20)
+
     def write_for_ever(self, nbytes: int) -> None:
         """Posts the same write again and again, in a thread of its own, until it fails."""
+        if not any(self.regions[-1].buffer[-1:]):
+            self.fill(0xC3)
 
         def run() -> None:
             try:

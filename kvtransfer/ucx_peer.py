@@ -1,0 +1,266 @@
+"""The writer's end of a UCX link, for kvtransfer/ucx.py.
+
+A transfer is cut into slices. Where the peer's region is mapped here, a slice is copied; otherwise it is sent as one
+active message and is in flight until the owner says Written, so that "nothing in flight" means that nothing can land.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import secrets
+from collections.abc import Sequence
+
+from kvtransfer import libucp
+from kvtransfer.pieces import check_pieces
+from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
+from kvtransfer.ucx_worker import Endpoint, UcxWorker
+from legato.v1.transfer_pb2 import TransferFrame, UcxAddress
+from spec.errors import TransferFailed
+
+SLICE_BYTES = 4 << 20  # between two slices the thread looks at what else there is
+GATHERED_PIECES, GATHERED_BYTES = 64, 256 << 10  # small pieces that travel as one message
+SLICES_IN_FLIGHT = 8
+BRIEF_BYTES = 64 << 10  # a copy up to this keeps the interpreter lock
+_copy_briefly, _copy = ctypes.PyDLL(None).memmove, ctypes.CDLL(None).memmove
+for _function in (_copy_briefly, _copy):
+    _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    _function.restype = ctypes.c_void_p
+
+
+def copy_memory(target: int, source: int, nbytes: int) -> None:
+    (_copy_briefly if nbytes <= BRIEF_BYTES else _copy)(target, source, nbytes)
+
+
+class Ledger(abc.ABC):
+    """Who counts: the transport."""
+
+    @abc.abstractmethod
+    def began(self, transfer: Transfer) -> None: ...
+
+    @abc.abstractmethod
+    def ended(self, transfer: Transfer, written_bytes: int) -> None: ...
+
+    @abc.abstractmethod
+    def forget(self, peer: UcxPeer) -> None: ...
+
+
+@dataclasses.dataclass(slots=True)
+class _Write:
+    transfer: Transfer
+    held: ctypes.c_ubyte  # keeps the source's memory
+    source_address: int
+    pieces: Sequence[Piece]
+    total_bytes: int
+    next_piece: int = 0
+    next_byte: int = 0  # within that piece
+    slices: int = 0  # in flight
+    failed: bool = False
+
+    def take(self) -> list[tuple[int, int, int]]:
+        """The next slice, (source address, target offset, nbytes) each: part of one piece, or several small pieces."""
+        source_offset, target_offset, nbytes = self.pieces[self.next_piece]
+        size = min(nbytes - self.next_byte, SLICE_BYTES)
+        taken = [(self.source_address + source_offset + self.next_byte, target_offset + self.next_byte, size)]
+        self.next_byte += size
+        if self.next_byte < nbytes:
+            return taken
+        self.next_piece, self.next_byte = self.next_piece + 1, 0
+        while self.next_piece < len(self.pieces) and len(taken) < GATHERED_PIECES:
+            source_offset, target_offset, nbytes = self.pieces[self.next_piece]
+            size += nbytes
+            if size > GATHERED_BYTES:
+                break
+            taken.append((self.source_address + source_offset, target_offset, nbytes))
+            self.next_piece += 1
+        return taken
+
+    @property
+    def all_taken(self) -> bool:
+        return self.next_piece == len(self.pieces)
+
+
+class UcxPeer(Peer):
+    """Everything but post(), release() and abandon() runs on the worker's thread."""
+
+    def __init__(self, ledger: Ledger, worker: UcxWorker) -> None:
+        self._ledger = ledger
+        self._worker = worker
+        self.link_id = secrets.randbits(64)
+        self.endpoint: Endpoint | None = None
+        self.attached: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._why = ""  # it takes no more writes
+        self._region_bytes = 0
+        self._mapped_base = 0  # where the peer's region lies in this process, 0 when it does not
+        self._remote_key: int | None = None
+        self._queue: collections.deque[_Write] = collections.deque()  # not wholly taken
+        self._write_ids = itertools.count(1)
+        self._in_flight: dict[int, _Write] = {}  # by write id: sent and not yet Written
+        self._quiet: concurrent.futures.Future[None] = concurrent.futures.Future()  # nothing in flight or to come
+
+    @property
+    def connected(self) -> bool:  # type: ignore[override]
+        return not self._why and self.attached.done()
+
+    def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
+        total_bytes = check_pieces(pieces, source.buffer.nbytes, self._region_bytes)
+        if self._why:
+            raise TransferFailed(self._why)
+        held = ctypes.c_ubyte.from_buffer(source.buffer)
+        write = _Write(Transfer(), held, ctypes.addressof(held), list(pieces), total_bytes)
+        write.transfer.set_running_or_notify_cancel()
+        self._ledger.began(write.transfer)
+        try:
+            self._worker.submit(lambda: self._enqueue(write))
+        except TransferFailed as error:
+            self._fail(write, error.message)
+        return write.transfer
+
+    def release(self) -> None:
+        with contextlib.suppress(TransferFailed):  # the transport is closed: nothing is in flight
+            self._worker.submit(lambda: self.lose("the peer is released"))
+            try:
+                self._quiet.result(QUIET_TIMEOUT_S)
+                return
+            except concurrent.futures.TimeoutError:
+                self._worker.submit(self._cut)
+            finally:
+                self._ledger.forget(self)
+        if not self._quiet.done():
+            raise TransferFailed("the owner does not confirm that nothing is in flight")
+
+    def abandon(self) -> None:
+        """The handshake failed."""
+        self._ledger.forget(self)
+        with contextlib.suppress(TransferFailed):
+            self._worker.submit(lambda: self.lose("it never was connected"))
+
+    def attach(self, worker_address: bytes, reply_to: UcxAddress, token: bytes) -> None:
+        try:
+            self.endpoint = self._worker.endpoint(worker_address)
+        except TransferFailed as error:
+            self.attached.set_exception(error)
+            return
+        attach = TransferFrame.Attach(link_id=self.link_id, token=token, reply_to=reply_to)
+        self._worker.send(self.endpoint, TransferFrame(attach=attach))
+
+    def was_attached(self, answer: TransferFrame.Attached) -> None:
+        if self._why or self.attached.done():
+            return
+        if answer.refused:
+            self.attached.set_exception(TransferFailed(answer.refused))
+            return
+        assert self.endpoint is not None
+        key, pointer, library = ctypes.c_void_p(), ctypes.c_void_p(), self._worker.library
+        if library.ucp_ep_rkey_unpack(self.endpoint.handle, answer.remote_key, ctypes.byref(key)) == libucp.OK:
+            self._remote_key = key.value
+            if library.ucp_rkey_ptr(key, answer.base_address, ctypes.byref(pointer)) == libucp.OK:
+                self._mapped_base = pointer.value or 0
+        self._region_bytes = answer.region_bytes
+        self.attached.set_result(None)
+
+    def was_written(self, answer: TransferFrame.Written) -> None:
+        write = self._in_flight.pop(answer.write_id, None)
+        if write is None:
+            return
+        write.slices -= 1
+        if answer.refused:
+            self._fail(write, answer.refused)
+        self._landed(write)
+        self._settle()
+
+    def was_lost(self, why: str) -> None:
+        """The endpoint is closed: what was in flight never lands any more."""
+        in_flight = list(self._in_flight.values())
+        self._in_flight.clear()
+        for write in in_flight:
+            self._fail(write, why)
+        self.lose(why)
+
+    def lose(self, why: str) -> None:
+        """Fails what is under way and takes no more. The first reason stays."""
+        self._why = self._why or why
+        if not self.attached.done():
+            self.attached.set_exception(TransferFailed(self._why))
+        writes = [*self._queue, *self._in_flight.values()]
+        self._queue.clear()
+        for write in writes:
+            self._fail(write, self._why)
+        self._settle()
+
+    def advance(self) -> bool:
+        """The next slices. True when more could go at once."""
+        while self._queue and len(self._in_flight) < SLICES_IN_FLIGHT:
+            write = self._queue[0]
+            if write.failed:
+                self._queue.popleft()
+                continue
+            taken = write.take()
+            if write.all_taken:
+                self._queue.popleft()
+            if not self._mapped_base:
+                self._send(write, taken)
+                continue
+            for source, target_offset, nbytes in taken:
+                copy_memory(self._mapped_base + target_offset, source, nbytes)
+            self._landed(write)
+            return bool(self._queue)
+        return False
+
+    def _enqueue(self, write: _Write) -> None:
+        if self._why:
+            self._fail(write, self._why)
+        else:
+            self._queue.append(write)
+
+    def _send(self, write: _Write, taken: list[tuple[int, int, int]]) -> None:
+        assert self.endpoint is not None
+        write_id = next(self._write_ids)
+        header = TransferFrame.Write(
+            write_id=write_id,
+            link_id=self.link_id,
+            target_offsets=[target_offset for _, target_offset, _ in taken],
+            nbytes=[nbytes for _, _, nbytes in taken],
+        )
+        write.slices += 1
+        self._in_flight[write_id] = write
+        views = [(source, nbytes) for source, _, nbytes in taken]
+        self._worker.send_data(self.endpoint, header, views, lambda status: self._sent(write, write_id, status))
+
+    def _sent(self, write: _Write, write_id: int, status: int) -> None:
+        if status != libucp.OK and write_id in self._in_flight:
+            del self._in_flight[write_id]
+            write.slices -= 1
+            self._fail(write, f"the write failed: {self._worker.library.text_of(status)}")
+            self._settle()
+
+    def _landed(self, write: _Write) -> None:
+        if write.all_taken and not write.slices and not write.failed:
+            self._ledger.ended(write.transfer, write.total_bytes)
+            write.transfer.set_result(None)
+
+    def _fail(self, write: _Write, why: str) -> None:
+        if not write.failed and not write.transfer.done():
+            write.failed = True
+            self._ledger.ended(write.transfer, 0)
+            write.transfer.set_exception(TransferFailed(why))
+
+    def _settle(self) -> None:
+        """When it takes no more and nothing is in flight: tells the owner, and lets go of its memory."""
+        if not self._why or self._in_flight or self._quiet.done():
+            return
+        self._mapped_base = 0
+        if self._remote_key is not None:
+            self._worker.library.ucp_rkey_destroy(self._remote_key)
+        if self.endpoint is not None:
+            self._worker.send(self.endpoint, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
+        self._quiet.set_result(None)
+
+    def _cut(self) -> None:
+        if self.endpoint is not None:
+            self._worker.lose(self.endpoint, "it does not answer")
