@@ -88,16 +88,69 @@ def test_a_decode_is_in_every_step_however_many_prompts_arrive(fake: SimpleNames
     worker.finish()
 
 
+def adopt(worker: Worker, joining: Sequence) -> None:
+    """With the KV of its prompt in place; its first token was drawn elsewhere."""
+    scheduler = worker.scheduler
+    block_table = scheduler.pool.allocate(scheduler.pool.blocks_for(len(joining.prompt_token_ids)))
+    worker.engine.write(block_table, 0, worker.fake.kv_of(joining.prompt_token_ids))
+    scheduler.adopt(joining, block_table, len(joining.prompt_token_ids), worker.now_s)
+
+
+def test_a_decode_that_joins_late_goes_before_an_older_chunk(fake: SimpleNamespace) -> None:
+    worker = Worker(fake)
+    worker.add(sequence("long", 60))
+    worker.step()
+    adopt(worker, sequence("joins", 6, output=[1]))
+    assert list(worker.step()[0].items()) == [("joins", 1), ("long", 15)]
+    worker.finish()
+
+
+def test_a_preempted_one_waits_in_front_of_older_ones_that_never_ran(fake: SimpleNamespace) -> None:
+    worker = Worker(fake, num_blocks=7, max_sequences=2)
+    joins = sequence("joins", 8, max_tokens=12, output=[1])
+    worker.add(sequence("old", 8, max_tokens=16))
+    worker.step()
+    worker.add(sequence("big", 18, max_tokens=2))
+    adopt(worker, joins)
+    while not joins.preemptions:
+        worker.step()
+    assert worker.scheduler.load().waiting == 2
+    assert worker.scheduler.spare_blocks() == 0
+    finished = [event.sequence_id for event in worker.finish() if isinstance(event, Tokens) and event.finish]
+    assert finished.index("joins") < finished.index("big")
+
+
+def test_a_reservation_does_not_overtake_one_that_waits_for_room(fake: SimpleNamespace) -> None:
+    worker = Worker(fake, num_blocks=8)
+    worker.add(sequence("runs", 8, max_tokens=6))
+    worker.step()
+    assert worker.scheduler.spare_blocks() == 5, "a quarter block for each who runs is left"
+    worker.add(sequence("big", 25, max_tokens=1))
+    worker.step()
+    assert worker.scheduler.pool.available > 0
+    assert worker.scheduler.spare_blocks() == 0
+    worker.finish()
+    assert worker.scheduler.spare_blocks() == 8
+
+
+def test_prompt_logprobs_survive_a_preemption_halfway(fake: SimpleNamespace) -> None:
+    worker = Worker(fake, num_blocks=9, max_step_tokens=3, max_sequences=2)
+    scored = sequence("scored", 24, params=SamplingParams(max_tokens=2, prompt_logprobs=0, ignore_eos=True))
+    worker.add(sequence("old", 3, max_tokens=20))
+    worker.step()
+    worker.add(scored)
+    told = [event for event in worker.finish() if isinstance(event, Tokens) and event.sequence_id == "scored"]
+    assert scored.preemptions == 1
+    assert told[0].prompt_logprobs == fake.prompt_scores(scored.prompt_token_ids)
+
+
 def test_the_oldest_chunk_is_never_starved_by_younger_decodes(fake: SimpleNamespace) -> None:
     """Sequences that are handed over join beyond max_sequences; the oldest keep their places."""
     worker = Worker(fake, max_sequences=2, max_step_tokens=2, num_blocks=64)
     worker.add(sequence("long", 20, max_tokens=1))
     worker.step()
     for number in range(6):
-        joining = sequence(f"d{number}", 4, max_tokens=40, output=[1])
-        block_table = worker.scheduler.pool.allocate(1)
-        worker.engine.write(block_table, 0, fake.kv_of(joining.prompt_token_ids))
-        worker.scheduler.adopt(joining, block_table, 4, worker.now_s)
+        adopt(worker, sequence(f"d{number}", 4, max_tokens=40, output=[1]))
         assert worker.step()[0]["long"] >= 1
     worker.finish()
 
@@ -117,13 +170,20 @@ def test_the_youngest_gives_way_and_goes_on_in_front(fake: SimpleNamespace) -> N
     worker.step()
     worker.add(sequence("new", 8, max_tokens=2))
     events: list[Event] = []
+    shares: dict[str, int] = {}
     while not second.preemptions:
-        events += worker.step()[1]
+        shares, told = worker.step()
+        events += told
+    assert shares == {"old": 1}, "who gave way a moment ago does not come back in the same step"
     assert first.preemptions == 0
     assert worker.scheduler.load().waiting == 2
+    events += worker.finish()
+    assert {event.cached_tokens for event in events if isinstance(event, Tokens)} == {0}, (
+        "what it found when first it ran"
+    )
     order = [
         event.sequence_id
-        for event in itertools.chain(events, worker.finish())
+        for event in events
         if isinstance(event, Preempted) or (isinstance(event, Tokens) and event.finish)
     ]
     assert order.index("young") < order.index("old") < order.index("new"), "preempted, finished, and then the new one"
@@ -274,6 +334,8 @@ def test_what_an_aborted_sequence_computes_is_dropped(fake: SimpleNamespace) -> 
     assert scheduler.counts()["held_blocks"] == 4
     assert {event.sequence_id for event in scheduler.commit(plan, worker.engine.execute(plan), 0.0)} == {"b"}
     assert scheduler.counts()["held_blocks"] == 1
+    scheduler.release("b")
+    assert scheduler.load().running == 1, "release is for held ones"
     worker.add(sequence("a", 4))
     worker.finish()
 
