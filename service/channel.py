@@ -16,6 +16,7 @@ from service.config import MAX_MESSAGE_BYTES
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),  # 60 s by default, and the keepalive's pings wait as long
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
