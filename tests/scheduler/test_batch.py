@@ -133,6 +133,21 @@ def test_a_reservation_does_not_overtake_one_that_waits_for_room(fake: SimpleNam
     assert worker.scheduler.spare_blocks() == 8
 
 
+def test_who_waits_does_not_take_what_a_running_one_is_short_of(fake: SimpleNamespace) -> None:
+    worker = Worker(fake, num_blocks=7)
+    worker.add(sequence("held", 16, draws_here=1))
+    worker.step()
+    needs_three = sequence("runs", 16, max_tokens=2)
+    worker.scheduler.adopt(needs_three, worker.scheduler.pool.allocate(1), 4, worker.now_s)
+    worker.engine.write(needs_three.block_table, 0, fake.kv_of(needs_three.prompt_token_ids)[:4])
+    worker.add(sequence("small", 3, max_tokens=2))
+    assert worker.scheduler.pool.available == 2
+    assert worker.step()[0] == {}
+    worker.scheduler.release("held")
+    assert list(worker.step()[0].items()) == [("runs", 12), ("small", 3)]
+    worker.finish()
+
+
 def test_prompt_logprobs_survive_a_preemption_halfway(fake: SimpleNamespace) -> None:
     worker = Worker(fake, num_blocks=9, max_step_tokens=3, max_sequences=2)
     scored = sequence("scored", 24, params=SamplingParams(max_tokens=2, prompt_logprobs=0, ignore_eos=True))
