@@ -79,8 +79,7 @@ class AsyncStream(AsyncIterator[Piece]):
     async def _receive(self) -> Piece | None:
         """The next message, or the next send. Sets `_is_left` at the end."""
         try:
-            with _status_not_cancellation(self._call):
-                response = await self._call.read()
+            response = await self._call.read()
         except grpc.RpcError as error:
             delay_s = self._exchange.failed(_rpc.Failure.of(error))
             if delay_s is None:
@@ -109,20 +108,6 @@ class AsyncStream(AsyncIterator[Piece]):
         if self._call is not None:
             self._call.cancel()
         self._exchange.close(error)
-
-
-@contextlib.contextmanager
-def _status_not_cancellation(call: Any) -> Iterator[None]:
-    """grpc.aio raises CancelledError also when the server ended the call with CANCELLED: that is a status too."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling() or not call.done():
-            raise
-        raise grpc.aio.AioRpcError(
-            grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "the server cancelled it"
-        ) from None
 
 
 class _Channels:
@@ -273,8 +258,7 @@ class AsyncClient:
             left_s = max(0.0, deadline_s - time.monotonic())
             call = method(unary.request, timeout=left_s, metadata=self._verbs.metadata())
             try:
-                with _status_not_cancellation(call):
-                    return unary.read(await call)
+                return unary.read(await call)
             except grpc.RpcError as error:
                 typed = _rpc.error_of(_rpc.Failure.of(error), address, "")
                 delay_s = backoff.delay_after_s(typed, time.monotonic(), progressed=False)

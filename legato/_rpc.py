@@ -106,7 +106,7 @@ def error_of(failure: Failure, address: str, request_id: str) -> errors.LegatoEr
         return errors.InvalidParameter(f"request is too large: {message}", request_id=request_id, details=details)
     kind = _BY_STATUS.get(code, errors.InternalError)
     if kind is errors.Unreachable:
-        message = f"no router answers at {address}: {message}"
+        message = f"no router answers at {address}: {message.rpartition('last error: ')[2].rpartition(': ')[2]}"
     elif kind is errors.DeadlineExceeded:
         message = "the request's deadline passed before its answer was whole"
     return kind(message or code.name, request_id=request_id, details=details)

@@ -134,11 +134,11 @@ def _transports() -> Iterator[Finding]:
         from kvtransfer.choose import probe
     except ImportError:
         return
-    for name, wrong in probe().items():
-        if wrong is None:
-            yield Finding(f"transport {name}", "ok", "")
+    for one in probe():
+        if one.available:
+            yield Finding(f"transport {one.name}", "ok", one.detail)
         else:
-            yield Finding(f"transport {name}", "optional", "", str(wrong))
+            yield Finding(f"transport {one.name}", "optional", "", one.detail)
 
 
 def _redis(url: str) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Any
@@ -39,6 +40,7 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 def run(arguments: list[str] | None = None) -> int:
     """The exit code; see terminal.py for what each means."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own log is not for the reader of an answer
     try:
         code = app(args=arguments, prog_name="legato", standalone_mode=False)
     except USAGE_ERROR as error:

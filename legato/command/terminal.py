@@ -10,14 +10,17 @@ exit code   0    done
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
 
 EXIT_DEFECT, EXIT_REQUEST, EXIT_CLUSTER, EXIT_SETUP, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# A file or a pipe has no width of its own: tables are not cropped there.
+PLAIN_WIDTH = 160
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else PLAIN_WIDTH)
 
 _ADVICE = {
     "INVALID_PARAMETER": "change it",
@@ -32,7 +35,7 @@ _ADVICE = {
     "DRAINING": "try again in some seconds",
     "NO_WORKERS": "`legato top` shows who is there; workers may still be loading",
     "UNREACHABLE": "start a cluster with `legato up`, or name one by --address",
-    "INTERNAL": "a defect: the router's log has the rest",
+    "INTERNAL": "please report it with the logs",
     "INVALID_MODEL": "correct the files or choose another model",
     "UNSUPPORTED_MODEL": "choose another model",
     "INVALID_CONFIGURATION": "correct the configuration",
@@ -54,6 +57,8 @@ def error_line(error: Any) -> str:
     """What happened (whose fault; what to do), on one line."""
     whose = {EXIT_REQUEST: "the request's fault", EXIT_SETUP: "set-up", EXIT_CLUSTER: "the cluster's fault"}
     fault = whose.get(exit_code_of(error), "a defect of Legato")
+    if error.reason == "DEADLINE_EXCEEDED":
+        fault = "out of time"
     message = " ".join(str(error).split())
     advice = _ADVICE.get(error.reason, "see `legato doctor`")
     return f"legato: {message} ({fault}; {advice})"

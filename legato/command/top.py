@@ -59,19 +59,8 @@ def render(view: ClusterView, before: ClusterView | None, interval_s: float) -> 
     lines = Text(f"TTFT  {_quantiles(view.ttft_s)}\nITL   {_quantiles(view.itl_s)}")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("worker", "state", "pid"):
-        table.add_column(name)
-    for name in (
-        "waiting",
-        "running",
-        "charged tok",
-        "KV used",
-        "tok/s",
-        "moved",
-        "by",
-        "steps",
-        "preempted",
-        "refused",
-    ):
+        table.add_column(name, no_wrap=True)
+    for name in ("waiting", "running", "tokens due", "KV used", "tok/s", "KV moved", "preempted", "refused"):
         table.add_column(name, justify="right")
     earlier = {worker.worker_id: worker for worker in before.workers} if before else {}
     for worker in sorted(view.workers, key=lambda one: (one.role != "prefill", one.worker_id)):
@@ -96,9 +85,7 @@ def _row(worker: WorkerView, before: WorkerView | None, interval_s: float) -> li
         str(worker.charged_tokens),
         f"{used:.0%} of {worker.total_blocks}",
         f"{worker.tokens_per_s:.0f}",
-        moved,
-        worker.transport,
-        str(worker.steps),
+        f"{moved} {worker.transport}",
         str(worker.preemptions),
         Text(str(worker.refused_handoffs), style="red" if worker.refused_handoffs else ""),
     ]

@@ -214,14 +214,16 @@ class LocalCluster:
             child.ask_to_stop()
             self._on_change(child)
         if running:
-            waits = [asyncio.ensure_future(child.wait()) for child in running]
-            await asyncio.wait(waits, timeout=max(0.1, deadline_s - time.monotonic()))
+            ends = [asyncio.ensure_future(self._ended(child)) for child in running]
+            await asyncio.wait(ends, timeout=max(0.1, deadline_s - time.monotonic()))
             for child in running:
                 child.kill()
-            await asyncio.gather(*waits)
-        for child in running:
-            child.state = "ended"
-            self._on_change(child)
+            await asyncio.gather(*ends)
+
+    async def _ended(self, child: Child) -> None:
+        await child.wait()
+        child.state = "ended"
+        self._on_change(child)
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:
