@@ -23,13 +23,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from pydantic import SecretStr
 
 from service.auth import Authenticator
-from service.channel import KEEPALIVE, Channel, channel
+from service.channel import KEEPALIVE
 from service.config import MAX_MESSAGE_BYTES
 from service.handlers import HandlerGuard
-from service.run import arguments, run_service
 from spec.errors import InvalidConfiguration
-
-__all__ = ["Channel", "Host", "arguments", "channel", "run_service"]
 
 # Reflection and health answer anyone: load balancers and grpcurl have no key.
 _HEALTH, _REFLECTION = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from legato.v1 import inference_pb2, inference_pb2_grpc
-from service.host import channel
+from service.channel import channel
 from service.status import error_from_rpc
 from spec.errors import WorkerLost
 
@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import asyncio, sys
 from legato.v1 import inference_pb2, inference_pb2_grpc
-from service.host import Host, run_service
+from service.host import Host
+from service.run import run_service
 
 class Answers(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request, context):

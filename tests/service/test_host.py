@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from legato.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
-from service.host import Channel, Host, channel
+from service.channel import Channel, channel
+from service.host import Host
 from service.status import abort, error_from_rpc
 from spec import errors
 

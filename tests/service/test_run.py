@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import asyncio, os, sys
 from service.config import RouterConfig
-from service.host import arguments, run_service
+from service.run import arguments, run_service
 from spec.errors import InvalidModel, WorkerLost
 
 async def main(stop):

@@ -12,7 +12,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from legato.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from service import tracing
-from service.host import Channel, Host, channel
+from service.channel import Channel, channel
+from service.host import Host
 from spec import errors
 from telemetry import names
 from telemetry.setup import Telemetry, setup
