@@ -13,10 +13,10 @@ events; everything else that goes wrong in here is an assertion.
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Iterable
 
 from scheduler.blocks import BlockPool, count_references
+from scheduler.config import Load, SchedulerConfig
 from scheduler.events import Computed, Event, Failed, Finish, Preempted, Tokens
 from scheduler.lifetime import Stage
 from scheduler.plan import Drawn, Slice, StepPlan, StepResult
@@ -26,41 +26,6 @@ from scheduler.sequence import Sequence
 from spec import errors
 
 __all__ = ["Computed", "Event", "Failed", "Finish", "Load", "Preempted", "Scheduler", "SchedulerConfig", "Tokens"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    num_blocks: int
-    block_tokens: int
-    max_step_tokens: int  # a step computes at most this many (the chunk size)
-    max_sequences: int  # slices of a step at most
-    max_context_tokens: int  # the model's; prompt and output of one sequence
-    max_waiting: int = 4096
-    eos_token_ids: tuple[int, ...] = ()
-    cache_salt: bytes = b""  # names whose KV it is: model, revision, adapter, dtype
-    prefix_caching: bool = True
-
-    def __post_init__(self) -> None:
-        for field in ("num_blocks", "block_tokens", "max_sequences", "max_waiting"):
-            if getattr(self, field) < 1:
-                raise errors.InvalidConfiguration(f"{field} must be at least 1, is {getattr(self, field)}")
-        if self.max_step_tokens < self.max_sequences:
-            raise errors.InvalidConfiguration(
-                f"max_step_tokens ({self.max_step_tokens}) must be at least max_sequences ({self.max_sequences}), "
-                "or a step could not hold a token of each"
-            )
-        if self.max_context_tokens < 2:
-            raise errors.InvalidConfiguration(f"max_context_tokens must be at least 2, is {self.max_context_tokens}")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Load:
-    waiting: int
-    running: int
-    held: int
-    waiting_tokens: int  # known tokens whose KV is still to be computed, of waiting and running sequences
-    free_blocks: int  # free, or cached and evictable
-    total_blocks: int
 
 
 class Scheduler:
@@ -75,6 +40,7 @@ class Scheduler:
         self._flights: dict[int, tuple[StepPlan, tuple[Sequence, ...]]] = {}  # steps that are not committed
         self._untold: list[Event] = []  # told with the next commit or expire
         self._short_of_blocks = False  # the last plan left somebody without
+        self._turned_away = (-1, 0)  # arrival of the last in line that found too little room, and how much that was
         self._steps = 0
         self._totals: collections.Counter[str] = collections.Counter()
 
@@ -228,13 +194,18 @@ class Scheduler:
         roster = self._roster
         if not roster.waiting or self._short_of_blocks or len(roster.running) >= self.config.max_sequences:
             return None
-        sequence = roster.waiting[0]
-        shared = self._known_prefix(sequence) if self._room() > 0 else []
+        sequence, room = roster.waiting[0], self._room()
+        if room <= 0 or (sequence.arrival == self._turned_away[0] and room <= self._turned_away[1]):
+            self._short_of_blocks = True  # no need to look its prefix up again
+            return None
+        shared = self._known_prefix(sequence)
         missing = self.pool.blocks_for(sequence.known_tokens) - len(shared)
         if missing > self._room():
             self.pool.release(shared)
+            self._turned_away = (sequence.arrival, room)
             self._short_of_blocks = True
             return None
+        self._turned_away = (-1, 0)
         roster.move(sequence, Stage.RUNNING)
         sequence.block_table = shared + self.pool.allocate(missing)
         sequence.computed_tokens = len(shared) * self.config.block_tokens

@@ -148,6 +148,19 @@ def test_who_waits_does_not_take_what_a_running_one_is_short_of(fake: SimpleName
     worker.finish()
 
 
+def test_who_waits_for_room_costs_nothing_per_step(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prefix may be thousands of blocks: it is looked up again only when there is more room than last time."""
+    worker = Worker(fake, num_blocks=8)
+    worker.add(sequence("runs", 8, max_tokens=12), sequence("big", 25, max_tokens=1))
+    looked_up: list[int] = []
+    find = worker.scheduler.prefix.match
+    monkeypatch.setattr(
+        worker.scheduler.prefix, "match", lambda known, hashes: looked_up.append(len(known)) or find(known, hashes)
+    )
+    worker.finish()
+    assert looked_up == [8, 25, 25]
+
+
 def test_prompt_logprobs_survive_a_preemption_halfway(fake: SimpleNamespace) -> None:
     worker = Worker(fake, num_blocks=9, max_step_tokens=3, max_sequences=2)
     scored = sequence("scored", 24, params=SamplingParams(max_tokens=2, prompt_logprobs=0, ignore_eos=True))

@@ -1,0 +1,42 @@
+"""What a scheduler is told, and what it tells of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from spec.errors import InvalidConfiguration
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    num_blocks: int
+    block_tokens: int
+    max_step_tokens: int  # a step computes at most this many (the chunk size)
+    max_sequences: int  # slices of a step at most
+    max_context_tokens: int  # the model's; prompt and output of one sequence
+    max_waiting: int = 4096
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: bytes = b""  # names whose KV it is: model, revision, adapter, dtype
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("num_blocks", "block_tokens", "max_sequences", "max_waiting"):
+            if getattr(self, field) < 1:
+                raise InvalidConfiguration(f"{field} must be at least 1, is {getattr(self, field)}")
+        if self.max_step_tokens < self.max_sequences:
+            raise InvalidConfiguration(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_sequences ({self.max_sequences}), "
+                "or a step could not hold a token of each"
+            )
+        if self.max_context_tokens < 2:
+            raise InvalidConfiguration(f"max_context_tokens must be at least 2, is {self.max_context_tokens}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    waiting: int
+    running: int
+    held: int
+    waiting_tokens: int  # known tokens whose KV is still to be computed, of waiting and running sequences
+    free_blocks: int  # free, or cached and evictable
+    total_blocks: int
