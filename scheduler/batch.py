@@ -19,7 +19,7 @@ from scheduler.blocks import BlockPool, count_references
 from scheduler.config import Load, SchedulerConfig
 from scheduler.events import Computed, Event, Failed, Finish, Preempted, Tokens
 from scheduler.lifetime import Stage
-from scheduler.plan import Drawn, Slice, StepPlan, StepResult
+from scheduler.plan import NO_TOKEN, Drawn, Slice, StepPlan, StepResult
 from scheduler.prefix import PrefixCache
 from scheduler.roster import Roster
 from scheduler.sequence import Sequence
@@ -248,6 +248,12 @@ class Scheduler:
                 continue
             assert (drawn is None) == (piece.draw is None)
             assert len(scored) == len(piece.prompt_targets)
+            if drawn is not None and drawn.token_id == NO_TOKEN:  # its KV is suspect, too: nothing of it is published
+                self._end(sequence)
+                self._totals["failed"] += 1
+                error = errors.InternalError("the model's logits were not finite")
+                events.append(Failed(sequence.sequence_id, error))
+                continue
             sequence.computed_tokens = piece.start + len(piece.token_ids)
             sequence.prompt_logprobs += scored
             self._publish(sequence)
@@ -332,7 +338,7 @@ class Scheduler:
     def totals(self) -> dict[str, int]:
         """What only grows."""
         work = ("steps", "computed_tokens", "generated_tokens", "cached_tokens", "preemptions", "adopted")
-        ends = ("finished", "aborted", "expired")
+        ends = ("finished", "failed", "aborted", "expired")
         return {name: self._totals[name] for name in (*work, *ends)} | {"evictions": self.pool.evictions}
 
     def references(self) -> collections.Counter[int]:

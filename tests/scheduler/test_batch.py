@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,16 @@ import pytest
 
 from scheduler.batch import Computed, Event, Failed, Preempted, Scheduler, SchedulerConfig, Tokens
 from scheduler.lifetime import TRANSITIONS, Stage, advance
+from scheduler.plan import NO_TOKEN, Drawn
 from scheduler.sequence import Sequence
-from spec.errors import ContextTooLong, DeadlineExceeded, InvalidConfiguration, InvalidParameter, Overloaded
+from spec.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    InternalError,
+    InvalidConfiguration,
+    InvalidParameter,
+    Overloaded,
+)
 from spec.sampling import SamplingParams
 
 
@@ -365,6 +374,21 @@ def test_what_an_aborted_sequence_computes_is_dropped(fake: SimpleNamespace) -> 
     scheduler.release("b")
     assert scheduler.load().running == 1, "release is for held ones"
     worker.add(sequence("a", 4))
+    worker.finish()
+
+
+def test_one_whose_logits_are_not_finite_fails_alone(fake: SimpleNamespace) -> None:
+    worker = Worker(fake)
+    worker.add(sequence("sick", 8), sequence("well", 8))
+    plan = worker.scheduler.plan(0.0)
+    assert plan is not None
+    result = worker.engine.execute(plan)
+    result = dataclasses.replace(result, drawn=(Drawn(NO_TOKEN), *result.drawn[1:]))
+    failed, *others = worker.scheduler.commit(plan, result, 0.0)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, InternalError)
+    assert {event.sequence_id for event in others} == {"well"}
+    assert worker.scheduler.prefix.matching_tokens([*sequence("sick", 8).prompt_token_ids, 1]) == 0
     worker.finish()
 
 
