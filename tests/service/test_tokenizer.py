@@ -47,9 +47,7 @@ CHATML = (
 
 def train_byte_level() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,
@@ -57,12 +55,16 @@ def train_byte_level() -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator([*CORPUS, " 1234 42 1234" * 9], trainer)
+    assert "Ġ1234" in backend.get_vocab(), "only the pre-tokenizer keeps digits apart"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     return backend
 
 
 def train_sentencepiece_like() -> tokenizers.Tokenizer:
-    """As Llama 2's tokenizer.json: "▁" for spaces, byte fallback, `<s>` in front."""
+    """As Llama 2's tokenizer.json: "▁" for spaces, byte fallback, `<s>` in front. Ids are in no order of the merges."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trained = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -71,9 +73,9 @@ def train_sentencepiece_like() -> tokenizers.Tokenizer:
     )
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    backend = tokenizers.Tokenizer(
-        models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    vocabulary = {token: at for at, token in enumerate([*ordered[: len(special)], *ordered[: len(special) - 1 : -1]])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = trained.normalizer
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
