@@ -32,6 +32,7 @@ from spec.errors import LegatoError, RequestCancelled, TransferFailed
 
 logger = logs.get(__name__)
 
+LAST_WORD_S = 1.0  # how long the end of the stream is waited for
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one chunk; the waiting clock is the reservation's lease
 
 
@@ -136,8 +137,7 @@ class Sender:
             await self._call.done_writing()
         for task in self._tasks:
             if not task.done():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(task), timeout=1.0)
+                await asyncio.wait([task], timeout=LAST_WORD_S)
                 task.cancel()
         self._call.cancel()
         while not self._chunks.empty():
@@ -226,7 +226,8 @@ async def _landed(transfer: concurrent.futures.Future[None], peer: Peer) -> None
     """Waits for a transfer. One that outruns its clock, or whose waiter is cancelled, is quiet when this returns."""
     waiting = asyncio.wrap_future(transfer)
     try:
-        await asyncio.wait_for(asyncio.shield(waiting), TRANSFER_TIMEOUT_S)
+        async with asyncio.timeout(TRANSFER_TIMEOUT_S):
+            await asyncio.shield(waiting)
     except TimeoutError:
         await asyncio.to_thread(peer.release)
         raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None

@@ -26,4 +26,5 @@ class Pulse:
         if self._fired is None:
             self._fired = asyncio.get_running_loop().create_future()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._fired), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self._fired)

@@ -222,7 +222,8 @@ class Worker:
         while not self._broken.is_set():
             await self.refresh()
             try:
-                await asyncio.wait_for(self._broken.wait(), PROBE_EVERY_S)
+                async with asyncio.timeout(PROBE_EVERY_S):
+                    await self._broken.wait()
             except TimeoutError:
                 continue
 

@@ -125,7 +125,8 @@ class Host:
         await self._health.enter_graceful_shutdown()
         self.stopping.set()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._guard.idle.wait(), self._drain_s)
+            async with asyncio.timeout(self._drain_s):
+                await self._guard.idle.wait()
         await self._server.stop(grace=None)  # who watches health would hold a grace until its end
 
     def _reflection(self) -> object:

@@ -141,8 +141,10 @@ class Registrar:
                 if self.registered or backoff_s == _FIRST_BACKOFF_S:
                     logs.get(__name__).warning("the registry cannot be reached, trying on: %s", error)
                 self.registered, wait_s, backoff_s = False, backoff_s, min(2 * backoff_s, _LAST_BACKOFF_S)
+            # Not wait_for(): before Python 3.12 it loses a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
         logs.get(__name__).error("%s was started again elsewhere; this one registers no more", self._record.worker_id)
 
     async def _write(self) -> None:

@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 
@@ -52,9 +53,7 @@ class Core:
     record: worker_pb2.WorkerRecord
     rank: RankKV
     engine: Engine
-    landing: (
-        torch.Tensor
-    )  # KV memory as transports see it: the engine's own on a CPU, its mirror in host memory on a GPU
+    landing: torch.Tensor  # KV memory as transports see it; on a GPU it is a mirror on the host
     transports: dict[str, Transport]
     regions: dict[str, Region]
     scheduler: Scheduler
@@ -217,9 +216,18 @@ def _free_bytes(options: EngineOptions) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def _transport_host(config: WorkerConfig) -> str:
+    """The address of this host that peers write to: what is advertised, as a number."""
+    name = (config.advertise or config.host).rsplit(":", 1)[0]
+    try:
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise InvalidConfiguration(f"advertise names {name!r}, which has no address: {error.strerror}") from None
+
+
 def _open_memory(config: WorkerConfig, nbytes: int) -> tuple[dict[str, Transport], dict[str, Region]]:
     """KV memory is allocated by the first transport that opens and registered with the others."""
-    opened, reasons = open_transports(config.handoff.transports)
+    opened, reasons = open_transports(config.handoff.transports, _transport_host(config))
     for name, reason in reasons.items():
         logger.warning("transport %s is not available: %s", name, reason)
     if not opened:

@@ -1,0 +1,63 @@
+"""Which transports this process has, why it has not the others, and which one a pair of workers takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvtransfer.transport import Transport
+from spec.errors import InvalidConfiguration, TransportUnavailable
+
+
+def _open_ucx(host: str) -> Transport:
+    from kvtransfer.ucx import UcxTransport  # loads libucp
+
+    return UcxTransport(host)
+
+
+def _open_sockets(host: str) -> Transport:
+    from kvtransfer.sockets import SocketsTransport
+
+    return SocketsTransport(host)
+
+
+KINDS: dict[str, Callable[[str], Transport]] = {"ucx": _open_ucx, "sockets": _open_sockets}  # best first
+
+
+def open_transports(names: Sequence[str], host: str = "127.0.0.1") -> tuple[list[Transport], dict[str, str]]:
+    """(those that opened, in the order of `names`; why the others did not). `host` is the address peers reach this by.
+
+    Raises InvalidConfiguration for a name that is no transport."""
+    opened: list[Transport] = []
+    reasons: dict[str, str] = {}
+    for name in names:
+        if name not in KINDS:
+            raise InvalidConfiguration(f"unknown transport {name!r}; known are {', '.join(KINDS)}")
+        try:
+            opened.append(KINDS[name](host))
+        except TransportUnavailable as error:
+            reasons[name] = error.message
+    return opened, reasons
+
+
+def choose(transports: Sequence[Transport], remote_names: Sequence[str]) -> Transport | None:
+    """The best of ours (they are in order) that the peer has too."""
+    return next((transport for transport in transports if transport.name in remote_names), None)
+
+
+class Probed(NamedTuple):
+    name: str
+    available: bool
+    detail: str
+
+
+def probe() -> list[Probed]:
+    """What `legato doctor` shows: each transport opened once and closed again."""
+    found = []
+    for name in KINDS:
+        opened, reasons = open_transports([name])
+        for transport in opened:
+            found.append(Probed(name, True, transport.detail))
+            transport.close()
+        found.extend(Probed(name, False, reason) for reason in reasons.values())
+    return found

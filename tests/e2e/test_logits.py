@@ -1,0 +1,101 @@
+"""Promise P1: through the whole two-pool path the model says what transformers says, teacher-forced, in float32."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster import Cluster, cluster
+from tiny_llama import SHAPES, Shape, load_reference, make_llama, reference_of
+
+RELATIVE = 1e-4
+
+
+def assert_same_distribution(found: np.ndarray, expected: np.ndarray) -> None:
+    """Log-probabilities [rows, vocab], relative to the largest magnitude of the row."""
+    scale = np.abs(expected).max(axis=1, keepdims=True)
+    worst = (np.abs(found - expected) / scale).max()
+    assert worst < RELATIVE, f"relative difference {worst:.2e}"
+
+
+def rows_of(entries: object, vocab_size: int) -> np.ndarray:
+    rows = np.full((len(entries), vocab_size), np.nan)  # type: ignore[arg-type]
+    for row, entry in zip(rows, entries, strict=True):  # type: ignore[call-overload]
+        for token_id, logprob in entry.top.items():
+            row[token_id] = logprob
+    assert not np.isnan(rows).any(), "the whole vocabulary was asked for"
+    return rows
+
+
+async def check_forced(running: Cluster, model: object, vocab_size: int, prompt: list[int], answer: list[int]) -> None:
+    found = await running.client.generate(
+        prompt,
+        forced_token_ids=answer,
+        max_tokens=len(answer),
+        ignore_eos=True,
+        temperature=0.0,
+        logprobs=vocab_size,
+        timeout_s=100,
+    )
+    assert list(found.token_ids) == answer
+    expected = reference_of(model, prompt + answer)[len(prompt) - 1 : -1]
+    assert_same_distribution(rows_of(found.logprobs, vocab_size), expected)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 512])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+async def test_forced_answers_have_the_logits_of_transformers(
+    shape: Shape, chunk_tokens: int, tmp_path: Path, redis_url: str
+) -> None:
+    make_llama(tmp_path / "model", shape)
+    model = load_reference(tmp_path / "model")
+    draw = random.Random(chunk_tokens)
+    prompt, answer = ([draw.randrange(3, shape.vocab_size) for _ in range(count)] for count in (90, 20))
+    prefill = {"max_step_tokens": chunk_tokens, "max_sequences": 1}
+    async with cluster(tmp_path / "model", redis_url, prefill_engine=prefill) as running:
+        await check_forced(running, model, shape.vocab_size, prompt, answer)
+        scored = await running.client.generate(prompt, max_tokens=1, prompt_logprobs=shape.vocab_size, temperature=0.0)
+        expected = reference_of(model, prompt)[:-1]
+        assert_same_distribution(rows_of(scored.prompt_logprobs, shape.vocab_size), expected)
+        await running.assert_as_at_start()
+
+
+async def test_sixteen_mixed_requests_in_flight_that_share_prefixes(tmp_path: Path, redis_url: str) -> None:
+    shape = SHAPES[0]
+    make_llama(tmp_path / "model", shape)
+    model = load_reference(tmp_path / "model")
+    draw = random.Random(16)
+    shared = [draw.randrange(3, shape.vocab_size) for _ in range(70)]
+    prompts = [
+        shared[: draw.choice([0, 33, 48, 70])] + [draw.randrange(3, shape.vocab_size) for _ in range(draw.randint(1, 90))]
+        for _ in range(16)
+    ]
+    answers = [[draw.randrange(3, shape.vocab_size) for _ in range(draw.randint(1, 40))] for _ in range(16)]
+    engine = {"max_step_tokens": 64, "max_sequences": 16}
+    async with cluster(tmp_path / "model", redis_url, prefill=2, decode=2, engine=engine) as running:
+        for _ in range(2):  # the second time all prompts are in the prefix caches
+            checks = (
+                check_forced(running, model, shape.vocab_size, prompt, answer)
+                for prompt, answer in zip(prompts, answers, strict=True)
+            )
+            await asyncio.gather(*checks)
+        assert (await running.total("prefill", "cached_tokens")) > 0
+        await running.assert_as_at_start()
+
+
+async def test_decode_so_short_of_blocks_that_it_must_preempt(tmp_path: Path, redis_url: str) -> None:
+    shape = SHAPES[0]
+    make_llama(tmp_path / "model", shape)
+    model = load_reference(tmp_path / "model")
+    draw = random.Random(5)
+    work = [
+        ([draw.randrange(3, shape.vocab_size) for _ in range(20)], [draw.randrange(3, shape.vocab_size) for _ in range(120)])
+        for _ in range(8)
+    ]
+    async with cluster(tmp_path / "model", redis_url, decode_engine={"num_blocks": 24}) as running:
+        await asyncio.gather(*(check_forced(running, model, shape.vocab_size, prompt, answer) for prompt, answer in work))
+        assert (await running.total("decode", "preemptions")) > 0, "the test is about preemption"
+        await running.assert_as_at_start()
