@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,7 @@ FEATURE_RMA, FEATURE_WAKEUP, FEATURE_AM = 1 << 1, 1 << 4, 1 << 6  # RMA: remote 
 THREAD_MODE_SERIALIZED = 1
 ERR_HANDLING_MODE_PEER = 1
 MEM_MAP_ALLOCATE = 1 << 1
-AM_SEND_FLAG_EAGER, AM_SEND_FLAG_RENDEZVOUS, AM_SEND_FLAG_COPY_HEADER = 1 << 1, 1 << 2, 1 << 3
-AM_RECEIVED_RENDEZVOUS = 1 << 17
+AM_SEND_FLAG_EAGER, AM_SEND_FLAG_COPY_HEADER = 1 << 1, 1 << 3
 AM_FLAG_WHOLE_MESSAGE = 1 << 0
 CLOSE_FLAG_FORCE = 1 << 0
 OP_FIELD_DATATYPE, OP_FIELD_FLAGS = 1 << 3, 1 << 4
@@ -42,7 +42,7 @@ MessageHandler = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     ctypes.c_void_p,  # data
     ctypes.c_size_t,
-    ctypes.POINTER(ctypes.c_uint64),  # ucp_am_recv_param_t, which begins with recv_attr
+    ctypes.c_void_p,  # ucp_am_recv_param_t
 )
 
 
@@ -185,7 +185,6 @@ class IoVector(ctypes.Structure):
 _COPYING = AM_SEND_FLAG_COPY_HEADER
 PLAIN = RequestParams()
 EAGER = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_EAGER | _COPYING)
-RENDEZVOUS = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_RENDEZVOUS | _COPYING)
 GATHERED = RequestParams(
     op_attr_mask=OP_FIELD_FLAGS | OP_FIELD_DATATYPE, flags=AM_SEND_FLAG_EAGER | _COPYING, datatype=DATATYPE_IOV
 )
@@ -200,6 +199,7 @@ _CALLS: dict[str, tuple[Any, list[Any]]] = {
     "ucp_config_release": (None, [_handle]),
     "ucp_init_version": (_status, [ctypes.c_uint, ctypes.c_uint, _out, _handle, _out]),
     "ucp_cleanup": (None, [_handle]),
+    "ucp_context_print_info": (None, [_handle, _handle]),
     "ucp_worker_create": (_status, [_handle, _out, _out]),
     "ucp_worker_destroy": (None, [_handle]),
     "ucp_worker_query": (_status, [_handle, _out]),
@@ -220,8 +220,6 @@ _CALLS: dict[str, tuple[Any, list[Any]]] = {
     "ucp_ep_close_nbx": (_request, [_handle, _out]),
     "ucp_ep_flush_nbx": (_request, [_handle, _out]),
     "ucp_am_send_nbx": (_request, [_handle, ctypes.c_uint, _text, _size, _handle, _size, _out]),
-    "ucp_am_recv_data_nbx": (_request, [_handle, _handle, _handle, _size, _out]),
-    "ucp_am_data_release": (None, [_handle, _handle]),
     "ucp_request_check_status": (_status, [_request]),
     "ucp_request_free": (None, [_request]),
 }
@@ -265,6 +263,20 @@ def failed_status(request: int | None) -> int:
     if request is not None and request >= _FIRST_ERROR_POINTER:
         return ctypes.c_int(request & 0xFFFFFFFF).value
     return OK
+
+
+def resource_names(library: LibUcp, context: int | None) -> list[str]:
+    """Each transport of a context once. libucp only prints them, so it prints to memory."""
+    libc = ctypes.CDLL(None)
+    libc.open_memstream.restype = ctypes.c_void_p
+    libc.fclose.argtypes, libc.free.argtypes = [ctypes.c_void_p], [ctypes.c_void_p]
+    text, size = ctypes.c_void_p(), ctypes.c_size_t()
+    stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
+    library.ucp_context_print_info(context, stream)
+    libc.fclose(stream)
+    printed = ctypes.string_at(text, size.value).decode(errors="replace")
+    libc.free(text)
+    return list(dict.fromkeys(re.findall(r"-- (\w+)/\S+", printed)))
 
 
 @functools.cache

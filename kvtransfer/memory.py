@@ -39,6 +39,7 @@ FaultPlan = Mapping[int, Fault]  # by how many posts this transport saw before
 
 class MemoryTransport(Transport):
     name = "memory"
+    detail = "within this process"
 
     def __init__(self, faults: FaultPlan | None = None) -> None:
         self.address = secrets.token_bytes(16)

@@ -59,6 +59,7 @@ class SocketsTransport(Transport):
         tcp_port = tcp.getsockname()[1]
         address = SocketsAddress(host_id=host_id(), unix_path=unix_path, tcp_host=host, tcp_port=tcp_port)
         self.address = address.SerializeToString()
+        self.detail = f"Unix socket within this host, TCP at {host}:{tcp_port}"
         self._wake, self._woken = socket.socketpair()
         self._acceptor = threading.Thread(target=self._accept, name="sockets-accept", daemon=True)
         self._acceptor.start()

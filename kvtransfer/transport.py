@@ -75,10 +75,11 @@ class Transport(abc.ABC):
 
     name: str
     address: bytes  # what a peer's connect() takes
+    detail: str  # for people: what it runs over
 
     @abc.abstractmethod
     def register(self, nbytes: int, memory: memoryview | None = None) -> Region:
-        """Allocates `nbytes` of zeros that peers may write into, or takes `memory` (writable, of that size) where it is given.
+        """Allocates `nbytes` of zeros that peers may write into, or takes `memory` (writable, of that size) if given.
 
         A worker allocates its KV memory through the first transport and registers the same memory with the others."""
 

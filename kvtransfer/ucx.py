@@ -3,7 +3,7 @@
 Who wants to write says so first (Attach, with the region's token) and gets the region's address and remote key. Where
 that key leads to memory that both processes share (ucp_rkey_ptr: libucp allocated the region and the peer is on this
 host), a piece is one memcpy. Otherwise pieces are the payload of active messages, which the owner's worker puts where
-they belong (it fetches large ones straight to their place) and confirms; no other thread of the owner takes part.
+they belong and confirms; no other thread of the owner takes part.
 A key cannot be taken back, so a region that is released asks its writers to stop (Revoke) and waits for each one's
 Detach, or its death.
 """
@@ -26,7 +26,6 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from kvtransfer import libucp
 from kvtransfer.pieces import check_memory
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
 from kvtransfer.ucx_peer import Ledger, UcxPeer, copy_memory
@@ -68,6 +67,7 @@ class UcxTransport(Transport, Ledger):
         )
         self._endpoint_address = _sealed(self._worker.address, self._worker.library.version)
         self.address = self._endpoint_address.SerializeToString()
+        self.detail = f"libucp {self._worker.library.version}: {' '.join(self._worker.resources())}"
 
     def register(self, nbytes: int, memory: memoryview | None = None) -> Region:
         check_memory(nbytes, memory)
@@ -148,7 +148,7 @@ class UcxTransport(Transport, Ledger):
         if kind == "attach":
             self._welcome(frame.attach)
         elif kind == "detach" and (link := self._links.pop(frame.detach.link_id, None)):
-            link.leave()
+            link.gone.set_result(None)
         elif kind == "attached" and (peer := self._peer_of(frame.attached.link_id)):
             peer.was_attached(frame.attached)
         elif kind == "written" and (peer := self._peer_of(frame.written.link_id)):
@@ -160,39 +160,23 @@ class UcxTransport(Transport, Ledger):
         with self._lock:
             return self._peers.get(link_id)
 
-    def _receive_data(self, write: TransferFrame.Write, data: int | None, nbytes: int, offer: int | None) -> None:
+    def _receive_data(self, write: TransferFrame.Write, data: int, nbytes: int) -> None:
         """Puts the payload of a Write where it belongs and says so; of one that is not let in, says that."""
         link = self._links.get(write.link_id)
+        if link is None:
+            return  # its writer has said goodbye, or never was let in
         pieces = list(zip(write.target_offsets, write.nbytes, strict=False))
-        allowed = (
-            link is not None
-            and not link.region.released
-            and len(write.target_offsets) == len(write.nbytes)
-            and sum(write.nbytes) == nbytes
-            and all(target_offset + size <= link.region.nbytes for target_offset, size in pieces)
-            and (offer is None or len(pieces) == 1)
-        )
-        if not allowed or link is None:
-            if offer is not None:
-                self._worker.discard(offer)
-            if link is not None:
-                self._worker.soon(lambda: self._confirm(link, write, "outside the region, or released"))
-            return
-        if offer is not None:
-            link.fetching += 1
-            target = link.region.base + pieces[0][0]
-            self._worker.receive(offer, target, nbytes, lambda status: self._fetched(link, write, status))
-            return
-        assert data is not None
-        for target_offset, size in pieces:
-            copy_memory(link.region.base + target_offset, data, size)
-            data += size
-        self._worker.soon(lambda: self._confirm(link, write, ""))
-
-    def _fetched(self, link: _Link, write: TransferFrame.Write, status: int) -> None:
-        link.fetching -= 1
-        self._confirm(link, write, "" if status == libucp.OK else self._worker.library.text_of(status))
-        link.settle()
+        fits = len(write.target_offsets) == len(write.nbytes) and sum(write.nbytes) == nbytes
+        if link.region.released:
+            refused = "the owner has released the region"
+        elif not fits or any(target_offset + size > link.region.nbytes for target_offset, size in pieces):
+            refused = "a write outside the region"
+        else:
+            refused = ""
+            for target_offset, size in pieces:
+                copy_memory(link.region.base + target_offset, data, size)
+                data += size
+        self._worker.soon(lambda: self._confirm(link, write, refused))
 
     def _confirm(self, link: _Link, write: TransferFrame.Write, refused: str) -> None:
         written = TransferFrame.Written(write_id=write.write_id, link_id=write.link_id, refused=refused)
@@ -217,7 +201,7 @@ class UcxTransport(Transport, Ledger):
 
     def _lost(self, endpoint: Endpoint) -> None:
         for link_id in [link_id for link_id, link in self._links.items() if link.endpoint is endpoint]:
-            self._links.pop(link_id).leave()
+            self._links.pop(link_id).gone.set_result(None)
         with self._lock:
             peers = [peer for peer in self._peers.values() if peer.endpoint is endpoint]
         for peer in peers:
@@ -254,17 +238,7 @@ class _Link:
 
     region: _UcxRegion
     endpoint: Endpoint
-    fetching: int = 0  # payloads on their way into the region
-    left: bool = False
     gone: concurrent.futures.Future[None] = dataclasses.field(default_factory=concurrent.futures.Future)
-
-    def leave(self) -> None:
-        self.left = True
-        self.settle()
-
-    def settle(self) -> None:
-        if self.left and not self.fetching and not self.gone.done():
-            self.gone.set_result(None)
 
 
 _kept_forever: list[object] = []  # memory that a stuck writer may still write into

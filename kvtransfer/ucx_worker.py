@@ -5,8 +5,9 @@ other threads wake it. It never spins while it waits, so that a core that others
 not a collapse. Endpoints are in mode "peer": a dead peer is reported, and all that was in flight to it completes with
 an error. That mode leaves shared memory to the caller (its transports in libucp cannot report a dead peer):
 kvtransfer/ucx.py asks for a pointer to the peer's memory and copies. The rest goes as active messages, which libucp
-carries over TCP, CMA or RDMA, and not as ucp_put: over TCP a put is emulated, and the emulation ends the owner's
-process ("Fatal: unexpected error", ucp_progress_rma_cmpl in UCX 1.22) when the writer dies at the wrong moment.
+carries over TCP or RDMA: eagerly, since a rendezvous with a peer that dies is never completed; and not as ucp_put,
+since over TCP a put is emulated, and the emulation ends the owner's process ("Fatal: unexpected error", UCX 1.22,
+ucp_progress_rma_cmpl) when the writer dies at the wrong moment.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ MESSAGE_ID, DATA_ID = 7, 8
 IDLE_CHECK_MS = 1000  # an event that libucp did not announce costs at most this
 BUSY_CHECK_MS = 20
 CLOSE_TIMEOUT_S = 1.0
-RENDEZVOUS_BYTES = 512 << 10  # from here on the owner fetches a payload to its place; below it comes with its header
 
 _log = logging.getLogger(__name__)
 
@@ -48,16 +48,16 @@ class Endpoint:
 
 
 class UcxWorker:
-    """Calls these on its thread: `on_frame(frame)`; `on_data(write, data, nbytes, desc)` for a Write whose payload lies
-    at address `data`, or is to be fetched by receive(desc, ...); `on_lost(endpoint)`; `on_turn()`, which does the next
-    bit of sending and says whether more is left. Raises TransportUnavailable when libucp cannot start."""
+    """Calls these on its thread: `on_frame(frame)`; `on_data(write, data, nbytes)` for a Write whose payload lies at
+    address `data` during the call, in which libucp must not be called; `on_lost(endpoint)`; `on_turn()`, which does the
+    next bit of sending and says whether more is left. Raises TransportUnavailable when libucp cannot start."""
 
     def __init__(
         self,
         options: Mapping[str, str],
         *,
         on_frame: Callable[[TransferFrame], None],
-        on_data: Callable[[TransferFrame.Write, int | None, int, int | None], None],
+        on_data: Callable[[TransferFrame.Write, int, int], None],
         on_lost: Callable[[Endpoint], None],
         on_turn: Callable[[], bool],
     ) -> None:
@@ -65,7 +65,6 @@ class UcxWorker:
         self._on_frame, self._on_data, self._on_lost, self._on_turn = on_frame, on_data, on_lost, on_turn
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._inbox: list[bytes] = []
-        self._offers: list[tuple[bytes, int, int]] = []  # (Write, descriptor, nbytes) of payloads to be fetched
         self._errors: list[tuple[int, int]] = []  # (endpoint handle, status)
         self._waiting: list[tuple[int, Callable[[int], None]]] = []
         self._endpoints: dict[bytes, Endpoint] = {}
@@ -190,7 +189,7 @@ class UcxWorker:
         header = write.SerializeToString()
         if len(views) == 1:
             payload, count = views[0]
-            params = libucp.RENDEZVOUS if count >= RENDEZVOUS_BYTES else libucp.EAGER
+            params = libucp.EAGER
         else:
             vector = (libucp.IoVector * len(views))(*(libucp.IoVector(*view) for view in views))
             payload, count, params = ctypes.addressof(vector), len(views), libucp.GATHERED
@@ -200,19 +199,9 @@ class UcxWorker:
         held = vector if len(views) > 1 else None
         self.wait_for(request, lambda status, held=held: done(status))  # type: ignore[misc]
 
-    def receive(self, descriptor: int, address: int, nbytes: int, done: Callable[[int], None]) -> None:
-        """Fetches an offered payload to `address`."""
-        request = self.library.ucp_am_recv_data_nbx(
-            self._worker, descriptor, address, nbytes, ctypes.byref(libucp.PLAIN)
-        )
-        self.wait_for(request, done)
-
     def soon(self, command: Callable[[], None]) -> None:
         """From within a callback of libucp, which must not call libucp: runs `command` in the next turn."""
         self._commands.append(command)
-
-    def discard(self, descriptor: int) -> None:
-        self.library.ucp_am_data_release(self._worker, descriptor)
 
     def flush(self, endpoint: Endpoint) -> int | None:
         """A request that is done when all that was sent to the endpoint has left."""
@@ -281,10 +270,7 @@ class UcxWorker:
         for encoded in inbox:
             with contextlib.suppress(DecodeError):  # whoever sent that waits in vain, and says so
                 self._on_frame(TransferFrame.FromString(encoded))
-        offers, self._offers = self._offers, []
-        for header, descriptor, nbytes in offers:
-            self._on_data(TransferFrame.Write.FromString(header), None, nbytes, descriptor)
-        return self._check_waiting() or happened or bool(inbox or offers or errors)
+        return self._check_waiting() or happened or bool(inbox or errors)
 
     def _check_waiting(self) -> bool:
         check_status, free = self.library.briefly.ucp_request_check_status, self.library.briefly.ucp_request_free
@@ -310,16 +296,13 @@ class UcxWorker:
             except Exception:
                 _log.exception("a command of the transport failed")
 
-    def _receive(self, _arg: int, header: int, header_bytes: int, _data: int, _nbytes: int, _param: Any) -> int:
+    def _receive(self, _arg: int, header: int, header_bytes: int, _data: int, _nbytes: int, _param: int) -> int:
         self._inbox.append(ctypes.string_at(header, header_bytes))
         return libucp.OK
 
-    def _receive_data(self, _arg: int, header: int, header_bytes: int, data: int, nbytes: int, param: Any) -> int:
-        write = ctypes.string_at(header, header_bytes)
-        if param[0] & libucp.AM_RECEIVED_RENDEZVOUS:
-            self._offers.append((write, data, nbytes))
-            return libucp.IN_PROGRESS  # it stays ours until receive() or discard()
-        self._on_data(TransferFrame.Write.FromString(write), data, nbytes, None)
+    def _receive_data(self, _arg: int, header: int, header_bytes: int, data: int, nbytes: int, _param: int) -> int:
+        with contextlib.suppress(DecodeError):  # as above
+            self._on_data(TransferFrame.Write.FromString(ctypes.string_at(header, header_bytes)), data, nbytes)
         return libucp.OK
 
     def _close_endpoints(self) -> None:
@@ -347,6 +330,10 @@ class UcxWorker:
         if not self._mappings and self._context is not None:
             self.library.ucp_cleanup(self._context)
             self._context = None
+
+    def resources(self) -> list[str]:
+        """The transports that libucp opened here: "tcp", "sysv", "cma", ..."""
+        return libucp.resource_names(self.library, self._context)
 
     def _open_worker(self) -> int:
         params = libucp.WorkerParams(
