@@ -105,7 +105,7 @@ class Journey:
         self._spans = spans
         self._placements = 0
         self._early: dict[int, worker_pb2.SequenceOutput] = {}
-        self._prefill_call: asyncio.Task[None] | None = None
+        self._prefill_call: asyncio.Task[bool] | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     @property
@@ -163,16 +163,16 @@ class Journey:
         error = DeadlineExceeded(f"the deadline passed after {len(self._output)} tokens of the answer")
         placement.events.put_nowait(Failure(error, None))
 
-    async def _read_prefill(self, placement: Placement, prefill: Worker) -> None:
-        """All that the Prefill call says goes into the placement's line; its end too, unless it ended well."""
+    async def _read_prefill(self, placement: Placement, prefill: Worker) -> bool:
+        """All that the Prefill call says goes into the placement's line; its end too, unless it ended well (True)."""
         decode = placement.decode
         request = worker_pb2.PrefillRequest(sequence=placement.sequence, reservation=placement.reservation)
         if decode is not None:
             request.decode_worker_id, request.decode_address = decode.worker_id, decode.record.address
         with self._spans.span(names.SPAN_PREFILL, {names.WORKER_ID: prefill.worker_id}):
             call = prefill.prefill.Prefill(request, timeout=self._deadline.remaining_s() + QUIET_END_S)
+            complete = False
             try:
-                complete = False
                 async for event in call:
                     complete = event.HasField("handed_over") or bool(event.first_token.finish_reason)
                     placement.events.put_nowait(event)
@@ -180,9 +180,11 @@ class Journey:
                     error: LegatoError = TransferFailed(f"{prefill.worker_id} ended the call before the hand-over")
                     placement.events.put_nowait(Failure(error, prefill))
             except grpc.aio.AioRpcError as rpc_error:
+                complete = False
                 placement.events.put_nowait(Failure(prefill.call_failed(rpc_error), prefill))
             finally:
                 call.cancel()
+        return complete
 
     async def _next(self, placement: Placement) -> Drawn:
         """The next tokens; raises the error that ended the placement."""
@@ -271,13 +273,21 @@ class Journey:
         call = self._prefill_call
         if ended:
             placement.close()
-            if call is not None and not call.done():
-                self._placer.registry.spawn(_end_quietly(call), name=f"end of {placement.sequence_id}")
+            if call is not None and not placement.handed_over:
+                ending = self._end_quietly(call, placement)
+                self._placer.registry.spawn(ending, name=f"end of {placement.sequence_id}")
         else:
             if call is not None:
                 call.cancel()
             self._placer.give_up(placement)
         self._record_decode()
+
+    async def _end_quietly(self, call: asyncio.Task[bool], placement: Placement) -> None:
+        """A Prefill call whose first token ended the answer gives its reservation back itself. If it fails, we do."""
+        await asyncio.wait({call}, timeout=QUIET_END_S)
+        if not call.done() or not call.result():
+            call.cancel()
+            self._placer.give_up(placement)
 
     def _record_decode(self) -> None:
         """The stages that no process sees from inside."""
@@ -290,9 +300,3 @@ class Journey:
             with self._spans.span(names.SPAN_DECODE, attributes, start_ns=times.handed_over_ns):
                 self._spans.record(names.SPAN_DECODE_QUEUE, times.handed_over_ns, times.decode_started_ns)
                 self._spans.record(names.SPAN_DECODE_FIRST_STEP, times.decode_started_ns, times.second_token_ns)
-
-
-async def _end_quietly(call: asyncio.Task[None]) -> None:
-    """A Prefill call whose first token ended the answer still gives its reservation back: it is let to."""
-    await asyncio.wait({call}, timeout=QUIET_END_S)
-    call.cancel()

@@ -87,7 +87,8 @@ class Placement:
         return [worker for worker in (self.prefill, self.decode) if worker is not None]
 
     def open(self, computed_tokens: int) -> None:
-        """Charges the workers, and hears them from here on."""
+        """Charges the workers, and hears them from here on; what others said before is forgotten."""
+        self.events = asyncio.Queue()
         if self.prefill is not None:
             self.prefill_charge = self.prefill.charge(computed_tokens)
         if self.decode is not None:

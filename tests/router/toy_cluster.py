@@ -412,7 +412,11 @@ class ToyRouter:
 
         with contextlib.suppress(TimeoutError):
             await self.until(rest, 5.0)
-        assert rest(), await self.control.GetCounts(worker_pb2.GetCountsRequest(), _no_context())
+        held = [
+            (w.record.worker_id, list(w.sequences)) for w in self.workers if isinstance(w, ToyDecode) and w.sequences
+        ]
+        counts = await self.control.GetCounts(worker_pb2.GetCountsRequest(), _no_context())
+        assert rest(), f"{dict(counts.live)}, decode workers hold {held}"
 
 
 def _no_context() -> grpc.aio.ServicerContext:
