@@ -83,12 +83,12 @@ class LocalCluster:
         """Raises what keeps the cluster from serving: a SetupError, with the last lines of the log that says why."""
         assert self._router is not None, "start() comes first"
         wanted = [self._router, *(self.workers if all_workers else [])]
-        ready = asyncio.ensure_future(asyncio.gather(*(child.ready.wait() for child in wanted)))
-        await first_of(ready, self.failed)
-        if self.failed.done():
+        ready = asyncio.create_task(_all_ready(wanted))
+        try:
+            await first_of(ready, self.failed)
+        finally:
             ready.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ready
+        if self.failed.done():
             raise self.failed.result()
 
     async def stop(self) -> None:
@@ -224,6 +224,11 @@ class LocalCluster:
         await child.wait()
         child.state = "ended"
         self._on_change(child)
+
+
+async def _all_ready(children: list[Child]) -> None:
+    for child in children:
+        await child.ready.wait()
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:
