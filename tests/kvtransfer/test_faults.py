@@ -1,0 +1,152 @@
+"""Faults that a hand-over must survive: those that the reference transport plays, and a writer that lies."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvtransfer.frames import receive_frame, send_frame
+from kvtransfer.memory import Fault, FaultKind, MemoryTransport
+from kvtransfer.sockets import SocketsTransport
+from kvtransfer.transport import Piece
+from legato.v1.transfer_pb2 import RegionDescriptor, SocketsAddress, TransferFrame
+from spec.errors import TransferFailed
+
+DATA = bytes(range(1, 201))
+
+
+def played(fault: Fault) -> tuple[MemoryTransport, list[BaseException | None], bytes, list[bool]]:
+    """Three posts of the same bytes to three places, the second of which meets the fault."""
+    transport = MemoryTransport({1: fault})
+    source, target = transport.register(200), transport.register(600)
+    source.buffer[:] = DATA
+    peer = transport.connect(transport.address, target.descriptor)
+    failures: list[BaseException | None] = []
+    alive = []
+    for index in range(3):
+        try:
+            failures.append(peer.post(source, [Piece(0, 200 * index, 200)]).exception(timeout=5))
+        except TransferFailed as error:
+            failures.append(error)
+        alive.append(peer.connected)
+    landed = bytes(target.buffer)
+    transport.close()
+    assert transport.counts()["transfers"] == 0
+    return transport, failures, landed, alive
+
+
+def test_a_failed_transfer_may_have_landed_in_part() -> None:
+    _, failures, landed, alive = played(Fault(FaultKind.FAIL))
+    assert [type(failure) for failure in failures] == [type(None), TransferFailed, type(None)]
+    assert landed == DATA + DATA[:100] + bytes(100) + DATA
+    assert alive == [True, True, True]
+
+
+def test_a_truncated_transfer_says_that_it_is_done() -> None:
+    _, failures, landed, _ = played(Fault(FaultKind.TRUNCATE))
+    assert failures == [None, None, None]
+    assert landed == DATA + DATA[:100] + bytes(100) + DATA
+
+
+def test_a_corrupt_transfer_differs_by_one_bit() -> None:
+    _, failures, landed, _ = played(Fault(FaultKind.CORRUPT))
+    assert failures == [None, None, None]
+    differing = [a ^ b for a, b in zip(landed, DATA * 3, strict=True) if a != b]
+    assert len(differing) == 1
+    assert differing[0].bit_count() == 1
+    assert landed[:200] == landed[400:] == DATA
+
+
+def test_a_lost_peer_stays_lost() -> None:
+    _, failures, landed, alive = played(Fault(FaultKind.LOSE_PEER))
+    assert [type(failure) for failure in failures] == [type(None), TransferFailed, TransferFailed]
+    assert landed == DATA + bytes(400)
+    assert alive == [True, False, False]
+
+
+def test_a_delayed_transfer_is_overtaken_and_still_lands() -> None:
+    transport = MemoryTransport({0: Fault(FaultKind.DELAY, delay_s=0.2)})
+    source, target = transport.register(200), transport.register(200)
+    peer = transport.connect(transport.address, target.descriptor)
+    source.buffer[:] = DATA
+    late, early = peer.post(source, [Piece(0, 0, 100)]), peer.post(source, [Piece(0, 100, 100)])
+    early.result(5)
+    assert not late.done()
+    assert bytes(target.buffer) == bytes(100) + DATA[:100]
+    late.result(5)
+    assert bytes(target.buffer) == DATA[:100] * 2
+    transport.close()
+
+
+def test_a_delayed_transfer_never_lands_after_release() -> None:
+    transport = MemoryTransport({0: Fault(FaultKind.DELAY, delay_s=0.1)})
+    source, target = transport.register(200), transport.register(200)
+    source.buffer[:] = DATA
+    peer = transport.connect(transport.address, target.descriptor)
+    late = peer.post(source, [Piece(0, 0, 100)])
+    peer.release()
+    assert isinstance(late.exception(timeout=0), TransferFailed)
+    time.sleep(0.15)
+    assert bytes(target.buffer) == bytes(200)
+    transport.close()
+
+
+@pytest.fixture
+def owner() -> Iterator[SocketsTransport]:
+    transport = SocketsTransport()
+    yield transport
+    transport.close()
+
+
+def attached(owner: SocketsTransport, descriptor: bytes) -> socket.socket:
+    where = SocketsAddress.FromString(owner.address)
+    link = socket.create_connection((where.tcp_host, where.tcp_port), timeout=5)
+    token = RegionDescriptor.FromString(descriptor).token
+    send_frame(link, TransferFrame(attach=TransferFrame.Attach(token=token)))
+    answer = receive_frame(link)
+    assert answer is not None
+    assert not answer.attached.refused
+    return link
+
+
+def ends(link: socket.socket) -> bool:
+    try:
+        return receive_frame(link) is None
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        TransferFrame.Write(write_id=1, target_offsets=[1], nbytes=[64]),
+        TransferFrame.Write(write_id=1, target_offsets=[2**64 - 8], nbytes=[16]),
+        TransferFrame.Write(write_id=1, target_offsets=[0], nbytes=[2**40]),
+        TransferFrame.Write(write_id=1, target_offsets=[0, 1], nbytes=[1]),
+    ],
+)
+def test_a_writer_that_lies_about_its_place_is_cut_off(owner: SocketsTransport, write: TransferFrame.Write) -> None:
+    region = owner.register(64)
+    with attached(owner, region.descriptor) as link:
+        send_frame(link, TransferFrame(write=write))
+        link.sendall(b"\xaa" * 64)
+        assert ends(link)
+    assert bytes(region.buffer) == bytes(64)
+
+
+@pytest.mark.parametrize("noise", [b"\xff\xff\xff\x7f", b"\x04\0\0\0\xff\xff\xff\xff", b"GET / HTTP/1.1\r\n\r\n"])
+def test_noise_instead_of_a_frame_ends_the_link_and_harms_no_other(owner: SocketsTransport, noise: bytes) -> None:
+    region = owner.register(64)
+    with attached(owner, region.descriptor) as good:
+        with attached(owner, region.descriptor) as link:
+            link.sendall(noise)
+            assert ends(link)
+        send_frame(good, TransferFrame(write=TransferFrame.Write(write_id=5, target_offsets=[3], nbytes=[2])))
+        good.sendall(b"ok")
+        answer = receive_frame(good)
+        assert answer is not None
+        assert answer.written.write_id == 5
+    assert bytes(region.buffer[3:5]) == b"ok"
