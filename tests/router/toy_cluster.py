@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
+from opentelemetry import trace
 
 from legato.v1 import common_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.cluster import ClusterService, ControlService
@@ -30,7 +31,7 @@ from service.status import reason_to_proto
 from service.tokenizer import Tokenizer
 from service.tracing import Spans
 from spec.errors import LegatoError, OutOfBlocks, TransferFailed
-from telemetry.setup import setup
+from telemetry.setup import Telemetry, setup
 
 KEY = "a key of the tests"
 BLOCK_TOKENS = 4
@@ -92,6 +93,7 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
         self.faults = Faults()
         self.total_blocks = total_blocks
         self.calls = 0
+        self.trace_ids: list[int] = []
         self.computed_tokens = 0
         self.host = Host("127.0.0.1", 0, internal_key=KEY, drain_s=0.001)
         self.record = worker_pb2.WorkerRecord(
@@ -140,6 +142,7 @@ class ToyPrefill(ToyWorker, worker_pb2_grpc.PrefillServicer):
         self, request: worker_pb2.PrefillRequest, context: object
     ) -> AsyncIterator[worker_pb2.PrefillEvent]:
         self.calls += 1
+        self.trace_ids.append(trace.get_current_span().get_span_context().trace_id)
         try:
             async for event in self._prefill(request):
                 yield event
@@ -346,13 +349,13 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
 class ToyRouter:
     """The real router's parts, composed as its __main__ does, but told of workers by `apply` instead of by Redis."""
 
-    def __init__(self, tokenizer: Tokenizer, max_waiting: int = 64, decode_prefills_tokens: int = 0) -> None:
-        telemetry = setup("router-under-test")
+    def __init__(self, tokenizer: Tokenizer, max_waiting: int = 64, telemetry: Telemetry | None = None) -> None:
+        telemetry = telemetry or setup("router-under-test")
         self.registry = Registry(
             "r0", dial=lambda address: channel(address, KEY), read_tokenizer=lambda path: tokenizer
         )
         self.line = Line(max_waiting)
-        self.placer = Placer(self.registry, self.line, decode_prefills_tokens)
+        self.placer = Placer(self.registry, self.line)
         self.inference = InferenceService(self.registry, self.placer, Meter(telemetry), Spans(telemetry), 20.0)
         self.control = ControlService(self.registry, self.line, self.inference)
         self.cluster = ClusterService(self.registry, self.line, self.inference, lambda: True)
