@@ -48,6 +48,7 @@ class MemoryTransport(Transport):
         self._regions: dict[bytes, _MemoryRegion] = {}
         self._peers: set[_MemoryPeer] = set()
         self._due: list[tuple[float, int, _Write]] = []
+        self._moving: _Write | None = None
         self._transfers: set[Transfer] = set()
         self._posts = 0
         self._written_bytes = 0
@@ -124,7 +125,7 @@ class MemoryTransport(Transport):
                     self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
                 if not self._due:
                     return
-                write = heapq.heappop(self._due)[2]
+                self._moving = write = heapq.heappop(self._due)[2]
             failure: TransferFailed | None = None
             try:
                 write.peer._land(write)
@@ -134,6 +135,9 @@ class MemoryTransport(Transport):
                 self._transfers.discard(write.transfer)
                 self._written_bytes += 0 if failure else sum(piece.nbytes for piece in write.pieces)
             write.transfer.set_exception(failure) if failure else write.transfer.set_result(None)
+            with self._changed:
+                self._moving = None
+                self._changed.notify_all()
 
 
 _transports: dict[bytes, MemoryTransport] = {}
@@ -187,6 +191,10 @@ class _MemoryPeer(Peer):
             self._transport._transfers.difference_update(write.transfer for write in unmoved)
         for write in unmoved:
             write.transfer.set_exception(TransferFailed(self._lost))
+        with self._transport._changed:
+            self._transport._changed.wait_for(
+                lambda: self._transport._moving is None or self._transport._moving.peer is not self
+            )
 
     def _land(self, write: _Write) -> None:
         """Copies, on the mover's thread. Raises TransferFailed."""
