@@ -143,7 +143,10 @@ class Library:
         """key_blocks and value_blocks have the same strides."""
         assert cos.dtype == sin.dtype == torch.float32
         assert positions.dtype == slots.dtype == torch.int64
-        assert all(tensor.is_contiguous() for tensor in (cos, sin, positions, slots))
+        assert cos.is_contiguous()
+        assert sin.is_contiguous()
+        assert positions.is_contiguous()
+        assert slots.is_contiguous()
         num_tokens = qkv.shape[0]
         _, num_kv_heads, block_tokens, head_dim = key_blocks.shape
         qkv = qkv.contiguous()
@@ -180,7 +183,8 @@ class Library:
         """key_blocks and value_blocks have the same strides; a row of block_tables is dense."""
         assert block_tables.dtype == query_starts.dtype == context_lens.dtype == torch.int32
         assert block_tables.stride(1) == 1
-        assert all(tensor.is_contiguous() for tensor in (query_starts, context_lens))
+        assert query_starts.is_contiguous()
+        assert context_lens.is_contiguous()
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads, block_tokens = key_blocks.shape[1:3]
         q = q.contiguous()

@@ -1,4 +1,6 @@
 // Linear layers on packed weights, the packing, and the embedding that reads rows out of the packed form.
+#include <memory>
+
 #include "product.h"
 
 #if defined(__linux__)
@@ -10,6 +12,7 @@ namespace {
 
 constexpr ptrdiff_t BLOCK_BYTES = 384 << 10;  // of the rows that pass over a panel: they stay in a core's own cache
 constexpr ptrdiff_t MIN_BLOCK_ROWS = 96;
+constexpr ptrdiff_t ALIAS_BYTES = 2048;  // rows a multiple of it apart fall into few sets of the first cache
 constexpr ptrdiff_t PARALLEL_BYTES = 64 << 10;  // below, starting a second thread takes longer than the product
 
 // Weights are read once per step, front to back: large pages spare the walks through page tables.
@@ -63,10 +66,11 @@ struct Linear {
     T *out;            // [num_rows, num_outputs], contiguous
     ptrdiff_t num_rows, num_outputs, depth;
 
+    // rows: those of x from first_row on, row_stride apart
     template <int ROWS>
-    void block(ptrdiff_t first_row, ptrdiff_t panel) const {
+    void block(const T *rows, ptrdiff_t row_stride, ptrdiff_t first_row, ptrdiff_t panel) const {
         Floats sums[ROWS][VECTORS] = {};
-        multiply<ROWS>(x + first_row * depth, depth, packed + panel * panel_elements<T>(depth), depth, sums);
+        multiply<ROWS>(rows, row_stride, packed + panel * panel_elements<T>(depth), depth, sums);
 #pragma GCC unroll 12
         for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
@@ -82,11 +86,20 @@ struct Linear {
     void panels(ptrdiff_t begin, ptrdiff_t end) const {
         ptrdiff_t block_rows = BLOCK_BYTES / (depth * (ptrdiff_t)sizeof(T)) / MAX_ROWS * MAX_ROWS;
         if (block_rows < MIN_BLOCK_ROWS) block_rows = MIN_BLOCK_ROWS;
+        const bool spread = num_rows > 4 && depth * sizeof(T) % ALIAS_BYTES == 0;
+        const ptrdiff_t stride = spread ? depth + 64 / (ptrdiff_t)sizeof(T) : depth;
+        std::unique_ptr<T[]> copy;
+        if (spread) copy.reset(new T[(num_rows < block_rows ? num_rows : block_rows) * stride]);
         for (ptrdiff_t row = 0; row < num_rows; row += block_rows) {
-            const ptrdiff_t rows = num_rows - row < block_rows ? num_rows - row : block_rows;
+            const ptrdiff_t count = num_rows - row < block_rows ? num_rows - row : block_rows;
+            const T *rows = x + row * depth;
+            if (spread) {
+                for (ptrdiff_t i = 0; i < count; ++i) memcpy(&copy[i * stride], rows + i * depth, depth * sizeof(T));
+                rows = copy.get();
+            }
             for (ptrdiff_t panel = begin; panel < end; ++panel)
-                in_row_blocks(rows, [&](auto count, ptrdiff_t first) {
-                    block<decltype(count)::value>(row + first, panel);
+                in_row_blocks(count, [&](auto size, ptrdiff_t first) {
+                    block<decltype(size)::value>(rows + first * stride, stride, row + first, panel);
                 });
         }
     }

@@ -30,17 +30,18 @@ static_assert(TILE % PANEL == 0, "a tile is a whole number of panels");
 #define LEGATO_HIGH 2, 6, 3, 7
 #endif
 
-// A square of words, transposed by log2(LANES) perfect shuffles.
-inline void transpose(Words (&square)[LANES]) {
-    for (int stage = 1; stage < LANES; stage *= 2) {
-        Words next[LANES];
+// A square of words, transposed by log2(LANES) perfect shuffles; unrolled, so that it stays in registers.
+template <int STAGE = 1>
+__attribute__((always_inline)) inline void transpose(Words (&square)[LANES]) {
+    Words next[LANES];
 #pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; ++i) {
-            next[2 * i] = __builtin_shufflevector(square[i], square[i + LANES / 2], LEGATO_LOW);
-            next[2 * i + 1] = __builtin_shufflevector(square[i], square[i + LANES / 2], LEGATO_HIGH);
-        }
-        memcpy(square, next, sizeof next);
+    for (int i = 0; i < LANES / 2; ++i) {
+        next[2 * i] = __builtin_shufflevector(square[i], square[i + LANES / 2], LEGATO_LOW);
+        next[2 * i + 1] = __builtin_shufflevector(square[i], square[i + LANES / 2], LEGATO_HIGH);
     }
+    if constexpr (STAGE * 2 < LANES) transpose<STAGE * 2>(next);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) square[i] = next[i];
 }
 
 // LANES words of a key as its panel holds it: an fp32 element, or a pair of bf16 elements. `left` elements are there.
@@ -50,7 +51,10 @@ inline Words key_words(const float *, const KV *from, ptrdiff_t left) {
 }
 inline Words key_words(const Bf16 *, const Bf16 *from, ptrdiff_t left) {
     Words words = {};
-    memcpy(&words, from, left < 2 * LANES ? left * sizeof(Bf16) : sizeof words);
+    if (left >= 2 * LANES)
+        memcpy(&words, from, sizeof words);
+    else
+        memcpy(&words, from, left * sizeof(Bf16));
     return words;
 }
 inline Words key_words(const Bf16 *, const float *from, ptrdiff_t left) {
@@ -65,11 +69,12 @@ template <class KV>
 inline Words value_words(const float *, const KV *first, const KV *, ptrdiff_t left) {
     return (Words)load(first, left);
 }
+inline Words upper_halves(const Bf16 *from, ptrdiff_t left) { return (Words)load(from, left); }
+inline Words upper_halves(const float *from, ptrdiff_t left) { return words_of(narrow(load(from, left))) << 16; }
 template <class KV>
-inline Words value_words(const Bf16 *type, const KV *first, const KV *second, ptrdiff_t left) {
-    const Words even = (Words)rounded_to(type, load(first, left));
-    const Words odd = second ? (Words)rounded_to(type, load(second, left)) : Words{};
-    return (even >> 16) | (odd & 0xffff0000u);
+inline Words value_words(const Bf16 *, const KV *first, const KV *second, ptrdiff_t left) {
+    const Words even = upper_halves(first, left) >> 16;
+    return second ? even | upper_halves(second, left) : even;
 }
 
 struct Item {
@@ -149,13 +154,16 @@ struct Attention {
         return found;
     }
 
+    // Where the key (and the value) of a position lies, in elements.
+    ptrdiff_t offset_of(const Item &item, ptrdiff_t position) const {
+        const ptrdiff_t block = block_tables[item.sequence * table_stride + position / block_tokens];
+        return block * block_stride + item.kv_head * head_stride + position % block_tokens * token_stride;
+    }
+
     void pack_tile(const Item &item, ptrdiff_t tile, ptrdiff_t count, Scratch<T> &scratch) const {
-        const KV *key_of[TILE] = {}, *value_of[TILE + 1] = {};
-        const int32_t *table = block_tables + item.sequence * table_stride;
+        const KV *key_of[TILE], *value_of[TILE];
         for (ptrdiff_t i = 0; i < count; ++i) {
-            const ptrdiff_t position = tile + i;
-            const ptrdiff_t offset = table[position / block_tokens] * block_stride + item.kv_head * head_stride +
-                                     position % block_tokens * token_stride;
+            const ptrdiff_t offset = offset_of(item, tile + i);
             key_of[i] = keys + offset;
             value_of[i] = values + offset;
         }
@@ -181,15 +189,16 @@ struct Attention {
     }
 
     void pack_values(const KV *const *value_of, ptrdiff_t count, Scratch<T> &scratch) const {
-        for (ptrdiff_t i = 0; i < count; i += STEP<T>)
+        for (ptrdiff_t i = 0; i < count; i += STEP<T>) {
+            const KV *first = value_of[i], *second = i + 1 < count ? value_of[i + 1] : nullptr;
             for (ptrdiff_t column = 0; column < scratch.padded_dim; column += LANES) {
                 T *to = scratch.values + column / PANEL * panel_elements<T>(TILE) + (i * PANEL) + column % PANEL * STEP<T>;
                 const ptrdiff_t left = head_dim - column;
-                const KV *second = value_of[i + 1] ? value_of[i + 1] + column : nullptr;
                 const Words words =
-                    left > 0 ? value_words((const T *)nullptr, value_of[i] + column, second, left) : Words{};
+                    left > 0 ? value_words((const T *)nullptr, first + column, second ? second + column : nullptr, left) : Words{};
                 memcpy(to, &words, sizeof words);
             }
+        }
     }
 
     // scores = queries · keys
