@@ -100,8 +100,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     prompt_token_ids=token_ids,
                     seed=asked.sampling.seed,
                 )
-                await context.write(Response(started=started))
-                await _write_all(answers, context.write)
+                await _write_all(answers, Response(started=started), context.write)
             reason = ""
         except LegatoError as error:
             error.details.setdefault("request_id", request_id)
@@ -207,11 +206,12 @@ async def _maybe_in_thread(size: int, work: Callable[[], Result]) -> Result:
     return await asyncio.to_thread(work) if size > THREAD_FROM_CHARACTERS else work()
 
 
-async def _write_all(answers: list[Answer], write: Write) -> None:
-    """All responses of all choices. The first error ends them all."""
+async def _write_all(answers: list[Answer], opening: Response, write: Write) -> None:
+    """`opening`, then all responses of all choices. The first error ends them all."""
     if len(answers) == 1:
-        await _write(answers[0].responses(), write)
+        await _write(answers[0].responses(), write, opening)
         return
+    await write(opening)
     begun, writing = asyncio.Event(), asyncio.Lock()  # a stream takes one message at a time
 
     async def write_first(response: Response) -> None:
@@ -235,7 +235,17 @@ async def _write_all(answers: list[Answer], write: Write) -> None:
         raise next((e for e in group_error.exceptions if isinstance(e, LegatoError)), group_error) from None
 
 
-async def _write(responses: AsyncGenerator[Response, None], write: Write) -> None:
+async def _write(responses: AsyncGenerator[Response, None], write: Write, opening: Response | None = None) -> None:
+    """The request is on its way to a worker while `opening` is on its way to the client."""
     async with contextlib.aclosing(responses):
+        if opening is not None:
+            first = asyncio.ensure_future(anext(responses))
+            try:
+                await write(opening)
+                opening = await first
+            finally:
+                first.cancel()
+                await asyncio.wait({first})
+            await write(opening)
         async for response in responses:
             await write(response)
