@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from service.config_source import Model, load
 from spec.errors import LegatoError, SetupError
 
 EXIT_OK, EXIT_DEFECT, EXIT_CONFIGURATION, EXIT_HARD = 0, 1, 78, 130
+ORPHAN_S = 15.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -91,12 +93,16 @@ async def _main(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]], exit
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """In a thread, for standard input may be a file, a terminal or /dev/null, which no event loop can wait for."""
+    """In a thread, for standard input may be a file, a terminal or /dev/null, which no event loop can wait for.
+
+    Who held the other end is gone and cannot kill what hangs: after ORPHAN_S the process ends itself."""
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass
     with contextlib.suppress(RuntimeError):  # the loop has ended already
         loop.call_soon_threadsafe(stop.set)
+    time.sleep(ORPHAN_S)
+    os._exit(EXIT_HARD)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -190,15 +190,6 @@ def test_up_refuses_what_cannot_work_before_anything_starts(taken_port, tmp_path
         assert done.stdout == ""
 
 
-def test_up_ends_when_a_worker_cannot_load_its_model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
-    done = up("--model", str(tmp_path), "--port", "0")
-    assert done.returncode == 4, done.stderr
-    assert "unheard-of" in done.stderr.splitlines()[-1]
-    assert "restarting" not in done.stderr
-    assert done.stdout == ""
-
-
 def test_a_tether_ends_its_command_with_its_parent(tmp_path):
     inner = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     tether = [sys.executable, "-m", "legato.command.local.tether", sys.executable, "-c", inner, str(tmp_path / "pid")]

@@ -1,0 +1,127 @@
+"""`legato up` with real processes and a tiny model: ready line, restart after kill -9, clean stop, no orphan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_llama import SHAPES, make_llama
+
+import legato
+
+READY_S, STOP_S = 120.0, 15.0  # deadlines, with room for a busy machine: `up` itself kills what is left after 9 s
+
+
+@dataclasses.dataclass
+class Up:
+    process: subprocess.Popen[str]
+    address: str
+    stderr: Path
+
+    def pids(self) -> dict[str, int]:
+        """Of the workers and the router, as the log of state changes has them last."""
+        found = {}
+        for line in self.stderr.read_text().splitlines():
+            words = line.split()
+            if "pid" in words:
+                found[words[2]] = int(words[words.index("pid") + 1])
+        return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"), SHAPES[0])
+
+
+@pytest.fixture
+def start(model: Path, tmp_path: Path) -> Iterator[Callable[[], Up]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def begin() -> Up:
+        stderr = tmp_path / "stderr"
+        command = [sys.executable, "-m", "legato.command.main", "up", "--model", str(model), "--port", "0"]
+        with stderr.open("w") as file:
+            process = subprocess.Popen(
+                [*command, "--run-folder", str(tmp_path / "run")],
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=os.environ | {"LEGATO_ENGINE__KV_MEMORY": "1MiB", "LEGATO_ENGINE__THREADS": "1"},
+            )
+        started.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready grpc="), stderr.read_text()
+        return Up(process, line.removeprefix("ready grpc=").strip(), stderr)
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_up_serves_restarts_what_dies_and_stops_clean(start: Callable[[], Up]) -> None:
+    cluster = start()
+    with legato.Client(cluster.address, timeout_s=60) as client:
+        whole = client.generate("abc", max_tokens=12, temperature=0.0, ignore_eos=True)
+        assert whole.route is not None
+        assert (whole.route.prefill_worker_id, whole.route.decode_worker_id) == ("prefill-0", "decode-0")
+        assert whole.ledger is not None
+        assert abs(whole.ledger.total_s - (whole.ledger.second_token_s or 0)) < 1e-3
+        assert whole.ledger.clock_shift_s < 1e-3
+        for victim in ("decode-0", "router-0"):
+            before = cluster.pids()
+            os.kill(before[victim], signal.SIGKILL)
+            again = client.generate("abc", max_tokens=12, temperature=0.0, ignore_eos=True)
+            assert again.token_ids == whole.token_ids
+            wait_for(lambda victim=victim, before=before: cluster.pids()[victim] != before[victim], READY_S)
+    pids = cluster.pids()
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.process.wait(STOP_S) == 0, cluster.stderr.read_text()
+    assert not [name for name, pid in pids.items() if is_alive(pid)]
+    assert cluster.process.stdout is not None
+    assert cluster.process.stdout.read() == ""
+    assert not list((cluster.stderr.parent / "run").glob("*.yaml"))  # they held the cluster's key
+
+
+def test_no_orphan_when_up_itself_is_killed(start: Callable[[], Up]) -> None:
+    cluster = start()
+    pids = cluster.pids()
+    assert set(pids) == {"redis", "router-0", "prefill-0", "decode-0"}
+    cluster.process.kill()
+    wait_for(lambda: not any(is_alive(pid) for pid in pids.values()), 30.0)
+
+
+def test_up_ends_when_a_worker_cannot_load_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    command = [sys.executable, "-m", "legato.command.main", "up", "--model", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=READY_S, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "unheard-of" in done.stderr.splitlines()[-1]
+    assert "restarting" not in done.stderr
+    assert done.stdout == ""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return sys.platform != "linux"
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come"
+        time.sleep(0.05)
