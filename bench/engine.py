@@ -1,8 +1,8 @@
 """The engine alone against transformers: same weights, same dtype, same threads, one process, interleaved A-B-A-B.
 
 Measured with random tokens, greedy: decode at batch 1 and 8 (median time of a step), prefill of one long prompt (time
-to its first token), and in the same rounds the memory read bandwidth of the same threads, of which decode at batch 1 can
-use a share: it reads every weight once for a token. transformers runs its own `generate`.
+to its first token), and in the same rounds the memory read bandwidth of the same threads, of which decode at batch 1
+can use a share: it reads every weight once for a token. transformers runs its own `generate`.
 
 A run is thrown away when transformers' own figures moved by more than 15 % between rounds: the machine was not quiet.
 """

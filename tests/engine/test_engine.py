@@ -13,6 +13,7 @@ from tiny_llama import SHAPES, Shape, load_reference, make_llama
 from engine.engine import Engine, EngineOptions, kv_layout_for
 from engine.kv_memory import KVMemory, default_num_blocks
 from engine.model_files import open_model
+from kernels.cpu.library import shared_library
 from scheduler.plan import Draw, Slice, StepPlan, StepResult
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, OutOfBlocks
@@ -34,8 +35,8 @@ def engine(folder: Path, request: pytest.FixtureRequest) -> Engine:
 
 
 def test_a_sequence_is_the_same_in_company(engine: Engine) -> None:
-    """Decodes beside chunks and other decodes: to the last bit where the kernels promise it, which fp32 alone cannot
-    hide; see tests/kernels for the promise itself."""
+    """Decodes beside chunks and other decodes: to the last bit, which is what the compiled kernels promise. torch's
+    own products, which serve where no compiler is, round differently for other numbers of rows."""
     stepper = Stepper(engine)
     token_ids = [(7 * i + 3) % 431 for i in range(60)]
     alone = stepper.run(token_ids)
@@ -45,7 +46,7 @@ def test_a_sequence_is_the_same_in_company(engine: Engine) -> None:
     for _ in range(12):
         stepper.step([(each, 1) for each in many])
     stepper.step([(whole, 29)])
-    tolerance = 1e-5 if engine.dtype is Dtype.FLOAT32 else 0.2
+    tolerance = 0.0 if shared_library() is not None else 1e-5 if engine.dtype is Dtype.FLOAT32 else 0.2
     for each in (*many, whole):
         found = rows_of(each)
         np.testing.assert_allclose(found, alone[: len(found)], rtol=tolerance, atol=tolerance)
