@@ -195,7 +195,8 @@ class UcxPeer(Peer):
 
     def advance(self) -> bool:
         """The next slices. True when more could go at once."""
-        while self._queue and len(self._in_flight) < SLICES_IN_FLIGHT:
+        copied_bytes = 0
+        while self._queue and copied_bytes < SLICE_BYTES and len(self._in_flight) < SLICES_IN_FLIGHT:
             write = self._queue[0]
             if write.failed:
                 self._queue.popleft()
@@ -208,9 +209,9 @@ class UcxPeer(Peer):
                 continue
             for source, target_offset, nbytes in taken:
                 copy_memory(self._mapped_base + target_offset, source, nbytes)
+                copied_bytes += nbytes
             self._landed(write)
-            return bool(self._queue)
-        return False
+        return bool(self._queue and copied_bytes)
 
     def _enqueue(self, write: _Write) -> None:
         if self._why:
