@@ -1,7 +1,8 @@
 // Reads memory as fast as the cores can, so that a product's share of it can be told.
 #include <atomic>
 
-#include "product.h"
+#include "pool.h"
+#include "simd.h"
 
 using namespace legato;
 
@@ -12,9 +13,9 @@ uint64_t legato_read_bytes(const char *memory, int64_t num_bytes, int threads) {
     std::atomic<uint64_t> total{0};
     constexpr int64_t STEP_BYTES = 8 * sizeof(Words);
     const int64_t steps = num_bytes / STEP_BYTES;
-    in_parallel(threads, [&](int share) {
+    in_ranges(threads, steps, [&](ptrdiff_t begin, ptrdiff_t end) {
         Words sums[8] = {};
-        for (int64_t step = steps * share / threads; step < steps * (share + 1) / threads; ++step)
+        for (ptrdiff_t step = begin; step < end; ++step)
 #pragma GCC unroll 8
             for (int i = 0; i < 8; ++i) {
                 Words words;

@@ -2,8 +2,8 @@
 
     python -m kernels.cpu.build        builds ahead of time and says what it did
 
-The file's name is a digest of the sources, the compiler, its flags, the processor's features and torch's OpenMP
-runtime: whatever of these changes, the library is built again. Several processes that start at once build it once.
+The file's name is a digest of the sources, the compiler, its flags and the processor's features: whatever of these
+changes, the library is built again. Several processes that start at once build it once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 SOURCE_FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=default")
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-pthread")
 
 
 class BuildFailed(RuntimeError):
@@ -39,7 +37,6 @@ class Recipe:
 
     compiler: str
     flags: tuple[str, ...]
-    openmp: Path | None  # torch's own runtime; None: single-threaded
     name: str
 
 
@@ -54,14 +51,12 @@ def recipe(target: str = "native") -> Recipe:
         raise BuildFailed(
             f"no C++ compiler found (looked for {', '.join(COMPILERS)}); Debian and Ubuntu: apt install g++"
         )
-    openmp = _openmp_of_torch()
-    threads = () if openmp is None else (("-Xpreprocessor",) if sys.platform == "darwin" else ()) + ("-fopenmp",)
-    flags = (*FLAGS, f"-march={target}", *threads)
+    flags = (*FLAGS, f"-march={target}")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(repr((version, flags, str(openmp), platform.machine(), _processor_features())).encode())
+    digest = hashlib.sha256(repr((version, flags, platform.machine(), _processor_features())).encode())
     for path in _sources("*.h") + _sources("*.cpp"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return Recipe(compiler, flags, openmp, f"kernels-{digest.hexdigest()[:24]}.so")
+    return Recipe(compiler, flags, f"kernels-{digest.hexdigest()[:24]}.so")
 
 
 def build(cache: Path | None = None, target: str = "native") -> Path:
@@ -95,20 +90,12 @@ def _compile(made: Recipe, scratch: Path) -> Path:
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, _sources("*.cpp")))
     library = scratch / "kernels.so"
-    # By its path and not by -lgomp: two OpenMP runtimes in a process would keep two pools that spin against each other.
-    openmp = [] if made.openmp is None else [str(made.openmp)]
-    run("-shared", "-o", str(library), *map(str, objects), *openmp)
+    run("-shared", "-pthread", "-o", str(library), *map(str, objects))
     return library
 
 
 def _sources(pattern: str) -> list[Path]:
     return sorted(SOURCE_FOLDER.glob(pattern))
-
-
-def _openmp_of_torch() -> Path | None:
-    folder = Path(torch.__file__).parent / "lib"
-    found = [path for pattern in ("libgomp*.so*", "libomp*.dylib", "libiomp5*") for path in folder.glob(pattern)]
-    return min(found, default=None)
 
 
 def _processor_features() -> str:
@@ -134,7 +121,7 @@ def main() -> int:
         made = recipe()
         path = default_cache() / made.name
         verb = "found" if path.is_file() else "built"
-        print(f"{verb} {build()}\nwith {made.compiler} {' '.join(made.flags)}\nOpenMP runtime: {made.openmp or 'none'}")
+        print(f"{verb} {build()}\nwith {made.compiler} {' '.join(made.flags)}")
     except BuildFailed as error:
         print(f"the CPU kernels are not available: {error}", file=sys.stderr)
         return 1

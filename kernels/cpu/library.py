@@ -247,6 +247,5 @@ def status(cache: Path | None = None) -> Status:
     except BuildFailed as error:
         return Status(False, False, str(error))
     path = (cache or default_cache()) / made.name
-    threads = "single-threaded" if made.openmp is None else f"OpenMP runtime {made.openmp.name}"
     place = f"built: {path}" if path.is_file() else "not built yet; the first use compiles them, in seconds"
-    return Status(True, path.is_file(), f"{made.compiler}, {threads}; {place}")
+    return Status(True, path.is_file(), f"{made.compiler}; {place}")

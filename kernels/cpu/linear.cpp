@@ -1,6 +1,7 @@
 // Linear layers on packed weights, the packing, and the embedding that reads rows out of the packed form.
 #include <memory>
 
+#include "pool.h"
 #include "product.h"
 
 #if defined(__linux__)
@@ -13,7 +14,7 @@ namespace {
 constexpr ptrdiff_t BLOCK_BYTES = 384 << 10;  // of the rows that pass over a panel: they stay in a core's own cache
 constexpr ptrdiff_t MIN_BLOCK_ROWS = 96;
 constexpr ptrdiff_t ALIAS_BYTES = 2048;  // rows a multiple of it apart fall into few sets of the first cache
-constexpr ptrdiff_t PARALLEL_BYTES = 64 << 10;  // below, starting a second thread takes longer than the product
+constexpr ptrdiff_t PARALLEL_BYTES = 64 << 10;  // below, calling for help takes longer than the product
 
 // Weights are read once per step, front to back: large pages spare the walks through page tables.
 void prefer_large_pages(void *memory, size_t num_bytes) {
@@ -30,8 +31,8 @@ template <class T>
 void pack(const T *weight, T *packed, ptrdiff_t num_outputs, ptrdiff_t depth, int threads) {
     const ptrdiff_t panels = round_up(num_outputs, PANEL) / PANEL;
     prefer_large_pages(packed, panels * panel_elements<T>(depth) * sizeof(T));
-    in_parallel(threads, [&](int share) {
-        for (ptrdiff_t panel = share; panel < panels; panel += threads) {
+    in_ranges(threads, panels, [&](ptrdiff_t begin, ptrdiff_t end) {
+        for (ptrdiff_t panel = begin; panel < end; ++panel) {
             T *to = packed + panel * panel_elements<T>(depth);
             memset(to, 0, panel_elements<T>(depth) * sizeof(T));
             for (ptrdiff_t column = 0; column < PANEL && panel * PANEL + column < num_outputs; ++column) {
@@ -107,8 +108,7 @@ struct Linear {
     void run(int threads) const {
         const ptrdiff_t all = round_up(num_outputs, PANEL) / PANEL;
         if (num_outputs * depth * (ptrdiff_t)sizeof(T) * num_rows < PARALLEL_BYTES) threads = 1;
-        if (threads > all) threads = (int)all;
-        in_parallel(threads, [&](int share) { panels(all * share / threads, all * (share + 1) / threads); });
+        in_ranges(threads, all, [&](ptrdiff_t begin, ptrdiff_t end) { panels(begin, end); });
     }
 };
 

@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "pool.h"
 #include "product.h"
 
 namespace legato {
@@ -303,10 +304,11 @@ struct Attention {
         for (const Item &item : work) rows = item.num_queries * group() > rows ? item.num_queries * group() : rows;
         if ((ptrdiff_t)work.size() < threads) threads = (int)work.size();
         std::atomic<size_t> next{0};
-        in_parallel(threads, [&](int) {
+        auto attend_some = [&] {
             Scratch<T> scratch(rows, head_dim);
             for (size_t i = next++; i < work.size(); i = next++) attend(work[i], scratch);
-        });
+        };
+        in_parallel(threads, attend_some);
     }
 };
 

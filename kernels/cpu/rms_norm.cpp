@@ -1,6 +1,7 @@
 // kernels/rms_norm.py: stream = x + residual, rounded; normed = weight * stream / sqrt(mean(stream^2) + eps).
 #include <cmath>
 
+#include "pool.h"
 #include "simd.h"
 
 namespace legato {
@@ -29,8 +30,8 @@ template <class T>
 void rms_norm(const T *x, const T *weight, const T *residual, T *normed, T *stream, ptrdiff_t num_rows, ptrdiff_t size,
               float eps, int threads) {
     if (num_rows * size < PARALLEL_ELEMENTS) threads = 1;
-    in_parallel(threads, [&](int share) {
-        for (ptrdiff_t i = num_rows * share / threads; i < num_rows * (share + 1) / threads; ++i)
+    in_ranges(threads, num_rows, [&](ptrdiff_t begin, ptrdiff_t end) {
+        for (ptrdiff_t i = begin; i < end; ++i)
             row(x + i * size, weight, residual ? residual + i * size : nullptr, normed + i * size, stream + i * size, size,
                 eps);
     });

@@ -1,4 +1,5 @@
 // kernels/rope_kv_write.py: rotates queries and keys, and writes keys and values to their slots.
+#include "pool.h"
 #include "simd.h"
 
 namespace legato {
@@ -42,8 +43,8 @@ struct Rope {
 
     void run(int threads) const {
         if (num_tokens * (num_heads + 2 * num_kv_heads) * head_dim < PARALLEL_ELEMENTS) threads = 1;
-        in_parallel(threads, [&](int share) {
-            for (ptrdiff_t i = num_tokens * share / threads; i < num_tokens * (share + 1) / threads; ++i) token(i);
+        in_ranges(threads, num_tokens, [&](ptrdiff_t begin, ptrdiff_t end) {
+            for (ptrdiff_t i = begin; i < end; ++i) token(i);
         });
     }
 };

@@ -1,4 +1,5 @@
 // kernels/silu_mul.py: out = gate / (1 + exp(-gate)) * up, in fp32, rounded once.
+#include "pool.h"
 #include "simd.h"
 
 namespace legato {
@@ -10,8 +11,8 @@ constexpr float LOG2_E = 1.44269504088896341f;
 template <class T>
 void silu_mul(const T *gate_up, T *out, ptrdiff_t num_rows, ptrdiff_t size, int threads) {
     if (num_rows * size < PARALLEL_ELEMENTS) threads = 1;
-    in_parallel(threads, [&](int share) {
-        for (ptrdiff_t row = num_rows * share / threads; row < num_rows * (share + 1) / threads; ++row) {
+    in_ranges(threads, num_rows, [&](ptrdiff_t begin, ptrdiff_t end) {
+        for (ptrdiff_t row = begin; row < end; ++row) {
             const T *gates = gate_up + row * 2 * size;
             for (ptrdiff_t i = 0; i < size; i += LANES) {
                 const Floats gate = load(gates + i, size - i), up = load(gates + size + i, size - i);

@@ -147,12 +147,4 @@ inline Floats exp2_of(Floats x) {
     return power * (Floats)((exponent + 127) << 23);
 }
 
-// Shares [0, shares) run side by side; share i is always thread i, the caller is thread 0.
-template <class Body>
-inline void in_parallel(int shares, const Body &body) {
-    if (shares <= 1) return body(0);
-#pragma omp parallel for num_threads(shares) schedule(static, 1)
-    for (int share = 0; share < shares; ++share) body(share);
-}
-
 }  // namespace legato
