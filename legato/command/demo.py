@@ -79,6 +79,7 @@ async def _demo(config: ClusterConfig, max_tokens: int) -> int:
             await cluster.start()
             await cluster.wait_ready(all_workers=True)
         terminal.err.print(f"ready after {time.monotonic() - started_s:.1f} s; three questions at once:\n")
+        board.is_quiet = True
         lanes = await _ask(cluster, max_tokens)
         _report(lanes, started_s)
     except asyncio.CancelledError:

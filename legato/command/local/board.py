@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,17 +23,18 @@ COLOURS = {"starting": "yellow", "ready": "green", "restarting": "magenta", "sto
 
 
 class Board:
-    """`changed` is told of every change of a child's state; `live()` draws while its block runs."""
+    """`changed` is told of every change of a child's state; `live()` draws while its block runs; `is_quiet` shows none."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
+        self.is_quiet = False
         self._is_live = False
         self._since_s = time.monotonic()
 
     def changed(self, child: Child) -> None:
         if child not in self._children:
             self._children.append(child)
-        if self._is_live:
+        if self._is_live or self.is_quiet:
             return
         words = [f"{time.monotonic() - self._since_s:6.1f} s ", f"{child.name:<10}", child.state]
         words += [f"pid {child.pid}"] if child.state in ("starting", "ready") else []
@@ -48,7 +50,15 @@ class Board:
             yield
             return
         self._is_live = True
-        with Live(self._draw(folder), console=terminal.err, auto_refresh=False, transient=True) as live:
+        # What is printed goes above the table where standard output is this terminal too; a file or pipe gets it as it is.
+        live = Live(
+            self._draw(folder),
+            console=terminal.err,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        with live:
             task = asyncio.create_task(self._refresh(live, folder))
             try:
                 yield
