@@ -1,6 +1,7 @@
 """The receiving end of hand-overs: legato.v1.Decode.Handoff, one stream each.
 
     Begin   ticket verified, reservation opened for writing  ──▶ Accepted
+    Alive   the lease is renewed
     Chunk   bytes that landed are digested here and compared ──▶ (nothing, or Cancel)
     Final   plan complete: the sequence joins the batch      ──▶ Admitted
     Quiet   nothing is in flight any more: blocks are freed
@@ -52,7 +53,12 @@ class Receiver:
         """Reads the stream to its end. Raises TicketRefused for a ticket that opens nothing here."""
         try:
             async for message in requests:
-                match message.WhichOneof("event"):
+                event = message.WhichOneof("event")
+                if self.settled:
+                    continue  # a sign of life that crossed our Admitted
+                if (event == "begin") != (self.ticket is None):
+                    raise TicketRefused("a hand-over begins once, and first")
+                match event:
                     case "begin":
                         self._open(message.begin)
                         self.replies.put_nowait(Reply(accepted=Reply.Accepted()))
@@ -60,6 +66,8 @@ class Receiver:
                         await self._guarded(self._landed(message.chunk))
                     case "final":
                         await self._guarded(self._admit(message.final))
+                    case "alive":
+                        await self._guarded(self._renew())
                     case "quiet":
                         self._quiet()
                         return
@@ -77,8 +85,6 @@ class Receiver:
 
     def _open(self, begin: Request.Begin) -> None:
         core = self._core
-        if self.ticket is not None:
-            raise TicketRefused("this stream has begun already")
         try:
             ticket = tickets.verify(core.cluster_key, begin.ticket, now_unix_ns=time.time_ns())
             self._check(ticket)
@@ -117,6 +123,12 @@ class Receiver:
     def _cancel_writer(self, error: LegatoError) -> None:
         cancel = Reply.Cancel(reason=reason_to_proto(error), message=error.message)
         self.replies.put_nowait(Reply(cancel=cancel))
+
+    async def _renew(self) -> None:
+        self._placed()
+        assert self.ticket is not None
+        with self._core.loop.lock:
+            self._core.reservations.renew(self.ticket.reservation_id, time.monotonic())
 
     async def _landed(self, chunk: Request.Chunk) -> None:
         self._placed()

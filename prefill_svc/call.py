@@ -46,23 +46,22 @@ class PrefillCall:
         self._spans = spans
         self._sender: Sender | None = None
         self._drawn = False  # the sequence is held for the hand-over, or has ended
+        self._ended_here = False  # with its first token: nothing is handed over
 
     async def run(self) -> None:
         """Raises the LegatoError with which the call ends."""
         attributes = {names.SEQUENCE_ID: self.sequence_id, names.WORKER_ID: self._core.record.worker_id}
-        ended_here = False
         try:
             with self._spans.span(names.SPAN_PREFILL, attributes):
                 if self._request.HasField("reservation"):
                     await self._open_handoff()
                 first = await self._first_token()
-                ended_here = bool(first.finish_reason)
+                self._ended_here = bool(first.finish_reason)
                 self.answers.put_nowait(worker_pb2.PrefillEvent(first_token=first))
-                if self._sender is not None and not ended_here:
+                if self._sender is not None and not self._ended_here:
                     await self._finish_handoff(self._sender, first)
         finally:
             self.answers.put_nowait(None)
-            await self._close(ended_here)
 
     async def _open_handoff(self) -> None:
         """Only for exactly this sequence, this model and this process: raises TicketRefused otherwise."""
@@ -84,7 +83,7 @@ class PrefillCall:
         self._sender = Sender(
             worker_pb2_grpc.DecodeStub(self._peers.channel(self._request.decode_address)),
             SourceKV(core.landing, core.rank, core.regions[name], core.stage_out),
-            Target(ticket, reservation.ticket, RankKV.whole(layout), peer, name),
+            Target(ticket, reservation.ticket, RankKV.whole(layout), peer, name, reservation.lease_s),
             core.record.address,
             core.digest_pool,
         )
@@ -141,13 +140,14 @@ class PrefillCall:
         self._spans.record(names.SPAN_HANDOFF_FINISH, first.drawn_ns, now_ns)
         self.answers.put_nowait(worker_pb2.PrefillEvent(handed_over=worker_pb2.PrefillEvent.HandedOver(transfer=stats)))
 
-    async def _close(self, ended_here: bool) -> None:
+    async def close(self) -> None:
+        """After run(), however it ended; must run to its end."""
         core = self._core
         with core.loop.lock:
             if not self._drawn:
                 core.scheduler.abort(self.sequence_id, time.monotonic())
         if self._sender is not None:
-            await self._sender.close(finished_without_handoff=ended_here)
+            await self._sender.close(finished_without_handoff=self._ended_here)
         with core.loop.lock:
             core.scheduler.release(self.sequence_id)
         while not self.events.empty():

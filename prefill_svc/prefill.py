@@ -65,13 +65,20 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 yield answer
             await task
         finally:
-            task.cancel()  # the client left; what must still happen for quiet and release, the task does
+            task.cancel()  # the client left; quiet and release follow
 
     async def _run(self, call: PrefillCall) -> None:
         try:
             await call.run()
         finally:
-            del self._calls[call.sequence_id]
+            closing = asyncio.create_task(self._close(call))  # of its own: nothing that cancels the call cancels it
+            self._tasks.add(closing)
+            closing.add_done_callback(self._tasks.discard)
+            await asyncio.shield(closing)
+
+    async def _close(self, call: PrefillCall) -> None:
+        await call.close()
+        del self._calls[call.sequence_id]
 
     async def ConfirmQuiet(
         self, request: worker_pb2.ConfirmQuietRequest, context: grpc.aio.ServicerContext

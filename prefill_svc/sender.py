@@ -32,6 +32,7 @@ from spec.errors import LegatoError, RequestCancelled, TransferFailed
 
 logger = logs.get(__name__)
 
+ALIVE_SHARE = 0.25  # of the lease, between two signs of life
 LAST_WORD_S = 1.0  # how long the end of the stream is waited for
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one chunk; the waiting clock is the reservation's lease
 
@@ -53,6 +54,7 @@ class Target(NamedTuple):
     rank: RankKV
     peer: Peer
     transport: str
+    lease_s: float
 
 
 class _Chunk(NamedTuple):
@@ -83,6 +85,7 @@ class Sender:
         self._sent_tokens = target.ticket.first_token
         self._chunks: asyncio.Queue[_Chunk | None] = asyncio.Queue()
         self._admitted = asyncio.Event()
+        self._writing = asyncio.Lock()  # a stream takes one write at a time
         self._tasks: list[asyncio.Task[None]] = []
         self._call: grpc.aio.StreamStreamCall | None = None
 
@@ -107,7 +110,7 @@ class Sender:
             raise error_from_rpc(await _status_of(self._call))
         if reply.HasField("cancel"):
             raise error_from_reason(reply.cancel.reason, reply.cancel.message)
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._move())]
+        self._tasks = [asyncio.create_task(work) for work in (self._listen(), self._move(), self._stay_alive())]
 
     def advance(self, end: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
         """KV of tokens [0, end) is in `block_table`, whose blocks are held until `release` is called."""
@@ -126,19 +129,21 @@ class Sender:
         """Quiet: what is in flight has landed or can land no more; says so. After finish() it only ends the stream."""
         if self._call is None:
             return
-        if len(self._tasks) == 2 and not self._tasks[1].done():
+        if self._tasks and not self._tasks[1].done():
             self._chunks.put_nowait(None)
             self._fail(RequestCancelled("the hand-over was given up"))
             await asyncio.wait([self._tasks[1]])
+        for task in self._tasks[1:]:
+            task.cancel()
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            if not self._admitted.is_set():
-                quiet = worker_pb2.HandoffRequest.Quiet(finished_without_handoff=finished_without_handoff)
-                await self._call.write(worker_pb2.HandoffRequest(quiet=quiet))
-            await self._call.done_writing()
-        for task in self._tasks:
-            if not task.done():
-                await asyncio.wait([task], timeout=LAST_WORD_S)
-                task.cancel()
+            async with self._writing:
+                if not self._admitted.is_set():
+                    quiet = worker_pb2.HandoffRequest.Quiet(finished_without_handoff=finished_without_handoff)
+                    await self._call.write(worker_pb2.HandoffRequest(quiet=quiet))
+                await self._call.done_writing()
+        if self._tasks:
+            await asyncio.wait(self._tasks[:1], timeout=LAST_WORD_S)  # the peer ends the stream once it has read that
+            self._tasks[0].cancel()
         self._call.cancel()
         while not self._chunks.empty():
             if (chunk := self._chunks.get_nowait()) is not None:
@@ -149,16 +154,19 @@ class Sender:
             self.failed.set_result(error)
 
     async def _or_failed(self, task: asyncio.Future[None] | asyncio.Task[bool]) -> None:
-        await asyncio.wait([task, self.failed], return_when=asyncio.FIRST_COMPLETED)
-        if self.failed.done():
-            if not task.done() and task not in self._tasks:
+        try:
+            await asyncio.wait([task, self.failed], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if task not in self._tasks:
                 task.cancel()
+        if self.failed.done():
             raise self.failed.result()
 
     async def _write(self, message: worker_pb2.HandoffRequest) -> None:
         assert self._call is not None
         try:
-            await self._call.write(message)
+            async with self._writing:
+                await self._call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             self._fail(TransferFailed(f"{self._target.ticket.consumer_id} left during the hand-over"))
             raise self.failed.result() from None
@@ -176,6 +184,13 @@ class Sender:
             logger.debug("hand-over stream to %s ended: %s", self._target.ticket.consumer_id, error.code())
         if not self._admitted.is_set():
             self._fail(TransferFailed(f"{self._target.ticket.consumer_id} left during the hand-over"))
+
+    async def _stay_alive(self) -> None:
+        """The reservation's lease outlives a long line and a long chunk."""
+        while not self.failed.done() and not self._admitted.is_set():
+            await asyncio.sleep(self._target.lease_s * ALIVE_SHARE)
+            with contextlib.suppress(LegatoError):
+                await self._write(worker_pb2.HandoffRequest(alive=worker_pb2.HandoffRequest.Alive()))
 
     async def _move(self) -> None:
         """Sends what advance() brought, one chunk after the other, until None or a failure."""

@@ -127,8 +127,8 @@ class Registry:
         return min(longest.values(), default=0)
 
     def serves(self) -> bool:
-        """At least one model has a ready prefill and a ready decode worker that fit together."""
-        return any(self.prefill_workers(model) for model in self._models.values())
+        """At least one model has a ready decode worker: it prefills itself where no prefill worker is."""
+        return any(self.decode_workers(model) for model in self._models.values())
 
     # -- how it learns ------------------------------------------------------------------------------------------------
 

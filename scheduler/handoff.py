@@ -1,7 +1,7 @@
 """The receiving side of a hand-over: blocks kept for a sequence whose KV comes from a producer.
 
     RESERVED    blocks are taken; no writer has begun                       waiting clock: lease_s from reserve()
-    WRITING     a writer may write into them                                moving clock: lease_s from the last progress
+    WRITING     a writer may write into them                                moving clock: lease_s from the last sign of life
     CANCELLING  the request failed; a write may still land, so the blocks stay until the writer is quiet
     ADMITTED    all landed; the blocks passed to the caller                 ended
     FREED       the blocks went back to the pool                            ended
@@ -215,6 +215,10 @@ class Reservations:
                 raise self._refusal(reason, reservation_id)
         self._advance(entry, _S.WRITING)
         self._progress(entry, now_s)
+
+    def renew(self, reservation_id: str, now_s: float) -> None:
+        """The producer has it in line or computes it: the moving clock starts anew. Raises as landed() does."""
+        self._progress(self._writing(reservation_id, now_s), now_s)
 
     def landed(self, reservation_id: str, first_token: int, num_tokens: int, now_s: float) -> None:
         """Tokens [first_token, first_token + num_tokens) are there, and their digest was found right.

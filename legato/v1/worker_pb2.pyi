@@ -355,7 +355,10 @@ class SequenceOutput(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorReason, str]] = ..., error_message: _Optional[str] = ..., queued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., drawn_ns: _Optional[int] = ..., handed_over_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class HandoffRequest(_message.Message):
-    __slots__ = ("begin", "chunk", "final", "quiet")
+    __slots__ = ("begin", "chunk", "final", "quiet", "alive")
+    class Alive(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
     class Begin(_message.Message):
         __slots__ = ("ticket", "transport", "producer_address")
         TICKET_FIELD_NUMBER: _ClassVar[int]
@@ -388,11 +391,13 @@ class HandoffRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
     QUIET_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
     begin: HandoffRequest.Begin
     chunk: HandoffRequest.Chunk
     final: HandoffRequest.Final
     quiet: HandoffRequest.Quiet
-    def __init__(self, begin: _Optional[_Union[HandoffRequest.Begin, _Mapping]] = ..., chunk: _Optional[_Union[HandoffRequest.Chunk, _Mapping]] = ..., final: _Optional[_Union[HandoffRequest.Final, _Mapping]] = ..., quiet: _Optional[_Union[HandoffRequest.Quiet, _Mapping]] = ...) -> None: ...
+    alive: HandoffRequest.Alive
+    def __init__(self, begin: _Optional[_Union[HandoffRequest.Begin, _Mapping]] = ..., chunk: _Optional[_Union[HandoffRequest.Chunk, _Mapping]] = ..., final: _Optional[_Union[HandoffRequest.Final, _Mapping]] = ..., quiet: _Optional[_Union[HandoffRequest.Quiet, _Mapping]] = ..., alive: _Optional[_Union[HandoffRequest.Alive, _Mapping]] = ...) -> None: ...
 
 class HandoffReply(_message.Message):
     __slots__ = ("accepted", "admitted", "cancel")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cluster import Cluster, cluster
+from scheduler.plan import StepPlan, StepResult
 from tiny_llama import SHAPES, Shape, load_reference, make_llama, reference_of
 
 RELATIVE = 1e-4
@@ -70,7 +72,8 @@ async def test_sixteen_mixed_requests_in_flight_that_share_prefixes(tmp_path: Pa
     draw = random.Random(16)
     shared = [draw.randrange(3, shape.vocab_size) for _ in range(70)]
     prompts = [
-        shared[: draw.choice([0, 33, 48, 70])] + [draw.randrange(3, shape.vocab_size) for _ in range(draw.randint(1, 90))]
+        shared[: draw.choice([0, 33, 48, 70])]
+        + [draw.randrange(3, shape.vocab_size) for _ in range(draw.randint(1, 90))]
         for _ in range(16)
     ]
     answers = [[draw.randrange(3, shape.vocab_size) for _ in range(draw.randint(1, 40))] for _ in range(16)]
@@ -92,10 +95,36 @@ async def test_decode_so_short_of_blocks_that_it_must_preempt(tmp_path: Path, re
     model = load_reference(tmp_path / "model")
     draw = random.Random(5)
     work = [
-        ([draw.randrange(3, shape.vocab_size) for _ in range(20)], [draw.randrange(3, shape.vocab_size) for _ in range(120)])
+        (
+            [draw.randrange(3, shape.vocab_size) for _ in range(20)],
+            [draw.randrange(3, shape.vocab_size) for _ in range(120)],
+        )
         for _ in range(8)
     ]
     async with cluster(tmp_path / "model", redis_url, decode_engine={"num_blocks": 24}) as running:
-        await asyncio.gather(*(check_forced(running, model, shape.vocab_size, prompt, answer) for prompt, answer in work))
+        await asyncio.gather(
+            *(check_forced(running, model, shape.vocab_size, prompt, answer) for prompt, answer in work)
+        )
         assert (await running.total("decode", "preemptions")) > 0, "the test is about preemption"
+        await running.assert_as_at_start()
+
+
+async def test_a_slow_chunk_does_not_cost_the_lease(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A healthy prefill worker may compute one chunk for longer than the reservation's lease."""
+    shape = SHAPES[0]
+    make_llama(tmp_path / "model", shape)
+    async with cluster(tmp_path / "model", redis_url, handoff={"lease_s": 0.2}) as running:
+        engine = running.workers["prefill-0"].core.engine
+        execute = engine.execute
+
+        def slowly(plan: StepPlan) -> StepResult:
+            time.sleep(0.7)
+            return execute(plan)
+
+        monkeypatch.setattr(engine, "execute", slowly)
+        answer = await running.client.generate(list(range(3, 303)), max_tokens=4, ignore_eos=True)
+        assert answer.route.attempts == 1
+        assert answer.ledger.prefill_s > 0.6, "the test is about a chunk longer than the lease"
         await running.assert_as_at_start()

@@ -57,7 +57,15 @@ class Cluster:
         deadline_s = asyncio.get_running_loop().time() + SETTLE_S
         while (found := await self.counts()) != self.at_start and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(0.05)
-        assert found == self.at_start
+        left = {
+            name: {
+                key: (self.at_start[name][key], count)
+                for key, count in counts.items()
+                if count != self.at_start[name][key]
+            }
+            for name, counts in found.items()
+        }
+        assert found == self.at_start, f"at start and now: {left}"
 
     def _addresses(self) -> dict[str, str]:
         return {"router": self.address} | {name: worker.core.record.address for name, worker in self.workers.items()}
