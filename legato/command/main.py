@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from legato.command import chat, convert, demo, doctor, generate, models, top, up
+from legato.command import bench, chat, convert, demo, doctor, generate, models, top, up
 from legato.command.terminal import EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_REQUEST, EXIT_SETUP, err, print_error
 
 EPILOG = """Exit codes: 0 done, 1 a defect or something missing (doctor), 2 command line or request wrong, 3 the cluster
@@ -29,6 +29,7 @@ app.command("up", help=up.HELP)(up.up)
 app.command("demo", help=demo.HELP)(demo.demo)
 app.command("generate", help=generate.HELP)(generate.generate)
 app.command("chat", help=chat.HELP)(chat.chat)
+app.command("bench", help=bench.HELP)(bench.bench)
 app.command("models", help=models.HELP)(models.models)
 app.command("top", help=top.HELP)(top.top)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
