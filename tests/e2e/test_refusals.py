@@ -1,0 +1,147 @@
+"""Promise P5: never someone else's KV. What is wrong is refused, counted and computed again, and the answer is right."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import decode_svc.handoff
+import grpc
+import prefill_svc.sender
+import pytest
+from cluster import KEY, Cluster, cluster
+from kvtransfer import ticket as tickets
+from kvtransfer.transport import Piece
+from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from service.channel import channel
+from service.status import error_from_rpc
+from spec.errors import TicketRefused
+from tiny_llama import SHAPES, make_llama
+
+PROMPT = [random.Random(3).randrange(3, 400) for _ in range(70)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama") / "model", SHAPES[0])
+
+
+async def greedy(running: Cluster, prompt: list[int]) -> Any:
+    return await running.client.generate(prompt, max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = decode_svc.handoff.chunk_digest
+    flips = 0
+
+    def flip_first(kv: Any, block_ids: Any, first_token: int, num_tokens: int) -> bytes:
+        nonlocal flips
+        if flips == 0:
+            kv.view(-1)[kv[0].numel() * block_ids[0]].neg_()
+            flips += 1
+        return digest(kv, block_ids, first_token, num_tokens)
+
+    async with cluster(model, redis_url, prefill=0) as running:
+        expected = (await greedy(running, PROMPT)).token_ids
+    async with cluster(model, redis_url) as running:
+        monkeypatch.setattr(decode_svc.handoff, "chunk_digest", flip_first)
+        answer = await greedy(running, PROMPT)
+        assert flips == 1
+        assert answer.token_ids == expected
+        assert answer.route.attempts == 2
+        assert running.workers["decode-0"].core.refused_handoffs == 1
+        await running.assert_as_at_start()
+
+
+async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender that reads the wrong blocks sends what does not match the digest of what it computed."""
+    plan = prefill_svc.sender.plan_transfer
+    wrong = 0
+
+    def shifted(*arguments: Any) -> list[Piece]:
+        nonlocal wrong
+        pieces = plan(*arguments)
+        if wrong == 0:
+            wrong += 1
+            pieces = [Piece(piece.source_offset + piece.nbytes, piece.target_offset, piece.nbytes) for piece in pieces]
+        return pieces
+
+    async with cluster(model, redis_url, prefill=0) as running:
+        expected = (await greedy(running, PROMPT)).token_ids
+    async with cluster(model, redis_url) as running:
+        await greedy(running, [5] * 90)  # its KV lies in the prefill worker's blocks
+        monkeypatch.setattr(prefill_svc.sender, "plan_transfer", shifted)
+        answer = await greedy(running, PROMPT)
+        assert wrong == 1
+        assert answer.token_ids == expected
+        assert running.workers["decode-0"].core.refused_handoffs == 1
+        await running.assert_as_at_start()
+
+
+async def test_tickets_that_open_nothing(model: Path, redis_url: str) -> None:
+    """Forged, tampered with, replayed, of another life of the worker: each refused with its reason, and nothing held."""
+    async with cluster(model, redis_url) as running:
+        decode = running.workers["decode-0"].core
+        async with channel(decode.record.address, KEY) as link:
+            stub = worker_pb2_grpc.DecodeStub(link)
+            subscription = stub.Subscribe(worker_pb2.SubscribeRequest(router_id="tester"))
+            await subscription.read()
+            reservation = await stub.Reserve(_reserve(decode.record, running.workers["prefill-0"].core.record))
+            good = worker_pb2.Ticket.FromString(reservation.ticket.ticket)
+
+            def altered(**fields: Any) -> worker_pb2.Ticket:
+                ticket = worker_pb2.Ticket()
+                ticket.CopyFrom(good)
+                for name, value in fields.items():
+                    setattr(ticket, name, value)
+                return ticket
+
+            forged = tickets.issue(b"not the cluster's key", good)
+            await _refused(stub, forged, "signature")
+            tampered = worker_pb2.SignedTicket(
+                ticket=altered(num_tokens=3).SerializeToString(), signature=reservation.ticket.signature
+            )
+            await _refused(stub, tampered, "signature")
+            key = KEY.encode()
+            await _refused(stub, tickets.issue(key, altered(consumer_epoch=7)), "restarted")
+            await _refused(stub, tickets.issue(key, altered(producer_epoch=7)), "epoch")
+            await _refused(stub, tickets.issue(key, altered(expires_unix_ns=1)), "expired")
+            stale = altered()
+            stale.block_generations[0] += 1
+            await _refused(stub, tickets.issue(key, stale), "generation")
+            await stub.Abort(worker_pb2.AbortRequest(sequence_id=good.sequence_id))
+            await _refused(stub, reservation.ticket, "ended")  # replayed
+            subscription.cancel()
+        assert decode.refused_handoffs == 7
+        await running.assert_as_at_start()
+
+
+def _reserve(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) -> worker_pb2.ReserveRequest:
+    return worker_pb2.ReserveRequest(
+        router_id="tester",
+        sequence=worker_pb2.SequenceState(
+            sequence_id="test.0.1",
+            prompt_token_ids=PROMPT,
+            sampling=common_pb2.SamplingParams(max_tokens=4, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seed=1),
+            deadline_unix_ns=time.time_ns() + 60_000_000_000,
+        ),
+        identity=decode.identity,
+        prefill_worker_id=prefill.worker_id,
+        prefill_epoch=prefill.epoch,
+    )
+
+
+async def _refused(stub: worker_pb2_grpc.DecodeStub, signed: worker_pb2.SignedTicket, word: str) -> None:
+    call = stub.Handoff()
+    begin = worker_pb2.HandoffRequest.Begin(ticket=signed, transport="ucx", producer_address="127.0.0.1:1")
+    await call.write(worker_pb2.HandoffRequest(begin=begin))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        assert await call.read() is not grpc.aio.EOF or await call.code() is None
+        raise grpc.aio.AioRpcError(
+            await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
+        )
+    error = error_from_rpc(caught.value)
+    assert isinstance(error, TicketRefused)
+    assert word in str(error)
