@@ -22,7 +22,7 @@ from scheduler.handoff import Reservation
 from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
 from service.status import reason_to_proto
 from service.tracing import Spans
-from spec.errors import LegatoError, TransferFailed
+from spec.errors import LegatoError, RequestCancelled, TransferFailed
 from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
@@ -58,9 +58,12 @@ class Placements:
     def give_up(self, sequence_id: str, reason: LegatoError) -> None:
         """Request failed; its memory follows when it is quiet. Unknown ids are fine: it may have just ended."""
         placed = self.placed.pop(sequence_id, None)
+        subscription = self.subscriptions.of(sequence_id)
         self.subscriptions.detach(sequence_id)
         if placed is None:
             return
+        if subscription is not None and not isinstance(reason, RequestCancelled):  # who cancelled knows it
+            subscription.put(worker_pb2.StepOutput(sequences=[_failure(sequence_id, reason)], load=self.core.load()))
         now_s = time.monotonic()
         with self.core.loop.lock:
             self.core.scheduler.abort(sequence_id, now_s)
@@ -98,11 +101,10 @@ class Placements:
 
     def _fill(self, output: worker_pb2.SequenceOutput, event: Tokens | Failed, placed: Placed) -> bool:
         """Returns whether this is the sequence's last message."""
-        output.sequence_id = event.sequence_id
         if isinstance(event, Failed):
-            output.error = reason_to_proto(event.error)
-            output.error_message = event.error.message
+            output.CopyFrom(_failure(event.sequence_id, event.error))
             return True
+        output.sequence_id = event.sequence_id
         output.first_index = event.first_index
         output.tokens.extend(token_to_proto(drawn.token_id, drawn.logprobs) for drawn in event.drawn)
         output.finish_reason = finish_to_proto(event.finish)
@@ -144,3 +146,7 @@ class Placements:
                 self.give_up(
                     sequence_id, TransferFailed("no sign of the prefill worker within the lease", sequence=sequence_id)
                 )
+
+
+def _failure(sequence_id: str, error: LegatoError) -> worker_pb2.SequenceOutput:
+    return worker_pb2.SequenceOutput(sequence_id=sequence_id, error=reason_to_proto(error), error_message=error.message)

@@ -77,7 +77,7 @@ async def _demo(config: ClusterConfig, max_tokens: int) -> int:
     try:
         async with board.live(folder):
             await cluster.start()
-            await cluster.wait_ready(all_workers=True)
+            await cluster.wait_ready()
         terminal.err.print(f"ready after {time.monotonic() - started_s:.1f} s; three questions at once:\n")
         board.is_quiet = True
         lanes = await _ask(cluster, max_tokens)

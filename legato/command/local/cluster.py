@@ -1,7 +1,7 @@
 """A whole cluster as child processes: Redis, router, workers. Starts them, restarts what dies, stops all.
 
 start()        checks port and Redis, then starts every process at once
-wait_ready()   until a health check of the router says SERVING; raises what keeps it from there
+wait_ready()   until the router says SERVING and every worker is ready; raises what keeps it from there
 failed         a future: what ended the cluster by itself, while it served
 stop()         SIGTERM, then SIGKILL; within STOP_S
 """
@@ -79,11 +79,10 @@ class LocalCluster:
             raise
         self._tasks.append(asyncio.create_task(self._watch_readiness()))
 
-    async def wait_ready(self, *, all_workers: bool = False) -> None:
-        """Raises what keeps the cluster from serving: a SetupError, with the last lines of the log that says why."""
+    async def wait_ready(self) -> None:
+        """Until the router and every worker serve. Raises what keeps the cluster from serving: a SetupError, with the last lines of the log that says why."""
         assert self._router is not None, "start() comes first"
-        wanted = [self._router, *(self.workers if all_workers else [])]
-        ready = asyncio.create_task(_all_ready(wanted))
+        ready = asyncio.create_task(_all_ready([self._router, *self.workers]))
         try:
             await first_of(ready, self.failed)
         finally:
