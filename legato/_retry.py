@@ -19,7 +19,7 @@ class Retries:
     deadline is not begun.
     """
 
-    attempts: int = 7
+    attempts: int = 12  # about 11 s: a router that is started again is back by then
     first_delay_s: float = 0.1
     max_delay_s: float = 2.0
 

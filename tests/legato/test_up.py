@@ -70,7 +70,7 @@ def start(model: Path, tmp_path: Path) -> Iterator[Callable[[], Up]]:
 
 def test_up_serves_restarts_what_dies_and_stops_clean(start: Callable[[], Up]) -> None:
     cluster = start()
-    with legato.Client(cluster.address, timeout_s=60) as client:
+    with legato.Client(cluster.address, timeout_s=READY_S, retries=legato.Retries(attempts=100)) as client:
         whole = client.generate("abc", max_tokens=12, temperature=0.0, ignore_eos=True)
         assert whole.route is not None
         assert (whole.route.prefill_worker_id, whole.route.decode_worker_id) == ("prefill-0", "decode-0")

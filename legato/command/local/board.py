@@ -23,7 +23,7 @@ COLOURS = {"starting": "yellow", "ready": "green", "restarting": "magenta", "sto
 
 
 class Board:
-    """`changed` is told of every change of a child's state; `live()` draws while its block runs; `is_quiet` shows none."""
+    """`changed` is told of every change of a child's state; `live()` draws while its block runs; or `is_quiet`."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
@@ -50,7 +50,7 @@ class Board:
             yield
             return
         self._is_live = True
-        # What is printed goes above the table where standard output is this terminal too; a file or pipe gets it as it is.
+        # What is printed goes above the table where standard output is this terminal too, else where it is sent.
         live = Live(
             self._draw(folder),
             console=terminal.err,
