@@ -297,10 +297,14 @@ class _SocketsPeer(Peer):
         self._lose("the peer is released")
         self._sender.join(QUIET_TIMEOUT_S)
         self._reader.join(QUIET_TIMEOUT_S)  # it ends when the owner has closed its side
+        stuck = self._reader.is_alive()
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
         self._link.close()
         with self._transport._lock:
             self._transport._peers.discard(self)
-        if self._reader.is_alive():
+        if stuck:
             raise TransferFailed(f"{self._named} does not confirm that it writes no more", address=self._named)
 
     def _lose(self, why: str) -> None:

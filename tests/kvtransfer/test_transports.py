@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+import kvtransfer.sockets
+import kvtransfer.ucx_peer
 from kvtransfer.transport import Piece, Transport
 from legato.v1.transfer_pb2 import SocketsAddress, UcxAddress
 from spec.errors import InvalidParameter, TransferFailed
@@ -416,6 +418,22 @@ def test_a_writer_killed_while_it_writes(pair: Pair) -> None:
     region.buffer[:] = bytes(nbytes)
     time.sleep(0.1)
     assert digest(region.buffer) == digest(bytes(nbytes))
+
+
+@pytest.mark.parametrize("pair", ["sockets", "sockets-tcp", "ucx-tcp"], indirect=True)
+def test_an_owner_that_is_stuck_is_not_called_quiet(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has received already would land when it goes on: release() says so, and does not hang."""
+    for module in (kvtransfer.sockets, kvtransfer.ucx_peer):
+        monkeypatch.setattr(module, "QUIET_TIMEOUT_S", 0.3)
+    nbytes = 8 * MIB
+    source, peer = pair.connected(nbytes)
+    pair.far.process.send_signal(signal.SIGSTOP)
+    transfers = [peer.post(source, [Piece(0, 0, nbytes)]) for _ in range(4)]
+    with pytest.raises(TransferFailed, match="confirm"):
+        peer.release()
+    assert all(isinstance(transfer.exception(timeout=5), TransferFailed) for transfer in transfers)
+    peer.release()
+    pair.far.kill()
 
 
 @only_processes
