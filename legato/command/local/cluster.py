@@ -80,7 +80,7 @@ class LocalCluster:
         self._tasks.append(asyncio.create_task(self._watch_readiness()))
 
     async def wait_ready(self) -> None:
-        """Until the router and every worker serve. Raises what keeps them from it, with the line of the log that says why."""
+        """Until the router and every worker serve. Raises what keeps them from it, with the log line that says why."""
         assert self._router is not None, "start() comes first"
         ready = asyncio.create_task(_all_ready([self._router, *self.workers]))
         try:
