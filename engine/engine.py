@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.decoder import Decoder, StepTensors
 from engine.kv_memory import TORCH_DTYPES, KVMemory
-from engine.model_files import ModelFiles
+from engine.model_base import ModelFiles
 from engine.sampling import draw, token_logprobs
 from engine.weights import load_weights
 from scheduler.plan import Draw, Slice, StepPlan, StepResult, TokenLogprobs

@@ -13,7 +13,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from engine.model_files import ModelFiles, update_with_sample
+from engine.model_base import ModelFiles, update_with_sample
 from engine.rope import llama3_divisors
 from spec.dtype import Dtype
 from spec.errors import InvalidModel, UnsupportedModel

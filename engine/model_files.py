@@ -1,83 +1,13 @@
-"""Model files on disk, opened lazily: one tensor at a time, in Hugging Face naming, whatever the format.
-
-The revision is a digest that two workers compare before they exchange KV: equal files have equal revisions wherever
-they lie. It covers the configuration, every tensor header, every file's size, and of each file's tensor data its first
-and last 4 KiB and 256 windows of 4 KiB evenly spread between. A fine-tune or another quantization changes nearly every
-weight, so it changes some window; an edit of a few single weights may not. 100 GB take a fraction of a second.
-"""
+"""Opens a model's files, lazily."""
 
 from __future__ import annotations
 
-import abc
-import dataclasses
-import hashlib
-import json
-import os
-import struct
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from engine.families import tensor_shapes
-from spec.dtype import Dtype
-from spec.errors import InvalidModel, UnsupportedModel
-from spec.model import ModelSpec
-
-WINDOW_BYTES = 4096
-NUM_WINDOWS = 256
-_STORED_DTYPES = {"F32": Dtype.FLOAT32, "BF16": Dtype.BFLOAT16, "F16": Dtype.FLOAT16}
-
-
-class ModelFiles(abc.ABC):
-    """Where a model's weights lie, and what they are. Opening checks the presence and shape of every tensor."""
-
-    path: Path
-    spec: ModelSpec
-
-    @property
-    @abc.abstractmethod
-    def names(self) -> frozenset[str]:
-        """Tensors in the files, in Hugging Face naming; may hold more than the model needs."""
-
-    @abc.abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    @abc.abstractmethod
-    def file_of(self, name: str) -> Path:
-        """The file that holds the tensor, for messages."""
-
-    @abc.abstractmethod
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor on the CPU, in `dtype` or as stored (quantized ones then come as float32). Nothing is kept of it.
-
-        Raises InvalidModel when the file no longer holds what its head promised.
-        """
-
-    @cached_property
-    @abc.abstractmethod
-    def revision(self) -> str:
-        """32 hex digits; see the top of this file."""
-
-    def check(self) -> None:
-        """Raises InvalidModel naming file, tensor, expected and found shape of the first tensor that does not fit."""
-        names = self.names
-        for name, expected in tensor_shapes(self.spec).items():
-            shape = "×".join(map(str, expected))
-            if name not in names:
-                raise InvalidModel(f"{self.path} lacks tensor {name}, expected of shape {shape}", tensor=name)
-            if self.shape(name) != expected:
-                found, file = "×".join(map(str, self.shape(name))), self.file_of(name)
-                raise InvalidModel(
-                    f"tensor {name} in {file} has shape {found}, expected {shape}",
-                    file=file,
-                    tensor=name,
-                    expected=shape,
-                    found=found,
-                )
+from engine.gguf_file import GgufFile
+from engine.hf_folder import HuggingFaceFolder
+from engine.model_base import ModelFiles
+from spec.errors import InvalidModel
 
 
 def open_model(path: str | Path) -> ModelFiles:
@@ -86,8 +16,6 @@ def open_model(path: str | Path) -> ModelFiles:
     Raises InvalidModel: no such path, no model folder, a file missing, unreadable or cut short, a tensor missing or of
     the wrong shape. Raises UnsupportedModel: a family, option or tensor type that no table row knows.
     """
-    from engine.gguf_file import GgufFile  # it implements the class above
-
     path = Path(path).expanduser()
     if not path.exists():
         raise InvalidModel(f"{path} does not exist", file=path)
@@ -96,127 +24,3 @@ def open_model(path: str | Path) -> ModelFiles:
     files: ModelFiles = HuggingFaceFolder(path) if path.is_dir() else GgufFile(path)
     files.check()
     return files
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Entry:
-    file: Path
-    shape: tuple[int, ...]
-    stored: Dtype | None  # None: a type that we do not read
-    type_name: str
-
-
-class HuggingFaceFolder(ModelFiles):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._config_bytes, config = _read_json(path / "config.json", f"{path} is no model folder")
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method")
-            raise UnsupportedModel(f"{path} is quantized ({method}); weights in float32, bfloat16 or float16 are read")
-        self.spec = self._with_generation_config(ModelSpec.from_hf(config))
-        self._shards = _shards(path)
-        self._entries: dict[str, _Entry] = {}
-        for shard in self._shards:
-            self._entries.update(_safetensors_entries(shard))
-        embedding = self._entries.get(next(iter(tensor_shapes(self.spec))))
-        if embedding is not None and embedding.stored is not None:
-            self.spec = dataclasses.replace(self.spec, stored_dtype=embedding.stored)
-
-    def _with_generation_config(self, spec: ModelSpec) -> ModelSpec:
-        """Chat models often end turns with ids that only generation_config.json tells."""
-        file = self.path / "generation_config.json"
-        if not file.exists():
-            return spec
-        raw, generation = _read_json(file, f"{self.path} is damaged")
-        self._config_bytes += raw
-        more = generation.get("eos_token_id")
-        ids = () if more is None else (more,) if isinstance(more, int) else tuple(more)
-        return dataclasses.replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *ids))))
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
-
-    def file_of(self, name: str) -> Path:
-        return self._entries[name].file
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        entry = self._entries[name]
-        if entry.stored is None:
-            known = ", ".join(_STORED_DTYPES)
-            raise UnsupportedModel(
-                f"tensor {name} in {entry.file} is of type {entry.type_name}; known are {known}", tensor=name
-            )
-        try:  # opened anew for each tensor: the mapping of a whole shard would stay resident beside the packed weights
-            with safe_open(entry.file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InvalidModel(f"{entry.file} cannot be read: {error}", file=entry.file, tensor=name) from None
-        return tensor if dtype is None else tensor.to(dtype)
-
-    @cached_property
-    def revision(self) -> str:
-        digest = hashlib.blake2b(self._config_bytes, digest_size=16)
-        for shard in self._shards:
-            with shard.open("rb") as file:
-                (header_bytes,) = struct.unpack("<Q", file.read(8))
-            update_with_sample(digest, shard, 8 + header_bytes)
-        return digest.hexdigest()
-
-
-def update_with_sample(digest: hashlib.blake2b, path: Path, header_bytes: int) -> None:
-    """The file's size, its first `header_bytes` whole, and a sample of the rest (see the top of this file)."""
-    size = path.stat().st_size
-    digest.update(struct.pack("<QQ", size, header_bytes))
-    with path.open("rb") as file:
-        digest.update(file.read(header_bytes))
-        span = max(size - header_bytes - WINDOW_BYTES, 0)
-        for window in range(NUM_WINDOWS + 2):
-            digest.update(os.pread(file.fileno(), WINDOW_BYTES, header_bytes + span * window // (NUM_WINDOWS + 1)))
-
-
-def _read_json(path: Path, context: str) -> tuple[bytes, dict[str, Any]]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InvalidModel(f"{context}: {path.name} cannot be read ({error.strerror})", file=path) from None
-    try:
-        parsed = json.loads(raw)
-    except ValueError as error:
-        raise InvalidModel(f"{path} is no JSON: {error}", file=path) from None
-    if not isinstance(parsed, dict):
-        raise InvalidModel(f"{path} holds no JSON object", file=path)
-    return raw, parsed
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of the folder, by name. Raises InvalidModel for one that the index names and is missing."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        if single.exists():
-            return [single]
-        raise InvalidModel(f"{folder} holds neither {single.name} nor {index.name}", file=single)
-    weight_map: Mapping[str, str] = _read_json(index, f"{folder} is damaged")[1].get("weight_map", {})
-    if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InvalidModel(f"{index} has no weight_map of tensor names to file names", file=index)
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
-    for shard in shards:
-        if not shard.exists():
-            raise InvalidModel(f"{folder} lacks shard {shard.name}, which {index.name} names", file=shard)
-    return shards
-
-
-def _safetensors_entries(shard: Path) -> dict[str, _Entry]:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            found = {}
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                part = file.get_slice(name)
-                kind = part.get_dtype()
-                found[name] = _Entry(shard, tuple(part.get_shape()), _STORED_DTYPES.get(kind), kind)
-            return found
-    except (SafetensorError, OSError) as error:
-        raise InvalidModel(f"{shard} cannot be read, or is cut short: {error}", file=shard) from None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.families import FAMILIES, Weight
-from engine.model_files import ModelFiles
+from engine.model_base import ModelFiles
 from kernels.linear import PackedLinear, pack
 
 

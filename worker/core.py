@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 
 import psutil
 import torch
-from kvtransfer.choose import open_transports
 
 from engine.engine import Engine, EngineOptions, kv_layout_for
 from engine.kv_memory import default_num_blocks
-from engine.model_files import ModelFiles, open_model
+from engine.model_base import ModelFiles
+from engine.model_files import open_model
+from kvtransfer.choose import open_transports
 from kvtransfer.plan import RankKV
 from kvtransfer.transport import Region, Transport
 from legato.v1 import worker_pb2

@@ -1,0 +1,136 @@
+"""A Hugging Face folder: config.json, and safetensors in one file or in shards with their index."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.families import tensor_shapes
+from engine.model_base import ModelFiles, update_with_sample
+from spec.dtype import Dtype
+from spec.errors import InvalidModel, UnsupportedModel
+from spec.model import ModelSpec
+
+_STORED_DTYPES = {"F32": Dtype.FLOAT32, "BF16": Dtype.BFLOAT16, "F16": Dtype.FLOAT16}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Entry:
+    file: Path
+    shape: tuple[int, ...]
+    stored: Dtype | None  # None: a type that we do not read
+    type_name: str
+
+
+class HuggingFaceFolder(ModelFiles):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._config_bytes, config = _read_json(path / "config.json", f"{path} is no model folder")
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method")
+            raise UnsupportedModel(f"{path} is quantized ({method}); weights in float32, bfloat16 or float16 are read")
+        self.spec = self._with_generation_config(ModelSpec.from_hf(config))
+        self._shards = _shards(path)
+        self._entries: dict[str, _Entry] = {}
+        for shard in self._shards:
+            self._entries.update(_safetensors_entries(shard))
+        embedding = self._entries.get(next(iter(tensor_shapes(self.spec))))
+        if embedding is not None and embedding.stored is not None:
+            self.spec = dataclasses.replace(self.spec, stored_dtype=embedding.stored)
+
+    def _with_generation_config(self, spec: ModelSpec) -> ModelSpec:
+        """Chat models often end turns with ids that only generation_config.json tells."""
+        file = self.path / "generation_config.json"
+        if not file.exists():
+            return spec
+        raw, generation = _read_json(file, f"{self.path} is damaged")
+        self._config_bytes += raw
+        more = generation.get("eos_token_id")
+        ids = () if more is None else (more,) if isinstance(more, int) else tuple(more)
+        return dataclasses.replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *ids))))
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def file_of(self, name: str) -> Path:
+        return self._entries[name].file
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        entry = self._entries[name]
+        if entry.stored is None:
+            known = ", ".join(_STORED_DTYPES)
+            raise UnsupportedModel(
+                f"tensor {name} in {entry.file} is of type {entry.type_name}; known are {known}", tensor=name
+            )
+        try:  # opened anew for each tensor: the mapping of a whole shard would stay resident beside the packed weights
+            with safe_open(entry.file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InvalidModel(f"{entry.file} cannot be read: {error}", file=entry.file, tensor=name) from None
+        return tensor if dtype is None else tensor.to(dtype)
+
+    @cached_property
+    def revision(self) -> str:
+        digest = hashlib.blake2b(self._config_bytes, digest_size=16)
+        for shard in self._shards:
+            with shard.open("rb") as file:
+                (header_bytes,) = struct.unpack("<Q", file.read(8))
+            update_with_sample(digest, shard, 8 + header_bytes)
+        return digest.hexdigest()
+
+
+def _read_json(path: Path, context: str) -> tuple[bytes, dict[str, Any]]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InvalidModel(f"{context}: {path.name} cannot be read ({error.strerror})", file=path) from None
+    try:
+        parsed = json.loads(raw)
+    except ValueError as error:
+        raise InvalidModel(f"{path} is no JSON: {error}", file=path) from None
+    if not isinstance(parsed, dict):
+        raise InvalidModel(f"{path} holds no JSON object", file=path)
+    return raw, parsed
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of the folder, by name. Raises InvalidModel for one that the index names and is missing."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.exists():
+        if single.exists():
+            return [single]
+        raise InvalidModel(f"{folder} holds neither {single.name} nor {index.name}", file=single)
+    weight_map: Mapping[str, str] = _read_json(index, f"{folder} is damaged")[1].get("weight_map", {})
+    if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InvalidModel(f"{index} has no weight_map of tensor names to file names", file=index)
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if not shard.exists():
+            raise InvalidModel(f"{folder} lacks shard {shard.name}, which {index.name} names", file=shard)
+    return shards
+
+
+def _safetensors_entries(shard: Path) -> dict[str, _Entry]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            found = {}
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                part = file.get_slice(name)
+                kind = part.get_dtype()
+                found[name] = _Entry(shard, tuple(part.get_shape()), _STORED_DTYPES.get(kind), kind)
+            return found
+    except (SafetensorError, OSError) as error:
+        raise InvalidModel(f"{shard} cannot be read, or is cut short: {error}", file=shard) from None
