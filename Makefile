@@ -13,6 +13,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Legato and what it serves with into $(VENV) (a minute or two the first time)"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[serve]'
+	@$(BIN)/python -m kernels.cpu.build || echo "the CPU kernels were not built; PyTorch computes in their place, several times slower"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve

@@ -270,6 +270,19 @@ def test_a_lease_has_ended_whether_or_not_somebody_swept(consumer: Consumer) -> 
         consumer.reservations.landed(reservation.reservation_id, 0, 10, 6.0)
 
 
+def test_a_sign_of_life_renews_the_lease_of_a_writer_alone(consumer: Consumer) -> None:
+    reservations, moving = consumer.reservations, consumer.bring_to(WRITING)
+    reservations.renew(moving.reservation_id, 4.0)
+    assert reservations.expire(8.9) == []
+    with pytest.raises(TicketRefused, match="lease ran out"):
+        reservations.renew(moving.reservation_id, 9.0)
+    assert reservations.expire(9.0) == [moving.reservation_id]
+    with pytest.raises(TicketRefused, match="cancelled"):
+        reservations.renew(moving.reservation_id, 9.1)
+    with pytest.raises(TicketRefused, match="not begun"):
+        reservations.renew(consumer.reserve("b", now_s=9.0).reservation_id, 9.1)
+
+
 def test_no_lease_outlives_the_request(consumer: Consumer) -> None:
     reservation = consumer.reserve(deadline_s=3.0)
     consumer.begin(reservation, now_s=2.5)
