@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench.record import append_line
 from kernels.cpu.library import Library, shared_library
 
 SHAPES = {  # name: (outputs, inputs)
@@ -149,21 +147,8 @@ def main() -> int:
             f"{line.best_ratio:>9.2f}{line.read_gb_per_s:>9.1f}{line.bandwidth_share:>9.2f}{line.gflop_per_s:>9.0f}"
         )
     if options.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        record = {
-            "bench": "cpu_kernels",
-            "commit": commit,
-            "machine": platform.platform(),
-            "torch": torch.__version__,
-            "seed": SEED,
-            "threads": options.threads,
-            "read_gb_per_s": peak,
-            "rows": [dataclasses.asdict(line) for line in rows],
-        }
-        with options.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        results = [dataclasses.asdict(line) for line in rows]
+        append_line(options.json, "cpu_kernels", options, results, seed=SEED, read_gb_per_s=peak)
     return 0
 
 

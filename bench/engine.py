@@ -10,14 +10,10 @@ A run is thrown away when transformers' own figures moved by more than 15 % betw
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
-import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from bench.record import append_line
 from engine.convert import convert_gguf
 from engine.engine import Engine, EngineOptions
 from engine.model_files import open_model
@@ -238,43 +235,17 @@ def report(measured: dict[str, dict[str, list[float]]], ours: Ours, options: arg
     steady = drift <= STEADY
     if not steady:
         console.print(f"[bold]not a quiet machine: transformers moved by {drift:.0%} between rounds[/bold]")
-    line = {
-        "bench": "engine",
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "machine": {"cpu": _cpu_name(), "cores": torch.multiprocessing.cpu_count(), "system": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "options": {key: str(value) for key, value in vars(options).items()},
-        "seed": options.seed,
-        "kernels": "torch" if shared_library() is None else "cpu",
-        "bandwidth_bytes_per_s": bandwidth,
-        "bandwidth_share": share,
-        "steady": steady,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "results": rows,
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    append_line(
+        options.results,
+        "engine",
+        options,
+        rows,
+        kernels="torch" if shared_library() is None else "cpu",
+        bandwidth_bytes_per_s=bandwidth,
+        bandwidth_share=share,
+        steady=steady,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
 if __name__ == "__main__":
