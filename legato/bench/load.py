@@ -68,6 +68,7 @@ class Load:
                 prompt = self._book.prompt(index, arrival)  # before it is due
                 await asyncio.sleep(arrival.at_s - self.elapsed_s)
                 answers.create_task(self._ask(index, arrival, prompt, arrival.at_s))
+                await asyncio.sleep(0)  # it is sent before the next prompt is made
 
     async def closed_loop(self, arrivals: Iterable[Arrival], concurrency: int, duration_s: float | None = None) -> None:
         """Begins requests until the arrivals are used up or `duration_s` have passed; then until the last answer."""

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from legato.bench.quantiles import Summary
 from legato.bench.record import Record
 from legato.bench.report import Report
-from legato.bench.table import describe
+from legato.bench.table import describe, number
 
 # Okabe and Ito: told apart by those who see fewer colours.
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#6b6b6b"
@@ -48,6 +48,9 @@ def save_plot(figures: Report, path: Path) -> None:
     _distribution(axes[0][1], itls, figures.latency_ms["itl"], settings.slo.itl_ms, "ITL, between tokens", "tokens")
     _timeline(axes[1][0], figures)
     _stages(axes[1][1], done)
+    if figures.window_s > 0:
+        for axis in axes[1]:
+            axis.set_xlim(0, figures.window_s)
     picture.savefig(path)
 
 
@@ -63,19 +66,19 @@ def _distribution(
         low = max(low, high / 1e5, 1e-3)
         edges = [low * (high / low) ** (step / BINS) for step in range(BINS + 1)]
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     else:
         width = (high - low) or max(high * 0.01, 1e-3)
         edges = [low + width * step / BINS for step in range(BINS + 1)]
     axis.hist([min(max(sample, edges[0]), edges[-1]) for sample in samples], bins=edges, color=BLUE, alpha=0.85)
     for name, value, style in (("p50", one.p50, "-"), ("p90", one.p90, "--"), ("p99", one.p99, ":")):
-        axis.axvline(value, color="black", linestyle=style, linewidth=1.2, label=f"{name}  {value:,.1f} ms")
+        axis.axvline(value, color="black", linestyle=style, linewidth=1.2, label=f"{name}  {number(value)} ms")
     if limit is not None:
         axis.axvline(limit, color=RED, linewidth=1.6, label=f"SLO  {limit:g} ms")
     axis.set_xlabel("milliseconds")
     axis.set_ylabel(of_what)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(frameon=False)
+    axis.legend(framealpha=0.9, edgecolor="none")
     _quiet(axis)
 
 
@@ -96,7 +99,6 @@ def _timeline(axis: Any, figures: Report) -> None:
         axis.bar(middles_s, [n / width_s for n in failed], width_s * 0.45, color=RED, label="failures/s")
     axis.set_xlabel("seconds after the start")
     axis.set_ylabel("requests/s")
-    axis.set_xlim(0, count * width_s)
     axis.set_ylim(0, 1.35 * max([*came, *failed]) / width_s)
     speed = axis.twinx()
     lengths_s = [min(width_s, figures.window_s - place * width_s) or width_s for place in range(count)]
@@ -133,6 +135,7 @@ def _stages(axis: Any, done: Sequence[Record]) -> None:
         below = {place: below[place] + height for place, height in heights.items()}
     axis.set_xlabel("arrival, seconds after the start")
     axis.set_ylabel("mean milliseconds")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_ylim(0, 1.35 * max(below.values()))
     axis.legend(frameon=False, loc="upper left", ncols=3, fontsize="small")
     _quiet(axis)

@@ -23,6 +23,7 @@ from legato.bench.traces import read_lines
 from legato.errors import InvalidParameter
 from legato.types import Message, Model
 
+MOST_TEXTS = 256  # of a large set: enough words for any length, and few enough to tokenize before a run
 Prompt = str | list[int] | list[Message]
 
 
@@ -65,10 +66,11 @@ class TokenTexts:
     texts: tuple[tuple[int, ...], ...]
 
     @classmethod
-    async def ask(cls, client: Any, model: str, texts: Sequence[str]) -> TokenTexts:
+    async def ask(cls, client: Any, model: str, texts: Sequence[str], seed: int) -> TokenTexts:
         """From the cluster's tokenizer; `client` is a legato.AsyncClient. Raises classes of legato.errors."""
         digits = [await client.tokenize(str(digit), model=model) for digit in range(10)]
-        found = [await client.tokenize(f"\n\n{text}", model=model) for text in texts]
+        asked = random.Random(seed).sample(texts, min(len(texts), MOST_TEXTS))
+        found = [await client.tokenize(f"\n\n{text}", model=model) for text in asked]
         cut = _length_of_common_start([*digits, *found])
         return cls(
             start=tuple(digits[0][:cut]),

@@ -30,7 +30,7 @@ def render(figures: Report) -> Group:
 def describe(settings: Settings) -> str:
     """The load in a few words."""
     if settings.rate is not None:
-        return f"open loop, Poisson at {settings.rate:g} requests/s"
+        return f"open loop, Poisson at {settings.rate:g}/s"
     if settings.trace is not None:
         speed = "" if settings.speed == 1 else f" at {settings.speed:g} times its speed"
         return f"open loop, {settings.trace.name}{speed}"
@@ -66,10 +66,11 @@ def _latencies(figures: Report) -> Table:
 def _cells(one: Summary | None) -> list[str]:
     if one is None:
         return ["-"] * 5 + ["0"]
-    return [*(_number(value) for value in (one.mean, one.p50, one.p90, one.p99, one.max)), f"{one.count:,}"]
+    return [*(number(value) for value in (one.mean, one.p50, one.p90, one.p99, one.max)), f"{one.count:,}"]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Four figures are enough of any."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
@@ -123,6 +124,6 @@ def _ledger(figures: Report) -> Table:
         table.add_column(name, justify="right")
     total = sum(one.mean for one in figures.ledger_ms.values()) or 1.0
     for stage, one in figures.ledger_ms.items():
-        cells = (_number(value) for value in (one.mean, one.p50, one.p90, one.p99))
+        cells = (number(value) for value in (one.mean, one.p50, one.p90, one.p99))
         table.add_row(stage, *cells, f"{one.mean / total:.0%}")
     return table
