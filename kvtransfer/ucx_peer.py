@@ -122,17 +122,17 @@ class UcxPeer(Peer):
         return write.transfer
 
     def release(self) -> None:
-        with contextlib.suppress(TransferFailed):  # the transport is closed: nothing is in flight
+        try:
             self._worker.submit(lambda: self.lose("the peer is released"))
-            try:
-                self._quiet.result(QUIET_TIMEOUT_S)
-                return
-            except concurrent.futures.TimeoutError:
-                self._worker.submit(self._cut)
-            finally:
-                self._ledger.forget(self)
-        if not self._quiet.done():
-            raise TransferFailed("the owner does not confirm that nothing is in flight")
+        except TransferFailed:
+            return  # the transport is closed: nothing is in flight
+        try:
+            self._quiet.result(QUIET_TIMEOUT_S)
+        except concurrent.futures.TimeoutError:
+            self._worker.submit(self._cut)
+            raise TransferFailed("the owner does not confirm that nothing is in flight") from None
+        finally:
+            self._ledger.forget(self)
 
     def abandon(self) -> None:
         """The handshake failed."""
@@ -265,3 +265,4 @@ class UcxPeer(Peer):
     def _cut(self) -> None:
         if self.endpoint is not None:
             self._worker.lose(self.endpoint, "it does not answer")
+        self.was_lost("it does not answer")  # the ledger has forgotten this peer already

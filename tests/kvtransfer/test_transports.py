@@ -428,12 +428,14 @@ def test_an_owner_that_is_stuck_is_not_called_quiet(pair: Pair, monkeypatch: pyt
     nbytes = 8 * MIB
     source, peer = pair.connected(nbytes)
     pair.far.process.send_signal(signal.SIGSTOP)
-    transfers = [peer.post(source, [Piece(0, 0, nbytes)]) for _ in range(4)]
-    with pytest.raises(TransferFailed, match="confirm"):
+    try:
+        transfers = [peer.post(source, [Piece(0, 0, nbytes)]) for _ in range(4)]
+        with pytest.raises(TransferFailed, match="confirm"):
+            peer.release()
+        assert all(isinstance(transfer.exception(timeout=5), TransferFailed) for transfer in transfers)
         peer.release()
-    assert all(isinstance(transfer.exception(timeout=5), TransferFailed) for transfer in transfers)
-    peer.release()
-    pair.far.kill()
+    finally:
+        pair.far.kill()
 
 
 @only_processes
