@@ -74,7 +74,7 @@ def _distribution(
     for name, value, style in (("p50", one.p50, "-"), ("p90", one.p90, "--"), ("p99", one.p99, ":")):
         axis.axvline(value, color="black", linestyle=style, linewidth=1.2, label=f"{name}  {number(value)} ms")
     if limit is not None:
-        axis.axvline(limit, color=RED, linewidth=1.6, label=f"SLO  {limit:g} ms")
+        axis.axvline(limit, color=RED, linewidth=1.6, label=f"SLO  {limit:,g} ms")
     axis.set_xlabel("milliseconds")
     axis.set_ylabel(of_what)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,8 +3,8 @@
 A prompt as long as its text is sent as a person would send it: under the model's chat template where it has one. One of
 a given length is sent as token ids: texts of the set, one behind the other in drawn order, cut to the length.
 
-Every prompt, and every named block of a trace, begins with a number of its own. Otherwise the second use of a text
-would be answered from the prefix cache, and a run would measure the set's size.
+Every prompt, and every named block of a trace, begins with a number of its own and of its run. Otherwise the second use
+of a text, or the same run a second time, would be answered from the prefix cache, and a run would measure that.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ class TokenTexts:
             texts=tuple(tuple(one[cut:]) for one in found),
         )
 
-    def passage(self, number: int, num_tokens: int, uniform: random.Random) -> list[int]:
-        """`num_tokens` tokens that begin with the number, its last digit first: where a block is so short that it cuts
-        the number, most still differ."""
-        passage = list(itertools.chain.from_iterable(self.digits[int(digit)] for digit in reversed(str(number))))
+    def passage(self, number: int, nonce: int, num_tokens: int, uniform: random.Random) -> list[int]:
+        """`num_tokens` tokens that begin with the number, its last digit first, and the nonce: where a block is so
+        short that it cuts these, most still differ."""
+        label = str(number)[::-1] + str(nonce)
+        passage = list(itertools.chain.from_iterable(self.digits[int(digit)] for digit in label))
         while len(passage) < num_tokens:
             for place in uniform.sample(range(len(self.texts)), len(self.texts)):
                 passage.extend(self.texts[place])
@@ -97,7 +98,8 @@ def _length_of_common_start(lists: Sequence[Sequence[int]]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PromptBook:
-    """Makes the prompt of a request: the same for the same seed, index and arrival.
+    """Makes the prompt of a request: the same for the same seed, nonce, index and arrival. The nonce changes only how a
+    prompt begins.
 
     tokens          needed where arrivals name lengths
     block_tokens    of one of an arrival's prefix_ids
@@ -107,6 +109,7 @@ class PromptBook:
     texts: tuple[str, ...]
     tokens: TokenTexts | None
     seed: int
+    nonce: int
     block_tokens: int
 
     def prompt(self, index: int, arrival: Arrival) -> Prompt:
@@ -118,15 +121,15 @@ class PromptBook:
             body = list(itertools.chain.from_iterable(blocks))
         else:
             uniform = random.Random(f"{self.seed}/prompt/{index}")
-            body = self.tokens.passage(index, arrival.prompt_tokens, uniform)
+            body = self.tokens.passage(index, self.nonce, arrival.prompt_tokens, uniform)
         return [*self.tokens.start, *body][: arrival.prompt_tokens]
 
     def _as_written(self, index: int) -> Prompt:
         """Each text of the set once in drawn order, then again in another."""
         turn, place = divmod(index, len(self.texts))
         order = random.Random(f"{self.seed}/order/{turn}").sample(range(len(self.texts)), len(self.texts))
-        text = f"{index}. {self.texts[order[place]]}"
+        text = f"{self.nonce}-{index}. {self.texts[order[place]]}"
         return [Message(role="user", content=text)] if self.model.chat else text
 
     def _block(self, tokens: TokenTexts, name: int) -> list[int]:
-        return tokens.passage(name, self.block_tokens, random.Random(f"{self.seed}/block/{name}"))
+        return tokens.passage(name, self.nonce, self.block_tokens, random.Random(f"{self.seed}/block/{name}"))

@@ -163,8 +163,8 @@ def warnings_of(figures: Report) -> list[str]:
         found.append(f"{figures.failed} requests ({share:.1%}) failed: latencies are of those that finished")
     if _falls_behind(figures):
         found.append(
-            "requests came faster than they were answered: the line grew to the end, and latencies depend on how long "
-            "the run was"
+            "clearly more requests were in flight at the last arrival than half-way. Where they come faster than they "
+            "are answered, latencies say how long the run was; run it longer, or at a lower rate"
         )
     if figures.unfinished:
         found.append(f"stopped with {figures.unfinished} requests in flight, which are in no latency")

@@ -37,7 +37,7 @@ class Run:
         self.plan = plan(settings, self.model.max_context_tokens)
         self.stage = "preparing prompts"
         tokens = await TokenTexts.ask(client, self.model.id, texts, settings.seed) if settings.needs_tokens else None
-        book = PromptBook(self.model, texts, tokens, settings.seed, self.plan.block_tokens)
+        book = PromptBook(self.model, texts, tokens, settings.seed, settings.nonce, self.plan.block_tokens)
         sending = Sending(self.model.id, settings.temperature, settings.exact_length, settings.timeout_s, settings.seed)
         if self.plan.warmup:
             self.stage = "warming up"

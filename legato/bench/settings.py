@@ -45,6 +45,7 @@ class Settings:
     duration_s      none is begun later; those begun are waited for
     warmup          requests that are sent and answered before, and are in no figure
     prompt_tokens   None: as long as the texts are
+    nonce           prompts begin with it: with another, nothing that an earlier run left in a prefix cache fits
     scale_lengths   of a trace: a factor, or FIT for the largest that fits into the model's context
     """
 
@@ -64,6 +65,7 @@ class Settings:
     temperature: float = 0.0
     timeout_s: float = 120.0
     seed: int = 0
+    nonce: int = 0
     slo: Slo = Slo()
 
     def __post_init__(self) -> None:
@@ -86,8 +88,9 @@ class Settings:
         for name, value in {"--requests": self.requests, "--concurrency": self.concurrency}.items():
             if value is not None and value < 1:
                 raise _wrong(name, f"must be at least 1, is {value}")
-        if self.warmup < 0:
-            raise _wrong("--warmup", f"must not be negative, is {self.warmup}")
+        for name, value in {"--warmup": self.warmup, "--nonce": self.nonce}.items():
+            if value < 0:
+                raise _wrong(name, f"must not be negative, is {value}")
 
     @property
     def kind(self) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import os
+import secrets
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -85,6 +86,12 @@ def bench(
         float, typer.Option("--timeout-s", "--timeout", help="Seconds that a request may take.")
     ] = 120.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same load.")] = 0,
+    nonce: Annotated[
+        int | None,
+        typer.Option(
+            "--nonce", help="What prompts begin with; the same again finds its prefixes cached.", show_default="drawn"
+        ),
+    ] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option("--slo-ttft-ms", help="For goodput.")] = None,
     slo_itl_ms: Annotated[
         float | None, typer.Option("--slo-itl-ms", help="For goodput: p99 of a request's own.")
@@ -116,6 +123,7 @@ def bench(
         temperature=temperature,
         timeout_s=timeout_s,
         seed=seed,
+        nonce=100_000 + secrets.randbelow(900_000) if nonce is None else nonce,
         slo=Slo(slo_ttft_ms, slo_itl_ms, slo_tpot_ms, slo_e2e_ms),
     )
     if plot is not None:

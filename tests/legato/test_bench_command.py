@@ -115,6 +115,12 @@ def test_a_trace_is_played_with_its_lengths(router, tmp_path, capsys):
     assert first[:block_tokens] == second[:block_tokens]
     assert first[block_tokens:] != second[block_tokens:60]
     assert list(warmup.token_ids.ids)[:8] != first[:8]
+    assert bench(router, *options) == 0
+    assert list(generated(router)[-2].token_ids.ids)[:9] != first[:9], "the second run begins its prompts otherwise"
+    for _ in range(2):
+        assert bench(router, *options, "--nonce", "7") == 0
+    *_, before, _, _, after, _ = (list(one.token_ids.ids) for one in generated(router))
+    assert before == after
 
 
 def test_plot(router, script, tmp_path, capsys):
@@ -149,6 +155,7 @@ def test_the_api_key_is_sent_and_not_shown(router, capsys):
         (["--concurrency", "0"], "--concurrency must be at least 1"),
         (["--requests", "0"], "--requests must be at least 1"),
         (["--warmup", "-1"], "--warmup must not be negative"),
+        (["--nonce", "-1"], "--nonce must not be negative"),
         (["--duration", "inf"], "--duration must be"),
         (["--speed", "2"], "--speed is for a --trace"),
         (["--scale-lengths", "fit"], "--scale-lengths is for a --trace"),
@@ -173,6 +180,23 @@ def test_wrong_options_are_named(options, says, router, capsys):
 def test_no_cluster(capsys):
     assert run(["bench", "-a", "127.0.0.1:1"]) == 3
     assert "start a cluster with `legato up`" in capsys.readouterr().err
+
+
+def test_the_client_alone_is_enough_and_a_plot_says_what_it_lacks(router):
+    missing = ("numpy", "torch", "matplotlib", "pydantic", "spec", "service", "scheduler", "engine", "kernels")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing}));"
+        "from legato.command.main import run; sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "bench", "-a", router.address, "-n", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 finished" in done.stdout
+    before = len(router.toy.requests)
+    done = subprocess.run([*command, "--plot", "run.png"], capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "matplotlib" in done.stderr and "legato[serve]" in done.stderr
+    assert len(router.toy.requests) == before, "said before the load, not after"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -237,7 +237,7 @@ def test_a_load_that_is_stopped_keeps_what_it_saw():
     assert figures.unfinished == len(load.records) - 10 == 33
     assert figures.window_s == pytest.approx(10.6, abs=1e-3)
     assert any("33 requests in flight" in warning for warning in figures.warnings)
-    assert any("came faster" in warning for warning in figures.warnings)
+    assert any("come faster" in warning for warning in figures.warnings)
 
 
 def test_a_load_that_keeps_up_is_not_said_to_fall_behind():

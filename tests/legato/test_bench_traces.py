@@ -129,9 +129,9 @@ class Bytes:
         return [*self.start, *text.encode()]
 
 
-async def book(seed=0, start=(), block_tokens=512, texts=PROMPTS, chat=False):
+async def book(seed=0, nonce=0, start=(), block_tokens=512, texts=PROMPTS, chat=False):
     tokens = await TokenTexts.ask(Bytes(start), "m", texts, seed)
-    return PromptBook(Model("m", "r", 9999, 300, chat), tuple(texts), tokens, seed, block_tokens)
+    return PromptBook(Model("m", "r", 9999, 300, chat), tuple(texts), tokens, seed, nonce, block_tokens)
 
 
 @pytest.mark.parametrize("start", [(), (257,), (257, 258)])
@@ -141,7 +141,7 @@ async def test_prompts_have_the_length_asked_for_and_the_start_once(start, lengt
     assert len(made) == length
     assert made[: len(start)] == list(start)[:length]
     assert 257 not in made[len(start) :]
-    assert bytes(made[len(start) :]).startswith(b"21\n\n"[: max(0, length - len(start))])
+    assert bytes(made[len(start) :]).startswith(b"210\n\n"[: max(0, length - len(start))])
 
 
 async def test_prompts_are_real_text_and_no_two_begin_alike():
@@ -152,6 +152,9 @@ async def test_prompts_are_real_text_and_no_two_begin_alike():
     again = await book()
     assert bytes(again.prompt(7, Arrival(0, 400, 1))).decode() == made[7]
     assert bytes((await book(seed=1)).prompt(7, Arrival(0, 400, 1))).decode() != made[7]
+    next_run = bytes((await book(nonce=5)).prompt(7, Arrival(0, 400, 1))).decode()
+    assert (next_run[:2], made[7][:2]) == ("75", "70"), "another run shares no prefix"
+    assert next_run[2:] == made[7][2:], "and is the same load"
 
 
 @pytest.mark.parametrize("block_tokens", [512, 40, 16])
@@ -179,7 +182,7 @@ async def test_texts_as_written_go_round_before_one_comes_again():
     texts = [f"text {name}" for name in "abcdefg"]
     one = await book(texts=texts)
     made = [one.prompt(index, Arrival(0, None, 1)) for index in range(21)]
-    assert made[0].startswith("0. text")
+    assert made[0].startswith("0-0. text")
     for turn in range(3):
         assert {text.split(". ")[1] for text in made[7 * turn : 7 * turn + 7]} == set(texts)
     assert len({text.split()[0] for text in made}) == 21
