@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 import kvtransfer.sockets
@@ -145,6 +146,10 @@ only_processes = pytest.mark.parametrize("pair", PROCESSES, indirect=True)
 
 def digest(data: Any) -> str:
     return hashlib.blake2b(data).hexdigest()
+
+
+def _threads_of(pid: int) -> list[int]:
+    return [thread.id for thread in psutil.Process(pid).threads() if sys.platform == "linux"]
 
 
 def eventually(condition: Any, timeout_s: float = 20.0) -> None:
@@ -428,6 +433,8 @@ def test_an_owner_that_is_stuck_is_not_called_quiet(pair: Pair, monkeypatch: pyt
     nbytes = 8 * MIB
     source, peer = pair.connected(nbytes)
     pair.far.process.send_signal(signal.SIGSTOP)
+    stopped = [psutil.Process(pair.far.process.pid), *map(psutil.Process, _threads_of(pair.far.process.pid))]
+    eventually(lambda: all(each.status() == psutil.STATUS_STOPPED for each in stopped))
     try:
         transfers = [peer.post(source, [Piece(0, 0, nbytes)]) for _ in range(4)]
         with pytest.raises(TransferFailed, match="confirm"):
