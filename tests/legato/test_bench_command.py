@@ -183,7 +183,18 @@ def test_no_cluster(capsys):
 
 
 def test_the_client_alone_is_enough_and_a_plot_says_what_it_lacks(router):
-    missing = ("numpy", "torch", "matplotlib", "pydantic", "spec", "service", "scheduler", "engine", "kernels")
+    missing = (
+        "numpy",
+        "torch",
+        "matplotlib",
+        "tokenizers",
+        "redis",
+        "spec",
+        "service",
+        "scheduler",
+        "engine",
+        "kernels",
+    )
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing}));"
         "from legato.command.main import run; sys.exit(run(sys.argv[1:]))"
