@@ -117,7 +117,7 @@ async def compare_itl(
 async def compare_hops(
     client: AsyncClient, address: str, options: argparse.Namespace
 ) -> list[tuple[float, float, float]]:
-    """(bare unary call, first token from a prefill worker, the same through the router): seconds, medians of a round."""
+    """(bare unary call, first token from a prefill worker, the same by the router): seconds, medians of a round."""
     view = await client.cluster()
     prefill = next(worker for worker in view.workers if worker.role == "prefill")
     rounds = []

@@ -69,7 +69,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[W, hidden] -> [W, vocab] float32."""
-        return linear(hidden, self.weights.head).float()
+        return linear(hidden, self.weights.head, wide=True)
 
     def _queries(self, normed: Tensor, layer: LayerWeights, index: int, step: StepTensors) -> Tensor:
         """[T, hidden] -> [T, num_heads, head_dim]; writes the keys and values of these rows."""

@@ -49,17 +49,19 @@ def unpack(packed: PackedLinear) -> Tensor:
     return packed.library.unpack(packed.weight, packed.n, packed.k)
 
 
-def reference(x: Tensor, packed: PackedLinear) -> Tensor:
-    return F.linear(x, unpack(packed), packed.bias)
+def reference(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
+    out = F.linear(x, unpack(packed), packed.bias)
+    return out.float() if wide else out
 
 
-def linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """x: [T, K] in packed.dtype. Returns [T, N] in x.dtype."""
+def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
+    """x: [T, K] in packed.dtype. Returns [T, N] in x.dtype, or in float32 where `wide`: on a CPU the sums themselves,
+    not rounded in between."""
     if packed.library is None:
-        return reference(x, packed)
+        return reference(x, packed, wide=wide)
     assert x.shape[1] == packed.k
     assert x.dtype == packed.dtype
-    return packed.library.linear(x, packed.weight, packed.bias, packed.n)
+    return packed.library.linear(x, packed.weight, packed.bias, packed.n, wide=wide)
 
 
 def embedding(token_ids: Tensor, packed: PackedLinear) -> Tensor:

@@ -30,6 +30,7 @@ class Library:
         self._handle = ctypes.CDLL(str(path))
         self._pack = self._by_dtype("pack", _P, _P, _N, _N, _I)
         self._linear = self._by_dtype("linear", _P, _P, _P, _P, _N, _N, _N, _I)
+        self._linear_wide = self._function("linear_wide_bf16", _P, _P, _P, _P, _N, _N, _N, _I)
         self._embedding = self._by_dtype("embedding", _P, _P, _P, _N, _N, _N, result=ctypes.c_bool)
         self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _I)
         self._silu_mul = self._by_dtype("silu_mul", _P, _P, _N, _N, _I)
@@ -71,12 +72,14 @@ class Library:
         columns = panels.view(-1, steps, self.panel_columns, step).transpose(1, 2)
         return columns.reshape(-1, steps * step)[:num_outputs, :depth].contiguous()
 
-    def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-        """x: [T, K]; bias: [N]. Returns [T, N] in x.dtype."""
+    def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int, *, wide: bool = False) -> Tensor:
+        """x: [T, K]; bias: [N]. Returns [T, N] in x.dtype, or in float32 where `wide`."""
         num_rows, depth = x.shape
         x = x.contiguous()
-        out = x.new_empty(num_rows, num_outputs)
-        self._linear[x.dtype](
+        wide = wide and x.dtype == torch.bfloat16
+        out = x.new_empty(num_rows, num_outputs, dtype=torch.float32 if wide else x.dtype)
+        function = self._linear_wide if wide else self._linear[x.dtype]
+        function(
             x.data_ptr(),
             panels.data_ptr(),
             None if bias is None else bias.data_ptr(),

@@ -59,12 +59,12 @@ bool embedding(const int64_t *token_ids, const T *packed, T *out, ptrdiff_t num_
     return true;
 }
 
-template <class T>
+template <class T, class Out>
 struct Linear {
     const T *x;        // [num_rows, depth], contiguous
     const T *packed;   // panels
     const T *bias;     // [num_outputs] or null
-    T *out;            // [num_rows, num_outputs], contiguous
+    Out *out;          // [num_rows, num_outputs], contiguous
     ptrdiff_t num_rows, num_outputs, depth;
 
     // rows: those of x from first_row on, row_stride apart
@@ -136,11 +136,15 @@ void legato_pack_fp32(const float *weight, float *packed, int64_t num_outputs, i
 
 void legato_linear_bf16(const Bf16 *x, const Bf16 *packed, const Bf16 *bias, Bf16 *out, int64_t num_rows,
                         int64_t num_outputs, int64_t depth, int threads) {
-    Linear<Bf16>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
+    Linear<Bf16, Bf16>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
+}
+void legato_linear_wide_bf16(const Bf16 *x, const Bf16 *packed, const Bf16 *bias, float *out, int64_t num_rows,
+                             int64_t num_outputs, int64_t depth, int threads) {
+    Linear<Bf16, float>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
 }
 void legato_linear_fp32(const float *x, const float *packed, const float *bias, float *out, int64_t num_rows,
                         int64_t num_outputs, int64_t depth, int threads) {
-    Linear<float>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
+    Linear<float, float>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
 }
 
 // False where a token id lies outside [0, num_outputs).

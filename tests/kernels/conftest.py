@@ -42,9 +42,9 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever the library allocates starts as NaN and lies between guards, which are whole at the end."""
     allocated: list[Tensor] = []
 
-    def allocate(tensor: Tensor, *shape: int) -> Tensor:
+    def allocate(tensor: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         size = torch.Size(shape)
-        memory = torch.full((size.numel() + 2 * GUARD,), float("nan"), dtype=tensor.dtype)
+        memory = torch.full((size.numel() + 2 * GUARD,), float("nan"), dtype=dtype or tensor.dtype)
         memory[:GUARD] = memory[-GUARD:] = 7.0
         allocated.append(memory)
         return memory[GUARD:-GUARD].view(size)

@@ -37,9 +37,14 @@ def test_a_product_agrees_with_float64(library: Library, dtype: torch.dtype, sha
         for added in (None, bias):
             expected = plain if added is None else plain + wide(added)
             # Half a unit in the last place of the result, and the fp32 rounding of each term's addition.
+            # A wide result has only the second.
+            sums = (terms + 4) * (k + 1) * 2**-24
             rounding = 2**-8 if dtype == torch.bfloat16 else 2**-24
-            bound = np.abs(expected) * rounding * 1.01 + (terms + 4) * (k + 1) * 2**-24
+            bound = np.abs(expected) * rounding * 1.01 + sums
             assert (np.abs(wide(library.linear(x, panels, added, n)) - expected) <= bound).all()
+            unrounded = library.linear(x, panels, added, n, wide=True)
+            assert unrounded.dtype == torch.float32
+            assert (np.abs(wide(unrounded) - expected) <= np.abs(expected) * 2**-23 + sums).all()
 
 
 @pytest.mark.parametrize("shape", [(130, 577), (33, 7), (1056, 96)])
