@@ -3,6 +3,7 @@ without gap or repeat, also when the stream was broken and sent again."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from legato._ledger import BEFORE_FIRST_TOKEN, BEFORE_SECOND_TOKEN, ledger_of
@@ -83,15 +84,15 @@ class Assembly:
 
     def feed(self, response: inference_pb2.GenerateResponse, after_ns: int) -> Piece | None:
         """Takes one message; returns what it adds, if anything. Raises InternalError when the promise is broken."""
-        kind = response.WhichOneof("event")
-        if kind == "started":
+        if response.HasField("started"):
             self._started = response.started
-            return None
-        if kind == "piece":
-            return self._feed_piece(response.piece, after_ns)
-        if kind == "finished":
-            return self._feed_finished(response.finished)
-        return None  # an event of a later version
+        piece = self._feed_piece(response.piece, after_ns) if response.HasField("piece") else None
+        if not response.HasField("finished"):
+            return piece
+        rest = self._feed_finished(response.finished)
+        if piece is None or rest is None:
+            return piece or rest
+        return dataclasses.replace(piece, text=piece.text + rest.text)
 
     def end(self) -> None:
         """The stream ended without an error. Raises InternalError when a choice has no end."""

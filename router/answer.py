@@ -42,16 +42,19 @@ class Answer:
         self._pieces = 0
 
     async def responses(self) -> AsyncGenerator[Response, None]:
-        """Pieces, then Finished. Raises what the journey raises. Use with contextlib.aclosing."""
-        reason = self._take_up()
-        if not reason:
-            async with contextlib.aclosing(self._journey.run()) as journey:
-                async for drawn in journey:
-                    yield Response(piece=self._piece(drawn))
-                    reason = common_pb2.FINISH_REASON_STOP if self._text.stop_string else drawn.finish_reason
-                    if reason:
-                        break  # a stop string ends the journey here: closing it stops the decode worker
-        yield Response(finished=self._finished(reason))
+        """Pieces, Finished with the last. Raises what the journey raises. Use with contextlib.aclosing."""
+        if reason := self._take_up():
+            yield Response(finished=self._finished(reason))
+            return
+        async with contextlib.aclosing(self._journey.run()) as journey:
+            async for drawn in journey:
+                response = Response(piece=self._piece(drawn))
+                reason = common_pb2.FINISH_REASON_STOP if self._text.stop_string else drawn.finish_reason
+                if reason:
+                    response.finished.CopyFrom(self._finished(reason))
+                yield response
+                if reason:
+                    return  # a stop string ends the journey here: closing it stops the decode worker
 
     def _take_up(self) -> common_pb2.FinishReason:
         """Reads the tokens the client has. They may hold the end already: then only Finished was lost on the way."""

@@ -100,7 +100,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     prompt_token_ids=token_ids,
                     seed=asked.sampling.seed,
                 )
-                await _write_all(answers, Response(started=started), context.write)
+                await _write_all(answers, started, context.write)
             reason = ""
         except LegatoError as error:
             error.details.setdefault("request_id", request_id)
@@ -206,12 +206,11 @@ async def _maybe_in_thread(size: int, work: Callable[[], Result]) -> Result:
     return await asyncio.to_thread(work) if size > THREAD_FROM_CHARACTERS else work()
 
 
-async def _write_all(answers: list[Answer], opening: Response, write: Write) -> None:
-    """`opening`, then all responses of all choices. The first error ends them all."""
+async def _write_all(answers: list[Answer], started: Response.Started, write: Write) -> None:
+    """All responses of all choices, `started` with the first. The first error ends them all."""
     if len(answers) == 1:
-        await _write(answers[0].responses(), write, opening)
+        await _write(answers[0].responses(), write, started)
         return
-    await write(opening)
     begun, writing = asyncio.Event(), asyncio.Lock()  # a stream takes one message at a time
 
     async def write_first(response: Response) -> None:
@@ -228,24 +227,19 @@ async def _write_all(answers: list[Answer], opening: Response, write: Write) -> 
 
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_write(answers[0].responses(), write_first))
+            group.create_task(_write(answers[0].responses(), write_first, started))
             for answer in answers[1:]:
                 group.create_task(follow(answer))
     except BaseExceptionGroup as group_error:
         raise next((e for e in group_error.exceptions if isinstance(e, LegatoError)), group_error) from None
 
 
-async def _write(responses: AsyncGenerator[Response, None], write: Write, opening: Response | None = None) -> None:
-    """The request is on its way to a worker while `opening` is on its way to the client."""
+async def _write(
+    responses: AsyncGenerator[Response, None], write: Write, started: Response.Started | None = None
+) -> None:
     async with contextlib.aclosing(responses):
-        if opening is not None:
-            first = asyncio.ensure_future(anext(responses))
-            try:
-                await write(opening)
-                opening = await first
-            finally:
-                first.cancel()
-                await asyncio.wait({first})
-            await write(opening)
         async for response in responses:
+            if started is not None:
+                response.started.CopyFrom(started)
+                started = None
             await write(response)
