@@ -45,6 +45,7 @@ class Settings:
     duration_s      none is begun later; those begun are waited for
     warmup          requests that are sent and answered before, and are in no figure
     prompt_tokens   None: as long as the texts are
+    output_tokens   at most; None: those of a trace, else DEFAULT_OUTPUT
     nonce           prompts begin with it: with another, nothing that an earlier run left in a prefix cache fits
     scale_lengths   of a trace: a factor, or FIT for the largest that fits into the model's context
     """
@@ -57,7 +58,7 @@ class Settings:
     warmup: int = 4
     prompts: Path | None = None
     prompt_tokens: Lengths | None = None
-    output_tokens: Lengths = DEFAULT_OUTPUT
+    output_tokens: Lengths | None = None
     ignore_eos: bool | None = None  # None: with a trace, whose lengths are the load; else an answer ends where it ends
     speed: float = 1.0
     scale_lengths: float | str = 1.0
@@ -132,7 +133,7 @@ def plan(settings: Settings, context_tokens: int) -> Plan:
     """Reads the trace, where there is one. Raises InvalidParameter, also where a trace does not fit into the model."""
     if settings.trace is not None:
         return _trace_plan(settings, context_tokens)
-    lengths = settings.prompt_tokens, settings.output_tokens
+    lengths = settings.prompt_tokens, settings.output_tokens or DEFAULT_OUTPUT
     if settings.rate is None:  # in a closed loop the time of an arrival is its user's
         times_s: Iterator[float] = itertools.repeat(0.0)
         come = arrivals.drawn(times_s, *lengths, settings.seed)
@@ -150,16 +151,22 @@ def _trace_plan(settings: Settings, context_tokens: int) -> Plan:
     assert settings.trace is not None
     come = traces.read_trace(settings.trace, settings.speed)
     due = list(arrivals.limited(come, settings.requests, settings.duration_s))
-    factor = settings.scale_lengths
+    given, factor = settings.output_tokens, settings.scale_lengths
+    if given is not None:
+        lengths = arrivals.drawn((one.at_s for one in due), None, given, settings.seed)
+        due = [
+            dataclasses.replace(one, output_tokens=drawn.output_tokens) for one, drawn in zip(due, lengths, strict=True)
+        ]
     if isinstance(factor, str):
-        factor = traces.fitting_scale(due, context_tokens)
-    due = traces.scaled(due, factor)
+        factor = traces.fitting_scale(due, context_tokens, keeps_outputs=given is not None)
+    due = traces.scaled(due, factor, keeps_outputs=given is not None)
     too_long = sum((one.prompt_tokens or 0) + one.output_tokens > context_tokens for one in due)
     if too_long:
         raise _wrong(
             "--trace",
             f"has {too_long} of {len(due)} requests that are longer than the model's context of {context_tokens} "
-            f"tokens; --scale-lengths {FIT} makes all fit",
+            f"tokens; "
+            + (f"--scale-lengths {FIT} makes all fit" if settings.scale_lengths != FIT else "lower --output-tokens"),
         )
     warmup = [dataclasses.replace(one, prefix_ids=()) for one in due[: settings.warmup]]
     return Plan(iter(due), len(due), traces.scaled_block_tokens(factor), warmup)

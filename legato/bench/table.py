@@ -84,13 +84,13 @@ def _facts(figures: Report) -> Table:
     offered = "" if figures.offered_per_s is None else f", {figures.offered_per_s:.2f}/s came"
     table.add_row("rate", f"{figures.per_s(figures.finished):.2f} requests/s over {figures.window_s:.1f} s{offered}")
     loaded = figures.loaded_tokens_per_s
-    until = "" if loaded is None else f" ({loaded:.1f} until the last arrival)"
+    until = "" if loaded is None else f" ({number(loaded)} until the last arrival)"
     prompt, cached = figures.prompt_tokens, figures.cached_tokens
     share = f" ({cached / prompt:.0%} of them cached)" if cached else ""
     table.add_row(
-        "output", f"{figures.per_s(figures.output_tokens):.1f} tokens/s{until}; {figures.output_tokens:,} tokens"
+        "output", f"{number(figures.per_s(figures.output_tokens))} tokens/s{until}; {figures.output_tokens:,} tokens"
     )
-    table.add_row("prompts", f"{figures.per_s(prompt):.1f} tokens/s; {prompt:,} tokens{share}")
+    table.add_row("prompts", f"{number(figures.per_s(prompt))} tokens/s; {prompt:,} tokens{share}")
     if figures.met is not None:
         share = f"{figures.met / max(1, len(figures.records)):.1%}"
         goodput = f"{figures.per_s(figures.met):.2f} requests/s"

@@ -59,20 +59,23 @@ def read_lines(path: Path, field: str) -> list[str]:
         raise _wrong(f"{path} cannot be read: {reason}", field) from None
 
 
-def fitting_scale(arrivals: Sequence[Arrival], context_tokens: int) -> float:
-    """The largest factor, at most 1, with which every prompt and its answer fit into `context_tokens`.
+def fitting_scale(arrivals: Sequence[Arrival], context_tokens: int, keeps_outputs: bool = False) -> float:
+    """The largest factor, at most 1, with which every prompt and its answer fit into `context_tokens`; 0 where answers
+    that are kept leave no room.
 
     A token less than the context: each of the two may be rounded up."""
-    longest = max((one.prompt_tokens or 0) + one.output_tokens for one in arrivals)
-    return min(1.0, (context_tokens - 1) / longest)
+    room = context_tokens - 1
+    kept = [one.output_tokens if keeps_outputs else 0 for one in arrivals]
+    scaled_tokens = [(one.prompt_tokens or 0) + (0 if keeps_outputs else one.output_tokens) for one in arrivals]
+    return max(0.0, min(1.0, *((room - fixed) / tokens for fixed, tokens in zip(kept, scaled_tokens, strict=True))))
 
 
-def scaled(arrivals: Sequence[Arrival], factor: float) -> list[Arrival]:
+def scaled(arrivals: Sequence[Arrival], factor: float, keeps_outputs: bool = False) -> list[Arrival]:
     return [
         dataclasses.replace(
             one,
             prompt_tokens=None if one.prompt_tokens is None else max(1, round(one.prompt_tokens * factor)),
-            output_tokens=max(1, round(one.output_tokens * factor)),
+            output_tokens=one.output_tokens if keeps_outputs else max(1, round(one.output_tokens * factor)),
         )
         for one in arrivals
     ]

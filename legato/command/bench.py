@@ -71,8 +71,11 @@ def bench(
         typer.Option("--prompt-tokens", metavar="LENGTHS", help="N, LOW-HIGH, normal:M,SD, lognormal:MEDIAN,SIGMA."),
     ] = None,
     output_tokens: Annotated[
-        str, typer.Option("--output-tokens", metavar="LENGTHS", help="The same, at most; a trace has its own.")
-    ] = "128",
+        str | None,
+        typer.Option(
+            "--output-tokens", metavar="LENGTHS", help="The same, at most.", show_default="128; a trace: its own"
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool | None,
         typer.Option("--ignore-eos/--stop-at-eos", help="Answers exactly that long.", show_default="for a trace"),
@@ -115,7 +118,7 @@ def bench(
         warmup=warmup,
         prompts=prompts,
         prompt_tokens=None if prompt_tokens is None else parse_lengths(prompt_tokens, "--prompt-tokens"),
-        output_tokens=parse_lengths(output_tokens, "--output-tokens"),
+        output_tokens=None if output_tokens is None else parse_lengths(output_tokens, "--output-tokens"),
         ignore_eos=ignore_eos,
         speed=speed,
         scale_lengths=_factor(scale_lengths),

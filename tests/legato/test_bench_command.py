@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -64,6 +65,12 @@ def test_open_loop_json(router, capsys):
     assert dues == sorted(dues)
     assert found["load_generator"]["schedule_lag_ms"]["count"] == 40
     assert set(found["versions"]) == {"legato", "grpcio", "python"}
+    described = (Path(__file__).resolve().parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    inner = [
+        name for name, value in found.items() if isinstance(value, dict) and name not in ("arguments", "ledger_ms")
+    ]
+    names = [*found, *(key for name in inner for key in found[name]), *found["per_request"][0]]
+    assert [name for name in names if f"`{name}`" not in described] == [], "what --json holds is documented"
 
 
 def test_failures_are_counted_by_reason_and_miss_the_slo(router, script, capsys):

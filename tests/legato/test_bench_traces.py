@@ -12,6 +12,7 @@ import pytest
 from legato.bench import traces
 from legato.bench.arrivals import Arrival
 from legato.bench.corpus import PROMPTS
+from legato.bench.lengths import parse_lengths
 from legato.bench.prompts import PromptBook, TokenTexts, read_prompts
 from legato.bench.settings import Settings, plan
 from legato.errors import InvalidParameter
@@ -117,6 +118,18 @@ def test_a_trace_that_does_not_fit_says_what_to_do(mooncake):
     assert [one.prefix_ids for one in planned.warmup] == [(), ()], "a warm-up leaves no prefix behind"
     assert plan(Settings(trace=mooncake, duration_s=3.5), 2000).total == 3
     assert plan(Settings(trace=mooncake, duration_s=3.5, speed=2.0), 2000).total == 4
+
+
+def test_answers_of_a_trace_can_be_given(mooncake):
+    given = parse_lengths("90-100", "--output-tokens")
+    due = list(plan(Settings(trace=mooncake, scale_lengths="fit", output_tokens=given), 400).arrivals)
+    assert all(90 <= one.output_tokens <= 100 for one in due)
+    longest = max(one.prompt_tokens + one.output_tokens for one in due)
+    assert 385 <= longest <= 400
+    shares = [one.prompt_tokens / was["input_length"] for one, was in zip(due, MOONCAKE, strict=True)]
+    assert shares == pytest.approx([shares[0]] * 4, rel=0.01)
+    with pytest.raises(InvalidParameter, match=r"4 of 4 .* lower --output-tokens"):
+        plan(Settings(trace=mooncake, scale_lengths="fit", output_tokens=given), 80)
 
 
 class Bytes:
