@@ -89,7 +89,7 @@ def _timeline(axis: Any, figures: Report) -> None:
         _empty(axis)
         return
     width_s = nice_width_s(figures.window_s)
-    count = max(1, math.ceil(figures.window_s / width_s))
+    count = max(1, round(figures.window_s / width_s))  # the last is half to one and a half times as long
     middles_s = [(place + 0.5) * width_s for place in range(count)]
     came = binned([(one.due_s, 1) for one in figures.records], width_s, count)
     failed = binned([(one.ended_s, 1) for one in figures.records if one.error and one.ended_s], width_s, count)
@@ -101,7 +101,7 @@ def _timeline(axis: Any, figures: Report) -> None:
     axis.set_ylabel("requests/s")
     axis.set_ylim(0, 1.35 * max([*came, *failed]) / width_s)
     speed = axis.twinx()
-    lengths_s = [min(width_s, figures.window_s - place * width_s) or width_s for place in range(count)]
+    lengths_s = [width_s] * (count - 1) + [figures.window_s - (count - 1) * width_s]
     per_s = [n / length_s for n, length_s in zip(tokens, lengths_s, strict=True)]
     speed.plot(middles_s, per_s, color=BLUE, marker="o", markersize=3, label="output tokens/s")
     speed.set_ylabel("tokens/s", color=BLUE)

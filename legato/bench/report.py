@@ -172,8 +172,9 @@ def warnings_of(figures: Report) -> list[str]:
 
 
 def _falls_behind(figures: Report) -> bool:
-    """Of an open loop: whether clearly more were in flight at the last arrival than half-way."""
-    if figures.run.settings.kind == "closed" or not figures.records:
+    """Whether clearly more were in flight at the last arrival than half-way. A trace has bursts of its own, and a closed
+    loop as many as it was told."""
+    if figures.run.settings.kind != "open" or not figures.records:
         return False
     last_s = max(record.due_s for record in figures.records)
     half, end = (in_flight(figures.records, at_s) for at_s in (last_s / 2, last_s))
