@@ -172,7 +172,7 @@ def warnings_of(figures: Report) -> list[str]:
 
 
 def _falls_behind(figures: Report) -> bool:
-    """Whether clearly more were in flight at the last arrival than half-way. A trace has bursts of its own, and a closed
+    """Whether clearly more were in flight at the last arrival than half-way. A trace has bursts of its own, a closed
     loop as many as it was told."""
     if figures.run.settings.kind != "open" or not figures.records:
         return False
