@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import itertools
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -83,6 +84,7 @@ class EngineAlone:
         self._table = tuple(range(-(-(options.prompt_tokens + options.tokens + 1) // 16)))
         self._engine = Engine(files, EngineOptions(device="cpu", threads=options.threads), len(self._table))
         self._engine.warm_up()
+        self.vocab_size = files.spec.vocab_size
 
     def itl_s(self, prompt: list[int]) -> float:
         """Median seconds between two tokens of one greedy answer."""
@@ -101,9 +103,9 @@ class EngineAlone:
 async def compare_itl(
     alone: EngineAlone, client: AsyncClient, options: argparse.Namespace
 ) -> list[tuple[float, float]]:
-    pairs = []
+    pairs, draw = [], random.Random(0)
     for number in range(options.rounds + 1):
-        prompt = [100 + number, *range(1000, 1000 + options.prompt_tokens - 1)]
+        prompt = [draw.randrange(3, alone.vocab_size) for _ in range(options.prompt_tokens)]
         one = alone.itl_s(prompt)
         times = []
         async for _ in client.stream(prompt, max_tokens=options.tokens, temperature=0.0, ignore_eos=True):

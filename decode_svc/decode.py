@@ -89,7 +89,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         state = request.sequence
         self._refuse_if_taken(state.sequence_id)
         self._placements.subscriptions.attach(request.router_id, state.sequence_id)
-        sequence = sequence_from_proto(state)
+        sequence = sequence_from_proto(state, self._core.record.vocab_size)
         try:
             with self._core.loop.lock:
                 self._core.scheduler.add(sequence, sequence.queued_s)

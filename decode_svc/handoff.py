@@ -168,7 +168,7 @@ class Receiver:
         ):
             core.refused_handoffs += 1
             raise TicketRefused("the sequence state is not of the tokens that the ticket was issued for")
-        sequence = sequence_from_proto(state)
+        sequence = sequence_from_proto(state, core.record.vocab_size)
         with core.loop.lock:
             now_s = time.monotonic()
             block_table = core.reservations.complete(ticket.reservation_id, now_s)

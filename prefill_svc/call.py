@@ -91,7 +91,7 @@ class PrefillCall:
         await self._sender.open(ACCEPT_TIMEOUT_S)
 
     async def _first_token(self) -> worker_pb2.PrefillEvent.FirstToken:
-        sequence = sequence_from_proto(self._request.sequence, draws_here=1)
+        sequence = sequence_from_proto(self._request.sequence, self._core.record.vocab_size, draws_here=1)
         with self._core.loop.lock:
             self._core.scheduler.add(sequence, time.monotonic())
         self._core.loop.wake()

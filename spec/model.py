@@ -72,9 +72,7 @@ class ModelSpec:
             known = ", ".join(sorted(HF_FAMILIES))
             raise UnsupportedModel(f"model_type {family!r} is not known; known are {known}", family=family)
         if config.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(
-                f"hidden_act {config['hidden_act']!r} is not known to family {family}, only silu"
-            )
+            raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not known to family {family}, only silu")
         try:
             hidden_size = int(config["hidden_size"])
             num_heads = int(config["num_attention_heads"])
@@ -192,9 +190,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> RopeSpec:
             high_freq_factor=float(scaling["high_freq_factor"]),
             original_max_positions=int(scaling["original_max_position_embeddings"]),
         )
-    raise UnsupportedModel(
-        f"rope_scaling type {kind!r} is not known; default, linear, llama3 are", rope_type=kind
-    )
+    raise UnsupportedModel(f"rope_scaling type {kind!r} is not known; default, linear, llama3 are", rope_type=kind)
 
 
 def _rope_from_gguf(key: Callable[..., Any]) -> RopeSpec:

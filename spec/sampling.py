@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from spec.errors import InvalidParameter
@@ -89,7 +89,7 @@ class SamplingParams:
                 raise InvalidParameter(f"of token {token_id} must be finite, is {bias}", field="logit_bias")
 
 
-def check_token_ids(ids: tuple[int, ...] | list[int], vocab_size: int, *, field: str) -> None:
+def check_token_ids(ids: Sequence[int], vocab_size: int, *, field: str) -> None:
     """Raises InvalidParameter with the first id outside [0, vocab_size)."""
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)

@@ -7,16 +7,23 @@ import time
 from legato.v1 import worker_pb2
 from scheduler.sequence import Sequence
 from service.messages import sampling_from_proto
+from spec.sampling import check_token_ids
 from worker.clock import monotonic_s
 
 
-def sequence_from_proto(state: worker_pb2.SequenceState, *, draws_here: int | None = None) -> Sequence:
-    """`draws_here`: stop with blocks held after that many tokens; None: until the answer is finished."""
+def sequence_from_proto(state: worker_pb2.SequenceState, vocab_size: int, *, draws_here: int | None = None) -> Sequence:
+    """`draws_here`: stop with blocks held after that many tokens; None: until the answer is finished.
+
+    Raises InvalidParameter for what would not be an input but a fault inside the engine: nothing is taken on trust."""
+    params = sampling_from_proto(state.sampling)
+    params.validate(vocab_size)
+    check_token_ids(state.prompt_token_ids, vocab_size, field="prompt_token_ids")
+    check_token_ids(state.output_token_ids, vocab_size, field="output_token_ids")
     return Sequence(
         sequence_id=state.sequence_id,
         prompt_token_ids=tuple(state.prompt_token_ids),
         output_token_ids=list(state.output_token_ids),
-        params=sampling_from_proto(state.sampling),
+        params=params,
         deadline_s=monotonic_s(state.deadline_unix_ns),
         draws_here=draws_here,
         queued_s=time.monotonic(),

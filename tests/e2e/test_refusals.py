@@ -124,7 +124,9 @@ def _reserve(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) 
         sequence=worker_pb2.SequenceState(
             sequence_id="test.0.1",
             prompt_token_ids=PROMPT,
-            sampling=common_pb2.SamplingParams(max_tokens=4, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seed=1),
+            sampling=common_pb2.SamplingParams(
+                max_tokens=4, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seed=1
+            ),
             deadline_unix_ns=time.time_ns() + 60_000_000_000,
         ),
         identity=decode.identity,
@@ -140,7 +142,10 @@ async def _refused(stub: worker_pb2_grpc.DecodeStub, signed: worker_pb2.SignedTi
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         assert await call.read() is not grpc.aio.EOF or await call.code() is None
         raise grpc.aio.AioRpcError(
-            await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
+            await call.code(),
+            await call.initial_metadata(),
+            await call.trailing_metadata(),
+            details=await call.details(),
         )
     error = error_from_rpc(caught.value)
     assert isinstance(error, TicketRefused)
