@@ -35,7 +35,7 @@ lint: $(VENV)/.dev  ## style
 	@$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev  ## types; strict in the pure rooms
-	@$(BIN)/mypy spec scheduler kernels kvtransfer engine telemetry service router prefill_svc decode_svc legato
+	@$(BIN)/mypy spec scheduler kernels kvtransfer engine telemetry service worker router prefill_svc decode_svc legato
 
 # protobuf is generated with an old compiler on purpose: what 1.71 writes runs on protobuf 5, 6 and 7.
 PROTOC := .venv-protoc/bin/python

@@ -40,9 +40,9 @@ def open_transports(names: Sequence[str], host: str = "127.0.0.1") -> tuple[list
     return opened, reasons
 
 
-def choose(transports: Sequence[Transport], remote_names: Sequence[str]) -> Transport | None:
-    """The best of ours (they are in order) that the peer has too."""
-    return next((transport for transport in transports if transport.name in remote_names), None)
+def in_common(transports: Sequence[Transport], remote_names: Sequence[str]) -> list[Transport]:
+    """Those of ours that the peer has too, best first, as ours are."""
+    return [transport for transport in transports if transport.name in remote_names]
 
 
 class Probed(NamedTuple):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 import grpc
-from kvtransfer.choose import choose
 
+from kvtransfer.choose import in_common
 from kvtransfer.transport import Peer, Transport
 from legato.v1 import worker_pb2
+from service import logs
 from spec.errors import TransferFailed
+
+logger = logs.get(__name__)
+
+SET_ASIDE_S = 30.0  # before a transport that did not get through to a worker is tried again
 
 
 class Peers:
@@ -21,6 +27,7 @@ class Peers:
         self._open_channel = open_channel
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._peers: dict[tuple[str, int, str], asyncio.Future[Peer]] = {}
+        self._set_aside_until_s: dict[tuple[str, int, str], float] = {}
 
     def channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
@@ -30,27 +37,38 @@ class Peers:
     async def connect(
         self, consumer_id: str, epoch: int, endpoints: Iterable[worker_pb2.TransportEndpoint]
     ) -> tuple[str, Peer]:
-        """The best transport that both have, connected; two calls at once share one attempt.
+        """By the best transport that both have and that gets through; one that did not is left aside for a while.
 
-        Raises TransferFailed when there is none or the peer does not answer."""
+        Raises TransferFailed when there is none."""
         by_name = {endpoint.name: endpoint for endpoint in endpoints}
-        transport = choose(list(self._transports.values()), list(by_name))
-        if transport is None:
-            raise TransferFailed(
-                f"no transport in common with {consumer_id}: here {sorted(self._transports)}, there {sorted(by_name)}"
-            )
-        key = (consumer_id, epoch, transport.name)
+        why = f"here {', '.join(self._transports)}; there {', '.join(by_name)}"
+        for transport in in_common(list(self._transports.values()), list(by_name)):
+            key = (consumer_id, epoch, transport.name)
+            if self._set_aside_until_s.get(key, 0.0) > time.monotonic():
+                continue
+            try:
+                return transport.name, await self._connected(key, transport, by_name[transport.name])
+            except TransferFailed as error:
+                self._set_aside_until_s[key] = time.monotonic() + SET_ASIDE_S
+                why = f"{transport.name}: {error.message}"
+                logger.warning("no connection to %s by %s", consumer_id, why)
+        raise TransferFailed(f"no transport gets through to {consumer_id} ({why})")
+
+    async def _connected(
+        self, key: tuple[str, int, str], transport: Transport, endpoint: worker_pb2.TransportEndpoint
+    ) -> Peer:
+        """Two calls at once share one attempt."""
         if key in self._peers and self._peers[key].done() and _is_unusable(self._peers[key]):
             del self._peers[key]
         if key not in self._peers:
-            await self._release_older(consumer_id, epoch)
-            endpoint = by_name[transport.name]
-            self._peers[key] = asyncio.ensure_future(
-                asyncio.to_thread(transport.connect, endpoint.address, endpoint.region)
-            )
-        return transport.name, await asyncio.shield(self._peers[key])
+            await self._release_older(key[0], key[1])
+            attempt = asyncio.to_thread(transport.connect, endpoint.address, endpoint.region)
+            self._peers.setdefault(key, asyncio.ensure_future(attempt))
+        return await asyncio.shield(self._peers[key])
 
     async def _release_older(self, consumer_id: str, epoch: int) -> None:
+        for key in [key for key in self._set_aside_until_s if key[0] == consumer_id and key[1] != epoch]:
+            del self._set_aside_until_s[key]
         for key in [key for key in self._peers if key[0] == consumer_id and key[1] != epoch]:
             future = self._peers.pop(key)
             if future.done() and future.exception() is None:

@@ -134,6 +134,7 @@ class Journey:
     # -- one placement ------------------------------------------------------------------------------------------------
 
     async def _place(self) -> Placement:
+        self.ledger.stood(time.time_ns())
         with self._spans.span(names.SPAN_ROUTE, {names.ATTEMPT: self.ledger.route.attempts + 1}):
             try:
                 async with asyncio.timeout_at(self._deadline.at_s):

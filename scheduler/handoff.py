@@ -1,7 +1,7 @@
 """The receiving side of a hand-over: blocks kept for a sequence whose KV comes from a producer.
 
-    RESERVED    blocks are taken; no writer has begun                       waiting clock: lease_s from reserve()
-    WRITING     a writer may write into them                                moving clock: lease_s from the last sign of life
+    RESERVED    blocks are taken; no writer has begun                       waiting clock: lease_s from reserve
+    WRITING     a writer may write into them                                moving clock: lease_s from a sign of life
     CANCELLING  the request failed; a write may still land, so the blocks stay until the writer is quiet
     ADMITTED    all landed; the blocks passed to the caller                 ended
     FREED       the blocks went back to the pool                            ended

@@ -48,7 +48,7 @@ class RequestError(LegatoError):
 
 
 class InvalidParameter(RequestError):
-    """`InvalidParameter("must be at least 1, is 0", field="max_tokens")` reads "max_tokens must be at least 1, is 0"."""
+    """`InvalidParameter("must be at least 1, is 0", field="n")` reads "n must be at least 1, is 0"."""
 
     reason = "INVALID_PARAMETER"
 

@@ -1,4 +1,4 @@
-"""The arrows of the house: which room may import which. The table is DESIGN's; a wish for another arrow is a question of design."""
+"""The arrows of the house: which room may import which. A wish for another arrow is a question of design."""
 
 from __future__ import annotations
 

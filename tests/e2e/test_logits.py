@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import Cluster, cluster
-from scheduler.plan import StepPlan, StepResult
 from tiny_llama import SHAPES, Shape, load_reference, make_llama, reference_of
+
+from scheduler.plan import StepPlan, StepResult
 
 RELATIVE = 1e-4
 

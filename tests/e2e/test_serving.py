@@ -1,4 +1,4 @@
-"""What clients of a whole cluster rely on: same seed, same tokens; nothing lost, nothing left; typed errors; a ledger that sums."""
+"""What clients of a cluster rely on: same seed, same tokens; nothing lost or left; typed errors; a ledger that sums."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import random
 from pathlib import Path
 
 import grpc
-import legato
 import numpy as np
 import pytest
 from cluster import Cluster, cluster
+from tiny_llama import SHAPES, load_reference, make_llama, reference_of
+
+import legato
 from legato.v1 import inference_pb2, inference_pb2_grpc
 from service.status import error_from_rpc
 from spec import errors
-from tiny_llama import SHAPES, load_reference, make_llama, reference_of
 
 SHAPE = SHAPES[0]
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 24, "ignore_eos": True}
@@ -138,7 +139,7 @@ async def test_bad_input_gets_a_typed_error_and_nothing_else_suffers(model: Path
 
 async def test_bytes_that_are_no_message_get_a_typed_error(model: Path, redis_url: str) -> None:
     """A client that is not ours can put broken UTF-8 on the wire."""
-    stop = "ab".encode()
+    stop = b"ab"
     request = inference_pb2.GenerateRequest(
         token_ids=inference_pb2.TokenIds(ids=[5, 6]), options=inference_pb2.AnswerOptions(stop=["ab"])
     )

@@ -5,23 +5,22 @@ from __future__ import annotations
 import pytest
 
 from kvtransfer import choose as choosing
-from kvtransfer.choose import choose, open_transports, probe
+from kvtransfer.choose import in_common, open_transports, probe
 from spec.errors import InvalidConfiguration, TransportUnavailable
 
 
-def test_the_first_that_both_have_is_taken() -> None:
+def test_what_both_have_best_first() -> None:
     opened, reasons = open_transports(["ucx", "sockets"])
     try:
         assert [transport.name for transport in opened] == ["ucx", "sockets"]
         assert reasons == {}
         for remote_names, expected in (
-            (["sockets", "ucx"], "ucx"),
-            (["sockets"], "sockets"),
-            (["memory"], None),
-            ([], None),
+            (["sockets", "ucx"], ["ucx", "sockets"]),
+            (["sockets"], ["sockets"]),
+            (["memory"], []),
+            ([], []),
         ):
-            chosen = choose(opened, remote_names)
-            assert (chosen.name if chosen else None) == expected
+            assert [transport.name for transport in in_common(opened, remote_names)] == expected
     finally:
         for transport in opened:
             transport.close()

@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 import legato
 from decode_svc.pool import DecodePool
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.pool import PrefillPool
 from router.__main__ import serve as serve_router
