@@ -80,7 +80,9 @@ class Receiver:
             await step
         except HandoffError as error:
             assert self.ticket is not None
-            logger.warning("hand-over of %s refused: %s", self.ticket.sequence_id, error)
+            if isinstance(error, TicketRefused | DigestMismatch):
+                self._core.meter.refused(error)
+                logger.warning("hand-over of %s refused: %s", self.ticket.sequence_id, error)
             self._placements.give_up(self.ticket.sequence_id, error)
 
     def _open(self, begin: Request.Begin) -> None:
@@ -98,8 +100,8 @@ class Receiver:
                     generations=tuple(ticket.block_generations),
                     now_s=time.monotonic(),
                 )
-        except TicketRefused:
-            core.refused_handoffs += 1
+        except TicketRefused as error:
+            core.meter.refused(error)
             raise
         self.ticket, self.begin = ticket, begin
         self._placed().cancel_writer = self._cancel_writer
@@ -144,7 +146,6 @@ class Receiver:
                 chunk.num_tokens,
             )
             if found != chunk.digest:
-                core.refused_handoffs += 1
                 raise DigestMismatch(
                     f"{chunk.num_tokens} tokens from {chunk.first_token} on did not land as they were sent"
                 )
@@ -166,7 +167,6 @@ class Receiver:
             or len(tokens) != ticket.num_tokens + 1
             or tickets.prefix_digest(ticket.identity, tokens[:-1]) != ticket.prefix_digest
         ):
-            core.refused_handoffs += 1
             raise TicketRefused("the sequence state is not of the tokens that the ticket was issued for")
         sequence = sequence_from_proto(state, core.record.vocab_size)
         with core.loop.lock:

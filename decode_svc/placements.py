@@ -17,7 +17,7 @@ from opentelemetry.context import Context, get_current
 
 from decode_svc.subscriptions import Subscription, Subscriptions
 from legato.v1 import worker_pb2
-from scheduler.events import Event, Failed, Tokens
+from scheduler.events import Event, Failed, Preempted, Tokens
 from scheduler.handoff import Reservation
 from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
 from service.status import reason_to_proto
@@ -80,6 +80,8 @@ class Placements:
     def _dispatch(self, events: Sequence[Event]) -> None:
         outputs: dict[Subscription, worker_pb2.StepOutput] = {}
         for event in events:
+            if isinstance(event, Preempted):
+                self.core.meter.preempted()
             if not isinstance(event, Tokens | Failed):
                 continue
             subscription = self.subscriptions.of(event.sequence_id)

@@ -133,6 +133,7 @@ class PrefillCall:
         state.CopyFrom(self._request.sequence)
         state.output_token_ids.append(first.token.token_id)
         stats = await sender.finish(state)
+        self._core.meter.handed_over(stats)
         now_ns = time.time_ns()
         self._spans.record(
             names.SPAN_TRANSFER, sender.first_write_ns or now_ns, now_ns, {names.TRANSFER_BYTES: stats.bytes}

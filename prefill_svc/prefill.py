@@ -42,8 +42,10 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         for event in events:
-            call = None if isinstance(event, Preempted) else self._calls.get(event.sequence_id)
-            if call is not None:
+            if isinstance(event, Preempted):
+                self._core.meter.preempted()
+                continue
+            if (call := self._calls.get(event.sequence_id)) is not None:
                 call.events.put_nowait(event)
             elif isinstance(event, Computed):
                 self._core.unhold(event.block_table)

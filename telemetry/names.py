@@ -34,7 +34,6 @@ SPANS = frozenset(value for name, value in list(globals().items()) if name.start
 REQUEST_ID = "legato.request_id"
 SEQUENCE_ID = "legato.sequence_id"
 WORKER_ID = "legato.worker_id"
-PROMPT_TOKENS = "legato.prompt_tokens"
 OUTPUT_TOKENS = "legato.output_tokens"
 CACHED_TOKENS = "legato.cached_tokens"
 TRANSFER_BYTES = "legato.transfer_bytes"

@@ -35,7 +35,9 @@ from service.messages import identity_text, layout_to_proto, model_identity
 from service.model_source import resolve_model
 from spec.errors import InvalidConfiguration, TransportUnavailable
 from spec.layout import KVLayout
+from telemetry.setup import Telemetry
 from worker.loop import EngineLoop
+from worker.meter import Meter
 
 logger = logs.get(__name__)
 
@@ -60,16 +62,14 @@ class Core:
     scheduler: Scheduler
     reservations: Reservations
     digest_pool: concurrent.futures.ThreadPoolExecutor
+    meter: Meter
     loop: EngineLoop = dataclasses.field(init=False)
-    refused_handoffs: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         """The loop's executor: the engine, counted."""
+        started_s = time.monotonic()
         result = self.engine.execute(plan)
-        self.computed_tokens += plan.num_tokens
-        self.generated_tokens += sum(drawn is not None for drawn in result.drawn)
+        self.meter.step(plan, result, time.monotonic() - started_s)
         return result
 
     def hold(self, block_table: tuple[int, ...]) -> None:
@@ -105,11 +105,11 @@ class Core:
             free_blocks=load.free_blocks,
             reserved_blocks=reserved,
             steps=self.loop.steps,
-            computed_tokens=self.computed_tokens,
-            generated_tokens=self.generated_tokens,
+            computed_tokens=self.meter.computed_tokens,
+            generated_tokens=self.meter.generated_tokens,
             preemptions=preemptions,
             transferred_bytes=sum(transport.counts()["written_bytes"] for transport in self.transports.values()),
-            refused_handoffs=self.refused_handoffs,
+            refused_handoffs=self.meter.refused_handoffs,
         )
 
     def live(self) -> dict[str, int]:
@@ -131,7 +131,7 @@ class Core:
             transport.close()
 
 
-def build_core(config: WorkerConfig, report: Callable[[str, float], None]) -> Core:
+def build_core(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str, float], None]) -> Core:
     """Loads and allocates; seconds to minutes. `report(what, fraction)` says how far it is.
 
     Raises the SetupErrors of spec/errors.py; nothing is left behind then but the process, which ends."""
@@ -194,6 +194,7 @@ def build_core(config: WorkerConfig, report: Callable[[str, float], None]) -> Co
         regions=regions,
         scheduler=scheduler,
         reservations=reservations,
+        meter=Meter(telemetry),
         digest_pool=concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="digest"),
     )
 

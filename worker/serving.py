@@ -71,7 +71,7 @@ async def running(config: WorkerConfig, make_pool: MakePool, report: Report = lo
     )
     await check_redis(config.redis_url)
     async with Host(config.host, config.port, internal_key=config.cluster_key, drain_s=1.0) as host:
-        core = await asyncio.to_thread(build_core, config, report)
+        core = await asyncio.to_thread(build_core, config, telemetry, report)
         failed: asyncio.Future[object] = event_loop.create_future()
 
         def on_failure(error: BaseException) -> None:

@@ -52,7 +52,7 @@ async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkey
         assert flips == 1
         assert answer.token_ids == expected
         assert answer.route.attempts == 2
-        assert running.workers["decode-0"].core.refused_handoffs == 1
+        assert running.workers["decode-0"].core.meter.refused_handoffs == 1
         await running.assert_as_at_start()
 
 
@@ -77,7 +77,7 @@ async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch
         answer = await greedy(running, PROMPT)
         assert wrong == 1
         assert answer.token_ids == expected
-        assert running.workers["decode-0"].core.refused_handoffs == 1
+        assert running.workers["decode-0"].core.meter.refused_handoffs == 1
         await running.assert_as_at_start()
 
 
@@ -115,7 +115,7 @@ async def test_tickets_that_open_nothing(model: Path, redis_url: str) -> None:
             await stub.Abort(worker_pb2.AbortRequest(sequence_id=good.sequence_id))
             await _refused(stub, reservation.ticket, "ended")  # replayed
             subscription.cancel()
-        assert decode.refused_handoffs == 7
+        assert decode.meter.refused_handoffs == 7
         await running.assert_as_at_start()
 
 

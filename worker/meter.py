@@ -1,0 +1,41 @@
+"""What a worker has done: figures for `legato top` and GetCounts, and the same as metrics where they are exported."""
+
+from __future__ import annotations
+
+from legato.v1.common_pb2 import TransferStats
+from scheduler.plan import StepPlan, StepResult
+from spec.errors import LegatoError
+from telemetry import names
+from telemetry.setup import Telemetry
+
+
+class Meter:
+    """`step` is called by the engine loop's thread, the others by the event loop; each figure has one writer."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.computed_tokens = 0
+        self.generated_tokens = 0
+        self.refused_handoffs = 0
+        self._histograms = telemetry.histograms
+        self._counters = telemetry.counters
+
+    def step(self, plan: StepPlan, result: StepResult, duration_s: float) -> None:
+        computed, drawn = plan.num_tokens, sum(each is not None for each in result.drawn)
+        self.computed_tokens += computed
+        self.generated_tokens += drawn
+        self._histograms[names.STEP_DURATION.name].record(duration_s)
+        self._counters[names.TOKENS_COMPUTED.name].add(computed)
+        self._counters[names.TOKENS_GENERATED.name].add(drawn)
+
+    def preempted(self) -> None:
+        self._counters[names.PREEMPTIONS.name].add(1)
+
+    def handed_over(self, stats: TransferStats) -> None:
+        """As its sender counted it."""
+        self._histograms[names.TRANSFER_DURATION.name].record(stats.moving_s, {"transport": stats.transport})
+        self._counters[names.TRANSFER_BYTES_TOTAL.name].add(stats.bytes, {"transport": stats.transport})
+
+    def refused(self, error: LegatoError) -> None:
+        """A ticket that opens nothing, a chunk that is not what was computed."""
+        self.refused_handoffs += 1
+        self._counters[names.HANDOFFS_REFUSED.name].add(1, {"reason": error.reason})
