@@ -28,7 +28,7 @@ from engine.engine import Engine, EngineOptions
 from engine.model_files import open_model
 from legato import AsyncClient
 from legato.command.local.cluster import LocalCluster
-from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from legato.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from scheduler.plan import Draw, Slice, StepPlan
 from service.channel import channel
 from service.config import ClusterConfig
@@ -123,12 +123,12 @@ async def compare_hops(
     view = await client.cluster()
     prefill = next(worker for worker in view.workers if worker.role == "prefill")
     rounds = []
-    async with channel(prefill.address, KEY) as link:
+    async with channel(prefill.address, KEY) as link, channel(address) as front:
         for number in range(options.rounds + 1):
             times: tuple[list[float], list[float], list[float]] = ([], [], [])
             for call in range(options.calls):
                 for found, work in zip(
-                    times, (_bare(link), _direct(link, f"{number}.{call}"), _routed(client)), strict=True
+                    times, (_bare(link), _direct(link, f"{number}.{call}"), _routed(front)), strict=True
                 ):
                     started_s = time.perf_counter()
                     await work
@@ -147,7 +147,7 @@ async def _direct(link: Any, name: str) -> None:
         sequence=worker_pb2.SequenceState(
             sequence_id=f"bench.{name}",
             prompt_token_ids=[5],
-            sampling=common_pb2.SamplingParams(max_tokens=1, top_p=1.0, repetition_penalty=1.0, seed=1),
+            sampling=_one_token(),
             deadline_unix_ns=time.time_ns() + 60_000_000_000,
         )
     )
@@ -155,8 +155,16 @@ async def _direct(link: Any, name: str) -> None:
         pass
 
 
-async def _routed(client: AsyncClient) -> None:
-    await client.generate([5], max_tokens=1, temperature=0.0, seed=1)
+async def _routed(link: Any) -> None:
+    request = inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=[5]), options=inference_pb2.AnswerOptions(sampling=_one_token())
+    )
+    async for _ in inference_pb2_grpc.InferenceStub(link).Generate(request):
+        pass
+
+
+def _one_token() -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(max_tokens=1, top_p=1.0, repetition_penalty=1.0, seed=1)
 
 
 def report(itl: list[tuple[float, float]], hop: list[tuple[float, float, float]], options: argparse.Namespace) -> None:
