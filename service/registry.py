@@ -26,6 +26,7 @@ Workers = dict[str, worker_pb2.WorkerRecord]
 _TROUBLE = (RedisError, OSError, asyncio.TimeoutError)
 _TIMEOUT_S = 2.0
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 1.0
+_ASK_AGAIN_S = 0.2
 _POLL_S = 1.0
 
 # KEYS: the worker's key, the ids. ARGV: record, lease in ms, id. Word goes out when the record is new or another.
@@ -253,9 +254,10 @@ async def _evaluate(client: redis.asyncio.Redis, script: str, keys: list[str], a
 
 
 async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    """Asks until it has ended: a connection that breaks while it is closed can put its own error over a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_ASK_AGAIN_S)
 
 
 def _epoch_of(serialized: bytes) -> int:
