@@ -254,7 +254,7 @@ async def _evaluate(client: redis.asyncio.Redis, script: str, keys: list[str], a
 
 
 async def _end(task: asyncio.Task[None]) -> None:
-    """Asks until it has ended: a connection that breaks while it is closed can put its own error over a cancellation."""
+    """Asks until it has ended: a connection that breaks while it closes can put its own error over a cancellation."""
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=_ASK_AGAIN_S)
