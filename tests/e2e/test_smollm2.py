@@ -46,7 +46,7 @@ async def test_forced_answers_in_chunks(folder: Path, oracle: Any, redis_url: st
         await running.assert_as_at_start()
 
 
-async def test_sixteen_in_flight_share_prefixes_and_are_short_of_blocks(folder: Path, oracle: Any, redis_url: str) -> None:
+async def test_sixteen_that_share_prefixes_and_are_short_of_blocks(folder: Path, oracle: Any, redis_url: str) -> None:
     draw = random.Random(16)
     shared = drawn(draw, 48)
     work = [(shared[: draw.choice([0, 32, 48])] + drawn(draw, draw.randint(1, 30)), drawn(draw, 8)) for _ in range(16)]
