@@ -35,6 +35,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     ) -> worker_pb2.Reservation:
         core, state = self._core, request.sequence
         self._refuse_if_taken(state.sequence_id)
+        sequence_from_proto(
+            state, core.record.vocab_size
+        )  # what no engine could take is refused before it holds blocks
         if request.identity != core.record.identity:
             raise TicketRefused(f"{core.record.worker_id} serves another model or revision than the one asked for")
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
@@ -53,12 +56,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             self._placements.subscriptions.detach(state.sequence_id)
             raise
         self._placements.add(state.sequence_id, Placed(reservation=reservation))
+        core.loop.wake()  # its lease is due one day
         return worker_pb2.Reservation(
             ticket=self._ticket(request, reservation, tokens),
             kv_layout=layout_to_proto(core.rank.layout),
             endpoints=core.record.endpoints,
             lease_s=core.config.handoff.lease_s,
-            consumer_id=core.record.worker_id,
         )
 
     def _ticket(
@@ -88,8 +91,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     ) -> worker_pb2.AdmitResponse:
         state = request.sequence
         self._refuse_if_taken(state.sequence_id)
-        self._placements.subscriptions.attach(request.router_id, state.sequence_id)
         sequence = sequence_from_proto(state, self._core.record.vocab_size)
+        self._placements.subscriptions.attach(request.router_id, state.sequence_id)
         try:
             with self._core.loop.lock:
                 self._core.scheduler.add(sequence, sequence.queued_s)
@@ -122,8 +125,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self, request: worker_pb2.SubscribeRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.StepOutput]:
         subscription = self._placements.subscriptions.open(request.router_id)
-        yield worker_pb2.StepOutput(load=self._core.load())
         try:
+            yield worker_pb2.StepOutput(load=self._core.load())
             async for output in subscription.outputs():
                 yield output
         finally:

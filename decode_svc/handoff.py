@@ -25,12 +25,13 @@ from kvtransfer.digest import chunk_digest
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service import logs
 from service.status import reason_to_proto
-from spec.errors import DigestMismatch, HandoffError, LegatoError, TicketRefused, TransferFailed
+from spec.errors import DigestMismatch, HandoffError, LegatoError, RequestCancelled, TicketRefused, TransferFailed
 from worker.clock import unix_ns
 from worker.sequences import sequence_from_proto
 
 logger = logs.get(__name__)
 
+GIVEN_UP = "given up"  # by the router, while the hand-over was on its way: no refusal to count
 ASK_AGAIN_S = 1.0
 ASK_TIMEOUT_S = 5.0
 
@@ -69,7 +70,7 @@ class Receiver:
                     case "alive":
                         await self._guarded(self._renew())
                     case "quiet":
-                        self._quiet()
+                        self._quiet(finished_without_handoff=message.quiet.finished_without_handoff)
                         return
         finally:
             self.replies.put_nowait(None)
@@ -80,7 +81,8 @@ class Receiver:
             await step
         except HandoffError as error:
             assert self.ticket is not None
-            if isinstance(error, TicketRefused | DigestMismatch):
+            given_up = self.ticket.sequence_id not in self._placements.placed
+            if isinstance(error, TicketRefused | DigestMismatch) and not given_up:
                 self._core.meter.refused(error)
                 logger.warning("hand-over of %s refused: %s", self.ticket.sequence_id, error)
             self._placements.give_up(self.ticket.sequence_id, error)
@@ -101,7 +103,8 @@ class Receiver:
                     now_s=time.monotonic(),
                 )
         except TicketRefused as error:
-            core.meter.refused(error)
+            if error.details.get("cause") != GIVEN_UP:
+                core.meter.refused(error)
             raise
         self.ticket, self.begin = ticket, begin
         self._placed().cancel_writer = self._cancel_writer
@@ -113,7 +116,7 @@ class Receiver:
         if ticket.identity != core.record.identity or ticket.kv_layout_id != core.rank.layout.layout_id:
             raise TicketRefused("the ticket is for another model, revision or KV layout")
         if ticket.sequence_id not in self._placements.placed:
-            raise TicketRefused("the reservation of this ticket has ended", reservation_id=ticket.reservation_id)
+            raise TicketRefused("the reservation of this ticket has ended", cause=GIVEN_UP)
 
     def _placed(self) -> Placed:
         assert self.ticket is not None
@@ -149,9 +152,9 @@ class Receiver:
                 raise DigestMismatch(
                     f"{chunk.num_tokens} tokens from {chunk.first_token} on did not land as they were sent"
                 )
-        core.stage_in(self._blocks_of(ticket, chunk))
         with core.loop.lock:
             core.reservations.landed(ticket.reservation_id, chunk.first_token, chunk.num_tokens, time.monotonic())
+        await core.stage_in(self._blocks_of(ticket, chunk))
 
     def _blocks_of(self, ticket: worker_pb2.Ticket, chunk: Request.Chunk) -> list[int]:
         size, end = self._core.rank.layout.block_tokens, chunk.first_token + chunk.num_tokens
@@ -180,13 +183,17 @@ class Receiver:
         core.loop.wake()
         self.replies.put_nowait(Reply(admitted=Reply.Admitted()))
 
-    def _quiet(self) -> None:
+    def _quiet(self, *, finished_without_handoff: bool = False) -> None:
         if self.ticket is None or self.settled:
             return
         self.settled = True
         with self._core.loop.lock:
             self._core.reservations.quiet(self.ticket.reservation_id, time.monotonic())
-        self._placements.give_up(self.ticket.sequence_id, TransferFailed("the prefill worker stopped"))
+        self._core.loop.wake()  # somebody may wait for these blocks
+        why: LegatoError = TransferFailed("the prefill worker stopped")
+        if finished_without_handoff:  # the router has that from the prefill worker
+            why = RequestCancelled("the first token ended the sequence")
+        self._placements.give_up(self.ticket.sequence_id, why)
 
     @property
     def unproven(self) -> bool:
@@ -257,8 +264,8 @@ class Handoffs:
                 error.code() is grpc.StatusCode.UNAVAILABLE
             ):  # a refusal is the host's word that no process listens there
                 return "refused" in (error.details() or "").lower()
-            # Silence proves nothing. Any other answer comes from a process that is not the writer.
-            return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+            # Silence proves nothing. These two come from another kind of server, or from another cluster's.
+            return error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED)
         finally:
             await channel.close()
         return True  # the writer's own word, or its successor's on the same address, which proves that it is gone

@@ -136,11 +136,12 @@ class Placements:
 
     # ---- leases ----
 
-    def tick(self, now_s: float) -> None:
-        """In the engine loop's thread, with its lock held: reservations whose lease ran out."""
+    def tick(self, now_s: float) -> float | None:
+        """In the engine loop's thread, its lock held: ends what outlived its lease, and says when the next lease is due."""
         expired = self.core.reservations.expire(now_s)
         if expired:
             self._event_loop.call_soon_threadsafe(self._lease_ended, expired)
+        return self.core.reservations.next_expiry_s()
 
     def _lease_ended(self, reservation_ids: Sequence[str]) -> None:
         for sequence_id, placed in list(self.placed.items()):

@@ -31,12 +31,13 @@ class DecodePool:
     def deliver(self, events: Sequence[Event]) -> None:
         self._placements.deliver(events)
 
-    def tick(self, now_s: float) -> None:
-        self._placements.tick(now_s)
+    def tick(self, now_s: float) -> float | None:
+        return self._placements.tick(now_s)
 
     def live(self) -> dict[str, int]:
         return {
             "decode.placed": len(self._placements.placed),
+            "decode.attached": self._placements.subscriptions.attached,
             "decode.handoffs": self._handoffs.open_streams,
             "decode.quarantined": self._handoffs.quarantined,
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator
 
 from legato.v1 import worker_pb2
@@ -13,11 +12,8 @@ from spec.errors import WorkerLost
 class Subscription:
     """One Subscribe call. A router that reconnects gets a new one; sequences stay with the one they came under."""
 
-    _numbers = itertools.count()
-
     def __init__(self, router_id: str) -> None:
         self.router_id = router_id
-        self.number = next(Subscription._numbers)
         self.sequence_ids: set[str] = set()
         self._outputs: asyncio.Queue[worker_pb2.StepOutput | None] = asyncio.Queue()
 
@@ -39,8 +35,10 @@ class Subscriptions:
         self._by_router: dict[str, Subscription] = {}
         self._by_sequence: dict[str, Subscription] = {}
 
-    def __len__(self) -> int:
-        return len(self._by_router)
+    @property
+    def attached(self) -> int:
+        """Sequences whose tokens somebody waits for."""
+        return len(self._by_sequence)
 
     @property
     def all(self) -> list[Subscription]:

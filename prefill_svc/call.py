@@ -81,7 +81,7 @@ class PrefillCall:
         self.reservation_id = ticket.reservation_id
         name, peer = await self._peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
         self._sender = Sender(
-            worker_pb2_grpc.DecodeStub(self._peers.channel(self._request.decode_address)),
+            worker_pb2_grpc.DecodeStub(await self._peers.channel(ticket.consumer_id, self._request.decode_address)),
             SourceKV(core.landing, core.rank, core.regions[name], core.stage_out),
             Target(ticket, reservation.ticket, RankKV.whole(layout), peer, name, reservation.lease_s),
             core.record.address,
@@ -135,10 +135,9 @@ class PrefillCall:
         stats = await sender.finish(state)
         self._core.meter.handed_over(stats)
         now_ns = time.time_ns()
-        self._spans.record(
-            names.SPAN_TRANSFER, sender.first_write_ns or now_ns, now_ns, {names.TRANSFER_BYTES: stats.bytes}
-        )
-        self._spans.record(names.SPAN_HANDOFF_FINISH, first.drawn_ns, now_ns)
+        began_ns = sender.first_write_ns or first.drawn_ns
+        transfer = self._spans.record(names.SPAN_TRANSFER, began_ns, now_ns, {names.TRANSFER_BYTES: stats.bytes})
+        self._spans.record(names.SPAN_HANDOFF_FINISH, first.drawn_ns, now_ns, context=transfer)
         self.answers.put_nowait(worker_pb2.PrefillEvent(handed_over=worker_pb2.PrefillEvent.HandedOver(transfer=stats)))
 
     async def close(self) -> None:

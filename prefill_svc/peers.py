@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -25,14 +26,19 @@ class Peers:
     def __init__(self, transports: Mapping[str, Transport], open_channel: Callable[[str], grpc.aio.Channel]) -> None:
         self._transports = transports
         self._open_channel = open_channel
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, tuple[str, grpc.aio.Channel]] = {}
         self._peers: dict[tuple[str, int, str], asyncio.Future[Peer]] = {}
+        self._releasing: set[asyncio.Task[None]] = set()
         self._set_aside_until_s: dict[tuple[str, int, str], float] = {}
 
-    def channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = self._open_channel(address)
-        return self._channels[address]
+    async def channel(self, consumer_id: str, address: str) -> grpc.aio.Channel:
+        """One a worker: where it has moved to another address, the channel to the old one is closed."""
+        known, channel = self._channels.get(consumer_id, ("", None))
+        if known != address or channel is None:
+            self._channels[consumer_id] = address, self._open_channel(address)
+            if channel is not None:
+                await channel.close()
+        return self._channels[consumer_id][1]
 
     async def connect(
         self, consumer_id: str, epoch: int, endpoints: Iterable[worker_pb2.TransportEndpoint]
@@ -58,30 +64,42 @@ class Peers:
         self, key: tuple[str, int, str], transport: Transport, endpoint: worker_pb2.TransportEndpoint
     ) -> Peer:
         """Two calls at once share one attempt."""
-        if key in self._peers and self._peers[key].done() and _is_unusable(self._peers[key]):
-            del self._peers[key]
+        found = self._peers.get(key)
+        if found is not None and found.done() and _is_unusable(found):
+            self._drop(key)
         if key not in self._peers:
-            await self._release_older(key[0], key[1])
+            self._drop_older(key[0], key[1])
             attempt = asyncio.to_thread(transport.connect, endpoint.address, endpoint.region)
-            self._peers.setdefault(key, asyncio.ensure_future(attempt))
+            self._peers[key] = asyncio.ensure_future(attempt)
         return await asyncio.shield(self._peers[key])
 
-    async def _release_older(self, consumer_id: str, epoch: int) -> None:
-        for key in [key for key in self._set_aside_until_s if key[0] == consumer_id and key[1] != epoch]:
-            del self._set_aside_until_s[key]
-        for key in [key for key in self._peers if key[0] == consumer_id and key[1] != epoch]:
-            future = self._peers.pop(key)
-            if future.done() and future.exception() is None:
-                await asyncio.to_thread(future.result().release)
+    def _drop_older(self, consumer_id: str, epoch: int) -> None:
+        """What was for an earlier life of the worker."""
+        for known in [key for key in self._set_aside_until_s if key[0] == consumer_id and key[1] != epoch]:
+            del self._set_aside_until_s[known]
+        for known in [key for key in self._peers if key[0] == consumer_id and key[1] != epoch]:
+            self._drop(known)
+
+    def _drop(self, key: tuple[str, int, str]) -> None:
+        task = asyncio.create_task(_release(self._peers.pop(key)))
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
 
     async def close(self) -> None:
-        for future in self._peers.values():
-            if future.done() and future.exception() is None:
-                await asyncio.to_thread(future.result().release)
-        self._peers.clear()
-        for channel in self._channels.values():
+        for key in list(self._peers):
+            self._drop(key)
+        if self._releasing:
+            await asyncio.wait(self._releasing)
+        for _, channel in self._channels.values():
             await channel.close()
         self._channels.clear()
+
+
+async def _release(connecting: asyncio.Future[Peer]) -> None:
+    """Also one that is still being connected. A peer that does not confirm keeps its memory out of use by itself."""
+    with contextlib.suppress(TransferFailed, asyncio.CancelledError):
+        peer = await connecting
+        await asyncio.to_thread(peer.release)
 
 
 def _is_unusable(future: asyncio.Future[Peer]) -> bool:

@@ -88,4 +88,4 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         for call in list(self._calls.values()):
             if call.reservation_id == request.reservation_id:
                 await call.closed.wait()
-        return worker_pb2.ConfirmQuietResponse(epoch=self._core.record.epoch)
+        return worker_pb2.ConfirmQuietResponse()

@@ -3,7 +3,7 @@
     open()      Begin ──▶ Accepted             no byte is written before it, none outside the stream's life
     advance()   a chunk's KV is in the blocks  called by the engine's events; holds those blocks
     finish()    Final ──▶ Admitted             the decode worker has the sequence
-    close()     Quiet ──▶                      nothing is in flight any more: the decode worker may free its blocks
+    close()     Quiet ──▶                      proven: nothing is in flight; the decode worker may free its blocks
 
 One chunk moves at a time: post, digest while it moves, tell. A held block keeps its content until its chunk is told,
 whatever happens to the sequence meanwhile: what the digest covers is what was sent.
@@ -15,7 +15,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import grpc
@@ -43,7 +43,7 @@ class SourceKV(NamedTuple):
     landing: torch.Tensor  # [num_blocks, layers, 2, heads, block_tokens, head_dim]; what `region` is the memory of
     rank: RankKV
     region: Region
-    stage_out: Callable[[Sequence[int]], None]  # brings blocks there from the engine's device
+    stage_out: Callable[[Sequence[int]], Awaitable[None]]  # brings blocks there from the engine's device
 
 
 class Target(NamedTuple):
@@ -84,6 +84,7 @@ class Sender:
         self.first_write_ns = 0
         self._sent_tokens = target.ticket.first_token
         self._chunks: asyncio.Queue[_Chunk | None] = asyncio.Queue()
+        self._unproven = False  # a transfer failed or outran its clock: some of it may still land
         self._admitted = asyncio.Event()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
         self._tasks: list[asyncio.Task[None]] = []
@@ -92,9 +93,7 @@ class Sender:
     async def open(self, timeout_s: float) -> None:
         """Raises what the decode worker refused with, TransferFailed when it does not answer in time."""
         self._call = self._stub.Handoff()
-        begin = worker_pb2.HandoffRequest.Begin(
-            ticket=self._target.signed, transport=self._target.transport, producer_address=self._producer_address
-        )
+        begin = worker_pb2.HandoffRequest.Begin(ticket=self._target.signed, producer_address=self._producer_address)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._call.write(worker_pb2.HandoffRequest(begin=begin))
@@ -126,7 +125,8 @@ class Sender:
         return self.stats
 
     async def close(self, *, finished_without_handoff: bool = False) -> None:
-        """Quiet: what is in flight has landed or can land no more; says so. After finish() it only ends the stream."""
+        """Returns when what was in flight has landed or can land no more, however long that takes, and says Quiet only
+        then. After finish() it only ends the stream."""
         if self._call is None:
             return
         if self._tasks and not self._tasks[1].done():
@@ -135,6 +135,10 @@ class Sender:
             await asyncio.wait([self._tasks[1]])
         for task in self._tasks[1:]:
             task.cancel()
+        while self._unproven:
+            with contextlib.suppress(TransferFailed):
+                await asyncio.to_thread(self._target.peer.release)
+                self._unproven = False
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with self._writing:
                 if not self._admitted.is_set():
@@ -214,7 +218,7 @@ class Sender:
         if end <= first:
             return
         size = self._source.rank.layout.block_tokens
-        self._source.stage_out(chunk.block_table[first // size : -(-end // size)])
+        await self._source.stage_out(chunk.block_table[first // size : -(-end // size)])
         pieces = plan_transfer(
             self._source.rank, chunk.block_table, self._target.rank, tuple(ticket.block_ids), first, end - first
         )
@@ -225,7 +229,14 @@ class Sender:
             self._pool, chunk_digest, self._source.landing, chunk.block_table, first, end - first
         )
         try:
-            await _landed(transfer, self._target.peer)
+            async with asyncio.timeout(TRANSFER_TIMEOUT_S):
+                await asyncio.shield(asyncio.wrap_future(transfer))
+        except TimeoutError:
+            self._unproven = True
+            raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None
+        except TransferFailed:
+            self._unproven = True
+            raise
         finally:
             digest = await digesting
         self.stats.moving_s += time.monotonic() - started_s
@@ -235,22 +246,6 @@ class Sender:
         self._sent_tokens = end
         told = worker_pb2.HandoffRequest.Chunk(first_token=first, num_tokens=end - first, digest=digest)
         await self._write(worker_pb2.HandoffRequest(chunk=told))
-
-
-async def _landed(transfer: concurrent.futures.Future[None], peer: Peer) -> None:
-    """Waits for a transfer. One that outruns its clock, or whose waiter is cancelled, is quiet when this returns."""
-    waiting = asyncio.wrap_future(transfer)
-    try:
-        async with asyncio.timeout(TRANSFER_TIMEOUT_S):
-            await asyncio.shield(waiting)
-    except TimeoutError:
-        await asyncio.to_thread(peer.release)
-        raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None
-    except asyncio.CancelledError:
-        await asyncio.wait([waiting], timeout=TRANSFER_TIMEOUT_S)
-        if not waiting.done():
-            await asyncio.to_thread(peer.release)
-        raise
 
 
 async def _status_of(call: grpc.aio.StreamStreamCall) -> grpc.aio.AioRpcError:

@@ -169,7 +169,7 @@ class Journey:
         decode = placement.decode
         request = worker_pb2.PrefillRequest(sequence=placement.sequence, reservation=placement.reservation)
         if decode is not None:
-            request.decode_worker_id, request.decode_address = decode.worker_id, decode.record.address
+            request.decode_address = decode.record.address
         with self._spans.span(names.SPAN_PREFILL, {names.WORKER_ID: prefill.worker_id}):
             call = prefill.prefill.Prefill(request, timeout=self._deadline.remaining_s() + QUIET_END_S)
             complete = False

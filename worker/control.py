@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from worker.core import Core
 
-POLL_S = 0.02
-
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """`live` are the pool's own counts beside the core's; `drain` makes it refuse new work."""
+    """`live` are the pool's own counts beside the core's; `drain` ends when nothing runs any more."""
 
-    def __init__(self, core: Core, live: Callable[[], dict[str, int]], drain: Callable[[], None]) -> None:
+    def __init__(self, core: Core, live: Callable[[], dict[str, int]], drain: Callable[[], Awaitable[None]]) -> None:
         self._core = core
         self._live = live
         self._drain = drain
@@ -36,7 +33,5 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DrainResponse:
-        self._drain()
-        while any(self._live().values()):
-            await asyncio.sleep(POLL_S)
+        await self._drain()
         return worker_pb2.DrainResponse()

@@ -7,6 +7,7 @@ transports ──allocate──▶ KV memory ──▶ engine ◀──execute�
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import os
@@ -41,7 +42,6 @@ from worker.meter import Meter
 
 logger = logs.get(__name__)
 
-WIRE_VERSION = "1"
 # Where no kv_memory is configured. Several workers share a laptop, so each is modest; a server configures it.
 DEFAULT_KV_SHARE = 0.1
 DEFAULT_KV_TOKENS = 65_536
@@ -81,33 +81,36 @@ class Core:
         with self.loop.lock:
             self.scheduler.pool.release(block_table)
 
-    def stage_out(self, block_ids: Sequence[int]) -> None:
+    async def stage_out(self, block_ids: Sequence[int]) -> None:
         """Before blocks are sent: brings them into the landing memory. Nothing to do where that is the engine's own."""
         if self.landing is not self.engine.kv.tensor:
-            index = torch.tensor(block_ids)
-            self.landing[index] = self.engine.kv.tensor[index.to(self.engine.device)].cpu()
+            await asyncio.get_running_loop().run_in_executor(self.digest_pool, self._copy_out, torch.tensor(block_ids))
 
-    def stage_in(self, block_ids: Sequence[int]) -> None:
+    async def stage_in(self, block_ids: Sequence[int]) -> None:
         """After blocks landed and were found right: brings them into the engine's memory."""
         if self.landing is not self.engine.kv.tensor:
-            index = torch.tensor(block_ids)
-            self.engine.kv.tensor[index.to(self.engine.device)] = self.landing[index].to(self.engine.device)
+            await asyncio.get_running_loop().run_in_executor(self.digest_pool, self._copy_in, torch.tensor(block_ids))
+
+    def _copy_out(self, index: torch.Tensor) -> None:
+        self.landing[index] = self.engine.kv.tensor[index.to(self.engine.device)].cpu()
+
+    def _copy_in(self, index: torch.Tensor) -> None:
+        self.engine.kv.tensor[index.to(self.engine.device)] = self.landing[index].to(self.engine.device)
 
     def load(self) -> worker_pb2.WorkerLoad:
         with self.loop.lock:
-            load = self.scheduler.load()
+            load, totals = self.scheduler.load(), self.scheduler.totals()
             reserved = self.reservations.reserved_blocks()
-            preemptions = self.scheduler.totals()["preemptions"]
         return worker_pb2.WorkerLoad(
             waiting_requests=load.waiting,
             running_requests=load.running,
             waiting_tokens=load.waiting_tokens,
             free_blocks=load.free_blocks,
             reserved_blocks=reserved,
-            steps=self.loop.steps,
-            computed_tokens=self.meter.computed_tokens,
-            generated_tokens=self.meter.generated_tokens,
-            preemptions=preemptions,
+            steps=totals["steps"],
+            computed_tokens=totals["computed_tokens"],
+            generated_tokens=totals["generated_tokens"],
+            preemptions=totals["preemptions"],
             transferred_bytes=sum(transport.counts()["written_bytes"] for transport in self.transports.values()),
             refused_handoffs=self.meter.refused_handoffs,
         )
@@ -117,12 +120,17 @@ class Core:
         with self.loop.lock:
             counts = {f"scheduler.{name}": count for name, count in self.scheduler.counts().items()}
             counts |= {f"reservations.{name}": count for name, count in self.reservations.counts().items()}
-            self.scheduler.check()
-            self.reservations.check()
         for name, transport in self.transports.items():
             moving = transport.counts()
             counts |= {f"{name}.{key}": moving[key] for key in ("regions", "transfers")}
         return counts
+
+    def check(self) -> None:
+        """Asserts every invariant; O(everything), for tests."""
+        with self.loop.lock:
+            self.scheduler.check()
+            self.reservations.check()
+            self.scheduler.pool.check()
 
     def close(self) -> None:
         self.loop.stop()
@@ -269,7 +277,6 @@ def _record(
         ],
         model_path=str(files.path),
         pid=os.getpid(),
-        wire_version=WIRE_VERSION,
         vocab_size=files.spec.vocab_size,
         eos_token_ids=files.spec.eos_token_ids,
     )

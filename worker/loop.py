@@ -19,11 +19,13 @@ from service import logs
 
 logger = logs.get(__name__)
 
-IDLE_WAIT_S = 0.25  # how often an idle loop looks whether something expired
+
+LONGEST_WAIT_S = 1.0  # whoever forgets to wake the loop costs a request this much at most
 
 
 class EngineLoop:
-    """`deliver(events)` and `tick(now_s)` are called in the loop's thread, `tick` before each plan under the lock."""
+    """`deliver(events)` and `tick(now_s)` are called in the loop's thread, `tick` before each plan under the lock; it
+    says when it is due next, None for not before something wakes the loop."""
 
     def __init__(
         self,
@@ -31,13 +33,11 @@ class EngineLoop:
         executor: Executor,
         deliver: Callable[[Sequence[Event]], None],
         on_failure: Callable[[BaseException], None],
-        tick: Callable[[float], None] = lambda now_s: None,
+        tick: Callable[[float], float | None] = lambda now_s: None,
     ) -> None:
         self.scheduler = scheduler
         self.lock = threading.RLock()
         self.failure: BaseException | None = None
-        self.steps = 0
-        self.busy_s = 0.0
         self._executor = executor
         self._deliver = deliver
         self._on_failure = on_failure
@@ -74,20 +74,17 @@ class EngineLoop:
     def _step(self) -> None:
         with self._work:
             now_s = time.monotonic()
-            self._tick(now_s)
+            due_s = self._tick(now_s)
             events = self.scheduler.expire(now_s)
             plan = self.scheduler.plan(now_s)
             if plan is None and not events and not self._stopping:
-                self._work.wait(IDLE_WAIT_S)
+                due = [at_s for at_s in (due_s, self.scheduler.next_deadline_s()) if at_s is not None]
+                self._work.wait(max(0.0, min([now_s + LONGEST_WAIT_S, *due]) - now_s))
         if events:
             self._deliver(events)
         if plan is None:
             return
-        started_s = time.monotonic()
         result = self._executor.execute(plan)
         with self.lock:
-            now_s = time.monotonic()
-            events = self.scheduler.commit(plan, result, now_s)
-        self.steps += 1
-        self.busy_s += now_s - started_s
+            events = self.scheduler.commit(plan, result, time.monotonic())
         self._deliver(events)

@@ -7,6 +7,7 @@ import time
 from legato.v1 import worker_pb2
 from scheduler.sequence import Sequence
 from service.messages import sampling_from_proto
+from spec.errors import InvalidParameter
 from spec.sampling import check_token_ids
 from worker.clock import monotonic_s
 
@@ -17,6 +18,8 @@ def sequence_from_proto(state: worker_pb2.SequenceState, vocab_size: int, *, dra
     Raises InvalidParameter for what would not be an input but a fault inside the engine: nothing is taken on trust."""
     params = sampling_from_proto(state.sampling)
     params.validate(vocab_size)
+    if not state.prompt_token_ids:
+        raise InvalidParameter("must hold at least one token", field="prompt_token_ids")
     check_token_ids(state.prompt_token_ids, vocab_size, field="prompt_token_ids")
     check_token_ids(state.output_token_ids, vocab_size, field="output_token_ids")
     return Sequence(

@@ -39,7 +39,7 @@ class Pool(Protocol):
 
     def add_to(self, host: Host) -> None: ...
     def deliver(self, events: Sequence[Event]) -> None: ...
-    def tick(self, now_s: float) -> None: ...
+    def tick(self, now_s: float) -> float | None: ...
     def live(self) -> dict[str, int]: ...
     def drain(self) -> None:
         """Refuse new work from now on."""
@@ -86,18 +86,24 @@ async def running(config: WorkerConfig, make_pool: MakePool, report: Report = lo
             on_failure=on_failure,
             tick=pool.tick,
         )
+        registrar = Registrar(config.redis_url, config.cluster, core.record, config.registration_lease_s)
+
+        async def drain() -> None:
+            await _drain(host, core, pool, registrar)
+
         pool.add_to(host)
-        control = WorkerService(core, pool.live, pool.drain)
+        control = WorkerService(core, pool.live, drain)
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
         core.loop.start()
-        registrar = Registrar(config.redis_url, config.cluster, core.record, config.registration_lease_s)
         try:
             async with registrar:
                 host.set_serving(pool.service_name, True)
                 host.set_serving("legato.v1.Worker", True)
                 logger.info("state=ready worker=%s address=%s", core.record.worker_id, core.record.address)
                 yield Running(core, pool, failed)
-                await _drain(config, host, core, pool, registrar)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(config.drain_s):
+                        await drain()
         finally:
             await pool.close()
             await host.stop()
@@ -116,15 +122,14 @@ async def serve(config: WorkerConfig, stop: asyncio.Event, make_pool: MakePool) 
             raise InternalError(f"the engine loop failed: {worker.failed.result()!r}")
 
 
-async def _drain(config: WorkerConfig, host: Host, core: Core, pool: Pool, registrar: Registrar) -> None:
+async def _drain(host: Host, core: Core, pool: Pool, registrar: Registrar) -> None:
+    """Routers are told, nothing new is admitted; returns when what runs has ended."""
     host.set_serving(pool.service_name, False)
     pool.drain()
     core.record.draining = True
     registrar.update(core.record)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(config.drain_s):
-            while any(pool.live().values()):
-                await asyncio.sleep(POLL_S)
+    while any(pool.live().values()):
+        await asyncio.sleep(POLL_S)
 
 
 def _advertised(advertise: str | None, host: Host) -> str:

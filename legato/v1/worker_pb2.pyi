@@ -53,7 +53,7 @@ class TransportEndpoint(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "wire_version", "vocab_size", "eos_token_ids")
+    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "vocab_size", "eos_token_ids")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -67,7 +67,6 @@ class WorkerRecord(_message.Message):
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
-    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -83,10 +82,9 @@ class WorkerRecord(_message.Message):
     model_path: str
     draining: bool
     pid: int
-    wire_version: str
     vocab_size: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., wire_version: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs")
@@ -175,22 +173,18 @@ class ConfirmQuietRequest(_message.Message):
     def __init__(self, reservation_id: _Optional[str] = ...) -> None: ...
 
 class ConfirmQuietResponse(_message.Message):
-    __slots__ = ("epoch",)
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "reservation", "decode_worker_id", "decode_address")
+    __slots__ = ("sequence", "reservation", "decode_address")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_FIELD_NUMBER: _ClassVar[int]
-    DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     sequence: SequenceState
     reservation: Reservation
-    decode_worker_id: str
     decode_address: str
-    def __init__(self, sequence: _Optional[_Union[SequenceState, _Mapping]] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ..., decode_worker_id: _Optional[str] = ..., decode_address: _Optional[str] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[_Union[SequenceState, _Mapping]] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ..., decode_address: _Optional[str] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("first_token", "handed_over")
@@ -277,18 +271,16 @@ class SignedTicket(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s", "consumer_id")
+    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
-    CONSUMER_ID_FIELD_NUMBER: _ClassVar[int]
     ticket: SignedTicket
     kv_layout: KVLayout
     endpoints: _containers.RepeatedCompositeFieldContainer[TransportEndpoint]
     lease_s: float
-    consumer_id: str
-    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ..., consumer_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class AdmitRequest(_message.Message):
     __slots__ = ("router_id", "sequence")
@@ -360,14 +352,12 @@ class HandoffRequest(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class Begin(_message.Message):
-        __slots__ = ("ticket", "transport", "producer_address")
+        __slots__ = ("ticket", "producer_address")
         TICKET_FIELD_NUMBER: _ClassVar[int]
-        TRANSPORT_FIELD_NUMBER: _ClassVar[int]
         PRODUCER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
         ticket: SignedTicket
-        transport: str
         producer_address: str
-        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., transport: _Optional[str] = ..., producer_address: _Optional[str] = ...) -> None: ...
+        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ...) -> None: ...
     class Chunk(_message.Message):
         __slots__ = ("first_token", "num_tokens", "digest")
         FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]

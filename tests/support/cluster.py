@@ -66,6 +66,8 @@ class Cluster:
             }
             for name, counts in found.items()
         }
+        for worker in self.workers.values():
+            worker.core.check()
         assert found == self.at_start, f"at start and now: {left}"
 
     def _addresses(self) -> dict[str, str]:
