@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import grpc
@@ -49,7 +49,6 @@ class Host:
         """`internal_key` is the cluster's key (see service/auth.py); without one nobody may call internal services."""
         self.host = host
         self.port = port  # the real one from `__aenter__` on
-        self.stopping = asyncio.Event()  # a stream that never ends by itself ends when this is set
         self._drain_s = drain_s
         self._guard = HandlerGuard(Authenticator(internal_key, api_keys))
         self._methods = _Methods()
@@ -70,11 +69,6 @@ class Host:
     def address(self) -> str:
         """host:port, as a peer on the same network takes it."""
         return _join(self.host, self.port)
-
-    @property
-    def live_calls(self) -> Mapping[str, int]:
-        """Calls of our services that run now, by service."""
-        return self._guard.live
 
     def add(
         self, add_to_server: Callable[[Any, Any], None], servicer: object, service: str, *, internal: bool = False
@@ -123,7 +117,6 @@ class Host:
     async def stop(self) -> None:
         """Health says NOT_SERVING, calls get `drain_s` to end, the rest is cancelled. Idempotent."""
         await self._health.enter_graceful_shutdown()
-        self.stopping.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
                 await self._guard.idle.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Literal
 
 from legato.v1 import common_pb2, worker_pb2
 from spec.dtype import Dtype
@@ -11,17 +10,10 @@ from spec.errors import InvalidParameter
 from spec.layout import KVLayout
 from spec.sampling import SamplingParams, TokenLogprobs
 
-FinishReason = Literal["stop", "length"]
-
 _FINISH_TO_PROTO: dict[str | None, common_pb2.FinishReason] = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
     "stop": common_pb2.FINISH_REASON_STOP,
     "length": common_pb2.FINISH_REASON_LENGTH,
-}
-_FINISH_FROM_PROTO: dict[int, FinishReason | None] = {
-    common_pb2.FINISH_REASON_UNSPECIFIED: None,
-    common_pb2.FINISH_REASON_STOP: "stop",
-    common_pb2.FINISH_REASON_LENGTH: "length",
 }
 
 
@@ -49,27 +41,6 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
     )
 
 
-def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
-    """The seed is always set. Real numbers are float32 on the wire."""
-    return common_pb2.SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=params.logit_bias,
-        seed=params.seed,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs,
-        forced_token_ids=params.forced_token_ids,
-    )
-
-
 def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
     return common_pb2.TokenLogprobs(
         logprob=logprobs.logprob,
@@ -78,21 +49,10 @@ def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
     )
 
 
-def logprobs_from_proto(message: common_pb2.TokenLogprobs) -> TokenLogprobs:
-    """Raises InvalidParameter when ids and values are not pairs."""
-    if len(message.top_token_ids) != len(message.top_logprobs):
-        raise InvalidParameter("and top_token_ids differ in length", field="top_logprobs")
-    return TokenLogprobs(message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
-
-
 def token_to_proto(token_id: int, logprobs: TokenLogprobs | None = None) -> common_pb2.Token:
     if logprobs is None:
         return common_pb2.Token(token_id=token_id)
     return common_pb2.Token(token_id=token_id, logprobs=logprobs_to_proto(logprobs))
-
-
-def token_from_proto(message: common_pb2.Token) -> tuple[int, TokenLogprobs | None]:
-    return message.token_id, logprobs_from_proto(message.logprobs) if message.HasField("logprobs") else None
 
 
 def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
@@ -122,11 +82,6 @@ def layout_from_proto(message: worker_pb2.KVLayout) -> KVLayout:
 def finish_to_proto(reason: str | None) -> common_pb2.FinishReason:
     """None (not finished) is FINISH_REASON_UNSPECIFIED."""
     return _FINISH_TO_PROTO[reason]
-
-
-def finish_from_proto(reason: int) -> FinishReason | None:
-    """A reason of a newer version ends the answer too: it reads "stop"."""
-    return _FINISH_FROM_PROTO.get(reason, "stop")
 
 
 def model_identity(model_id: str, revision: str, compute_dtype: Dtype, adapter: str = "") -> worker_pb2.ModelIdentity:

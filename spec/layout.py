@@ -1,24 +1,10 @@
-"""How a worker is cut into ranks, and how its KV memory lies."""
+"""How the KV memory of a worker lies."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from spec.dtype import Dtype
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ParallelLayout:
-    """One replica of `tp × pp × dp` ranks; experts are spread over `ep` of them."""
-
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    dp: int = 1
-
-    @property
-    def num_ranks(self) -> int:
-        return self.tp * self.pp * self.dp
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

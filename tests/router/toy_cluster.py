@@ -93,6 +93,7 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
         self.faults = Faults()
         self.total_blocks = total_blocks
         self.calls = 0
+        self.is_dead = False
         self.trace_ids: list[int] = []
         self.computed_tokens = 0
         self.host = Host("127.0.0.1", 0, internal_key=KEY, drain_s=0.001)
@@ -119,6 +120,7 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
         self.record.address = self.host.address
 
     async def kill(self) -> None:
+        self.is_dead = True
         await self.host.stop()
 
     def load(self) -> worker_pb2.WorkerLoad:
@@ -195,7 +197,7 @@ class ToyPrefill(ToyWorker, worker_pb2_grpc.PrefillServicer):
         messages = worker_pb2.HandoffRequest
         async with channel(request.decode_address, KEY) as to_decode:
             call = worker_pb2_grpc.DecodeStub(to_decode).Handoff()
-            await call.write(messages(begin=messages.Begin(ticket=request.reservation.ticket, transport="memory")))
+            await call.write(messages(begin=messages.Begin(ticket=request.reservation.ticket)))
             if error := self.faults.once("handoff_error_once"):
                 await call.write(messages(quiet=messages.Quiet()))
                 await call.done_writing()
@@ -264,9 +266,7 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         await asyncio.sleep(self.faults.reserve_delay_s)
         self._take(request.router_id, request.sequence)
         ticket = worker_pb2.Ticket(sequence_id=request.sequence.sequence_id, producer_epoch=request.prefill_epoch)
-        return worker_pb2.Reservation(
-            ticket=worker_pb2.SignedTicket(ticket=ticket.SerializeToString()), consumer_id=self.record.worker_id
-        )
+        return worker_pb2.Reservation(ticket=worker_pb2.SignedTicket(ticket=ticket.SerializeToString()))
 
     async def Admit(self, request: worker_pb2.AdmitRequest, context: object) -> worker_pb2.AdmitResponse:
         self._take(request.router_id, request.sequence).admitted = True
@@ -407,10 +407,8 @@ class ToyRouter:
                 and len(self.line) == 0
                 and all(w.charged_tokens == 0 and w.requests == 0 and w.routes == 0 for w in workers)
                 and self.registry.tasks == 0
-                and not any(
-                    isinstance(w, ToyDecode) and w.sequences for w in self.workers if not w.host.stopping.is_set()
-                )
-                and not any(isinstance(w, ToyPrefill) and w.calls for w in self.workers if not w.host.stopping.is_set())
+                and not any(isinstance(w, ToyDecode) and w.sequences for w in self.workers if not w.is_dead)
+                and not any(isinstance(w, ToyPrefill) and w.calls for w in self.workers if not w.is_dead)
             )
 
         with contextlib.suppress(TimeoutError):

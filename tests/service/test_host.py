@@ -105,7 +105,6 @@ async def test_typed_errors_of_every_kind_of_handler() -> None:
         call = stub.Handoff(requests())
         assert (await call.read()).WhichOneof("event") == "accepted"
         assert type(await failure(call.read())) is errors.DigestMismatch
-        assert sum(host.live_calls.values()) == 0
 
 
 async def test_a_defect_is_logged_under_an_id_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,15 +126,13 @@ async def test_a_defect_is_logged_under_an_id_and_stops_nothing(caplog: pytest.L
 
 
 async def test_a_client_that_leaves_ends_its_handler() -> None:
-    async with Host("127.0.0.1", 0, internal_key=KEY, drain_s=0.2) as host, channel(host.address, KEY) as peer:
+    async with Host("127.0.0.1", 0, internal_key=KEY, drain_s=60) as host, channel(host.address, KEY) as peer:
         servicer = await serve(host)
         call = worker_pb2_grpc.DecodeStub(peer).Subscribe(worker_pb2.SubscribeRequest(router_id="leaves"))
         await asyncio.wait_for(servicer.started.wait(), 10)
-        assert host.live_calls[DECODE] == 1
         call.cancel()
-        async with asyncio.timeout(10):
-            while servicer.closed != ["leaves"] or host.live_calls[DECODE]:
-                await asyncio.sleep(0.01)
+        await asyncio.wait_for(host.stop(), 10)  # a call that went on would hold it for a minute
+        assert servicer.closed == ["leaves"]
 
 
 @pytest.mark.parametrize("key", [None, "another cluster's"])
@@ -286,7 +283,6 @@ async def test_stopping_lets_calls_end_and_says_so() -> None:
             call = inference_pb2_grpc.InferenceStub(peer).ListModels(inference_pb2.ListModelsRequest())
             await asyncio.wait_for(slow.begun.wait(), 10)
             stopping = asyncio.create_task(host.stop())
-            await asyncio.wait_for(host.stopping.wait(), 10)
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             assert not stopping.done()
             slow.end.set()
