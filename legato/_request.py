@@ -69,7 +69,7 @@ def answer_options(
     presence_penalty    subtracted from the logit of a token that the output holds; 0 = off
     frequency_penalty   subtracted for every time the output holds it; 0 = off
     logit_bias          token id -> addition to its logit
-    seed                same seed, same tokens, whatever runs beside; None = the router draws one (answer.seed)
+    seed                same seed, same tokens; None = the router draws one (answer.seed)
     stop                the answer ends before the first of these strings; they are not returned
     stop_token_ids      the answer ends with the first of these tokens
     ignore_eos          go on behind the end-of-sequence token

@@ -31,6 +31,7 @@ from spec.sampling import check_token_ids
 from telemetry import names
 
 THREAD_FROM_CHARACTERS = 8192  # tokenising more than this would hold everyone's tokens up
+MESSAGE_CHARACTERS = 32  # a message through the chat template takes about as long as tokenising so many
 # The typed error leaves this long before the client's own clock ends the call; a twentieth of it where that is less.
 DEADLINE_MARGIN_S = 0.05
 
@@ -55,12 +56,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # -- answers ------------------------------------------------------------------------------------------------------
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        async def prompt(model: Model) -> list[int]:
+        async def prompt(model: Model) -> Sequence[int]:
             match request.WhichOneof("prompt"):
                 case "text":
                     return await self._tokenise(request.text, model)
                 case "token_ids":
-                    return list(request.token_ids.ids)
+                    return request.token_ids.ids
             raise InvalidParameter("is missing: text or token_ids", field="prompt")
 
         await self._serve(request.model, request.options, prompt, context)
@@ -75,7 +76,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         model_id: str,
         options: inference_pb2.AnswerOptions,
-        prompt: Callable[[Model], Awaitable[list[int]]],
+        prompt: Callable[[Model], Awaitable[Sequence[int]]],
         context: grpc.aio.ServicerContext,
     ) -> None:
         request_id = options.request_id or secrets.token_hex(8)
@@ -88,10 +89,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 if self.draining:
                     raise Draining("this router is stopping")
                 model = self._registry.model(model_id)
-                validation.check_options(options, model)
                 context_tokens = self._registry.context_tokens(model)
-                token_ids = await prompt(model)
-                validation.check_prompt(token_ids, model, context_tokens)
+                validation.check_options(options, model, context_tokens)
+                given = await prompt(model)
+                validation.check_prompt(given, model, context_tokens)
+                token_ids = list(given)
                 asked = validation.asked(options, token_ids, context_tokens)
                 answers = self._answers(asked, model, request_id, deadline, received_s, received_ns)
                 started = Response.Started(
@@ -168,9 +170,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.DetokenizeResponse:
         model = self._registry.model(request.model)
-        token_ids = list(request.token_ids)
-        check_token_ids(token_ids, model.vocab_size, field="token_ids")
-        text = await _maybe_in_thread(len(token_ids), lambda: model.tokenizer.decode(token_ids))
+        validation.check_ids_size(request.token_ids, model, self._registry.context_tokens(model))
+        text = await _maybe_in_thread(len(request.token_ids), lambda: _text_of(request.token_ids, model))
         return inference_pb2.DetokenizeResponse(text=text)
 
     async def ListModels(
@@ -190,16 +191,22 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
     async def _tokenise(self, text: str, model: Model) -> list[int]:
-        validation.check_text_size([text], model, self._registry.context_tokens(model))
-        return await _maybe_in_thread(len(text), lambda: model.tokenizer.encode(text))
+        characters = validation.check_text_size([text], model, self._registry.context_tokens(model))
+        return await _maybe_in_thread(characters, lambda: model.tokenizer.encode(text))
 
     async def _tokenise_chat(self, messages: Sequence[inference_pb2.ChatMessage], model: Model) -> list[int]:
-        if not messages:
-            raise InvalidParameter("must hold at least one message, is empty", field="messages")
-        contents = [message.content for message in messages]
-        validation.check_text_size(contents, model, self._registry.context_tokens(model))
+        context_tokens = self._registry.context_tokens(model)
+        validation.check_messages(messages, context_tokens)
         plain = [{"role": message.role, "content": message.content} for message in messages]
-        return await _maybe_in_thread(sum(map(len, contents)), lambda: model.tokenizer.chat(plain))
+        texts = (text for message in plain for text in message.values())
+        characters = validation.check_text_size(texts, model, context_tokens)
+        size = characters + len(plain) * MESSAGE_CHARACTERS
+        return await _maybe_in_thread(size, lambda: model.tokenizer.chat(plain))
+
+
+def _text_of(token_ids: Sequence[int], model: Model) -> str:
+    check_token_ids(token_ids, model.vocab_size, field="token_ids")
+    return model.tokenizer.decode(token_ids)
 
 
 async def _maybe_in_thread(size: int, work: Callable[[], Result]) -> Result:
@@ -231,7 +238,8 @@ async def _write_all(answers: list[Answer], started: Response.Started, write: Wr
             for answer in answers[1:]:
                 group.create_task(follow(answer))
     except BaseExceptionGroup as group_error:
-        raise next((e for e in group_error.exceptions if isinstance(e, LegatoError)), group_error) from None
+        ours = (error for error in group_error.exceptions if isinstance(error, LegatoError))
+        raise next(ours, group_error.exceptions[0]) from None
 
 
 async def _write(

@@ -58,7 +58,7 @@ class HandlerGuard:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # a failed request never stops the server
-                if context.done() or context.cancelled():
+                if context.done() or context.cancelled() or isinstance(error, grpc.aio.InternalError):
                     raise asyncio.CancelledError from error  # the caller left; writing to it failed
                 await abort(context, _as_internal(error, service))
             finally:

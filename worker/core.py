@@ -34,6 +34,7 @@ from service import logs
 from service.config import EngineConfig, WorkerConfig
 from service.messages import identity_text, layout_to_proto, model_identity
 from service.model_source import resolve_model
+from service.tokenizer import load_tokenizer
 from spec.errors import InvalidConfiguration, TransportUnavailable
 from spec.layout import KVLayout
 from telemetry.setup import Telemetry
@@ -147,6 +148,7 @@ def build_core(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str
         torch.set_num_threads(config.engine.threads)
     model_path = resolve_model(config.engine.model, lambda fraction: report("fetching the model", fraction))
     files = open_model(model_path)
+    load_tokenizer(model_path)  # routers read it from here: what is wrong with it is found now, and said
     options = EngineOptions(
         dtype=config.engine.dtype,
         device=config.engine.device,

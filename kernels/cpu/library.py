@@ -223,7 +223,10 @@ def shared_library() -> Library | None:
     try:
         return Library(build())
     except (BuildFailed, OSError) as error:
-        logging.getLogger(__name__).warning("CPU kernels are not available, torch serves in their place: %s", error)
+        logging.getLogger(__name__).warning(
+            "CPU kernels are not available: torch serves in their place, slower, and may round otherwise in another batch: %s",
+            error,
+        )
         return None
 
 

@@ -45,18 +45,20 @@ class TransferFrame(_message.Message):
         reply_to: UcxAddress
         def __init__(self, link_id: _Optional[int] = ..., token: _Optional[bytes] = ..., reply_to: _Optional[_Union[UcxAddress, _Mapping]] = ...) -> None: ...
     class Attached(_message.Message):
-        __slots__ = ("link_id", "refused", "region_bytes", "base_address", "remote_key")
+        __slots__ = ("link_id", "refused", "region_bytes", "base_address", "remote_key", "checksum")
         LINK_ID_FIELD_NUMBER: _ClassVar[int]
         REFUSED_FIELD_NUMBER: _ClassVar[int]
         REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
         BASE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
         REMOTE_KEY_FIELD_NUMBER: _ClassVar[int]
+        CHECKSUM_FIELD_NUMBER: _ClassVar[int]
         link_id: int
         refused: str
         region_bytes: int
         base_address: int
         remote_key: bytes
-        def __init__(self, link_id: _Optional[int] = ..., refused: _Optional[str] = ..., region_bytes: _Optional[int] = ..., base_address: _Optional[int] = ..., remote_key: _Optional[bytes] = ...) -> None: ...
+        checksum: bytes
+        def __init__(self, link_id: _Optional[int] = ..., refused: _Optional[str] = ..., region_bytes: _Optional[int] = ..., base_address: _Optional[int] = ..., remote_key: _Optional[bytes] = ..., checksum: _Optional[bytes] = ...) -> None: ...
     class Write(_message.Message):
         __slots__ = ("write_id", "target_offsets", "nbytes", "link_id")
         WRITE_ID_FIELD_NUMBER: _ClassVar[int]
