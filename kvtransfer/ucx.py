@@ -26,6 +26,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from kvtransfer import ucx_key
 from kvtransfer.pieces import check_memory
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
 from kvtransfer.ucx_peer import Ledger, UcxPeer, copy_memory
@@ -197,6 +198,7 @@ class UcxTransport(Transport, Ledger):
         else:
             self._links[attach.link_id] = _Link(region, endpoint)
             answer.region_bytes, answer.base_address, answer.remote_key = region.nbytes, region.base, region.remote_key
+            ucx_key.seal(answer)
         self._worker.send(endpoint, TransferFrame(attached=answer))
 
     def _lost(self, endpoint: Endpoint) -> None:

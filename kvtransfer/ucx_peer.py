@@ -16,7 +16,7 @@ import itertools
 import secrets
 from collections.abc import Sequence
 
-from kvtransfer import libucp
+from kvtransfer import libucp, ucx_key
 from kvtransfer.pieces import check_pieces
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
@@ -97,7 +97,7 @@ class UcxPeer(Peer):
         self._why = ""  # it takes no more writes
         self._region_bytes = 0
         self._mapped_base = 0  # where the peer's region lies in this process, 0 when it does not
-        self._remote_key: int | None = None
+        self._remote_key = 0  # keeps it mapped
         self._queue: collections.deque[_Write] = collections.deque()  # not wholly taken
         self._write_ids = itertools.count(1)
         self._in_flight: dict[int, _Write] = {}  # by write id: sent and not yet Written
@@ -156,11 +156,12 @@ class UcxPeer(Peer):
             self.attached.set_exception(TransferFailed(answer.refused))
             return
         assert self.endpoint is not None
-        key, pointer, library = ctypes.c_void_p(), ctypes.c_void_p(), self._worker.library
-        if library.ucp_ep_rkey_unpack(self.endpoint.handle, answer.remote_key, ctypes.byref(key)) == libucp.OK:
-            self._remote_key = key.value
-            if library.ucp_rkey_ptr(key, answer.base_address, ctypes.byref(pointer)) == libucp.OK:
-                self._mapped_base = pointer.value or 0
+        try:
+            ucx_key.check(answer)
+        except TransferFailed as error:
+            self.attached.set_exception(error)
+            return
+        self._remote_key, self._mapped_base = ucx_key.map_region(self._worker.library, self.endpoint.handle, answer)
         self._region_bytes = answer.region_bytes
         self.attached.set_result(None)
 
@@ -256,7 +257,7 @@ class UcxPeer(Peer):
         if not self._why or self._in_flight or self._quiet.done():
             return
         self._mapped_base = 0
-        if self._remote_key is not None:
+        if self._remote_key:
             self._worker.library.ucp_rkey_destroy(self._remote_key)
         if self.endpoint is not None:
             self._worker.send(self.endpoint, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
