@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from legato.v1 import common_pb2, inference_pb2
 from router.registry import Model
 from service.messages import sampling_from_proto
 from spec.errors import ContextTooLong, InvalidParameter
-from spec.sampling import check_token_ids
+from spec.sampling import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams, check_token_ids
 
 MAX_CHOICES = 64
 MAX_STOP_STRINGS = 16
@@ -38,9 +38,11 @@ class Asked:
         return sampling
 
 
-def check_options(options: inference_pb2.AnswerOptions, model: Model) -> None:
+def check_options(options: inference_pb2.AnswerOptions, model: Model, context_tokens: int) -> SamplingParams:
     """Raises InvalidParameter. Needs no prompt: what is wrong here is refused before anything is tokenised."""
-    sampling_from_proto(options.sampling).validate(model.vocab_size)
+    _check_lengths(options, context_tokens)
+    params = sampling_from_proto(options.sampling)
+    params.validate(model.vocab_size)
     if options.n > MAX_CHOICES:
         raise InvalidParameter(f"must be at most {MAX_CHOICES}, is {options.n}", field="n")
     if len(options.stop) > MAX_STOP_STRINGS:
@@ -57,15 +59,52 @@ def check_options(options: inference_pb2.AnswerOptions, model: Model) -> None:
             f"holds tokens of {len(options.resume)} answers, {max(1, options.n)} asked for", field="resume"
         )
     for tokens in options.resume:
-        check_token_ids(list(tokens.ids), model.vocab_size, field="resume")
+        check_token_ids(tokens.ids, model.vocab_size, field="resume")
     if len(options.request_id) > MAX_REQUEST_ID_CHARACTERS or not options.request_id.isprintable():
         raise InvalidParameter(f"must be at most {MAX_REQUEST_ID_CHARACTERS} printable characters", field="request_id")
+    return params
 
 
-def check_text_size(texts: Sequence[str], model: Model, context_tokens: int) -> None:
-    """Refuses, before it is tokenised, what cannot fit: no token stands for more than `longest_token_bytes` of text."""
-    most_bytes = context_tokens * model.longest_token_bytes
-    size_bytes = sum(len(text) for text in texts)  # characters: never more than bytes, and counted at once
+def _check_lengths(options: inference_pb2.AnswerOptions, context_tokens: int) -> None:
+    """Of what is read id by id later: a list of millions is refused unread, for reading it would hold everyone up."""
+    sampling = options.sampling
+    counted = [
+        ("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKENS),
+        ("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS),
+    ]
+    for field, ids, most in counted:
+        if ids > most:
+            raise InvalidParameter(f"holds {ids} ids, at most {most} are taken", field=field)
+    given = [("forced_token_ids", len(sampling.forced_token_ids))]
+    given += [("resume", len(tokens.ids)) for tokens in options.resume[:MAX_CHOICES]]
+    for field, tokens in given:
+        if tokens > context_tokens:
+            raise ContextTooLong(
+                f"holds {tokens} tokens; the context holds {context_tokens}", field=field, context_tokens=context_tokens
+            )
+
+
+def most_text_bytes(model: Model, context_tokens: int) -> int:
+    """Of a text that can fit: no token stands for more than `longest_token_bytes` of it."""
+    return context_tokens * model.longest_token_bytes
+
+
+def check_messages(messages: Sequence[inference_pb2.ChatMessage], context_tokens: int) -> None:
+    """A message takes a token at least: more than the context holds are refused unread."""
+    if not messages:
+        raise InvalidParameter("must hold at least one message, is empty", field="messages")
+    if len(messages) > context_tokens:
+        raise ContextTooLong(
+            f"holds {len(messages)} messages; the context holds {context_tokens} tokens",
+            field="messages",
+            context_tokens=context_tokens,
+        )
+
+
+def check_text_size(texts: Iterable[str], model: Model, context_tokens: int) -> int:
+    """Characters in all. Refuses, before it is tokenised, what cannot fit."""
+    texts, most_bytes = list(texts), most_text_bytes(model, context_tokens)
+    characters = size_bytes = sum(len(text) for text in texts)  # never more than bytes, and counted at once
     if size_bytes <= most_bytes:
         size_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size_bytes > most_bytes:
@@ -74,13 +113,20 @@ def check_text_size(texts: Sequence[str], model: Model, context_tokens: int) -> 
             field="prompt",
             context_tokens=context_tokens,
         )
+    return characters
 
 
-def check_prompt(token_ids: list[int], model: Model, context_tokens: int) -> None:
+def check_ids_size(token_ids: Sequence[int], model: Model, context_tokens: int) -> None:
+    """Of ids to make a text of: as many as the longest text that is taken may have, so that it can be given back."""
+    most = most_text_bytes(model, context_tokens)
+    if len(token_ids) > most:
+        raise InvalidParameter(f"holds {len(token_ids)} ids, at most {most} are taken", field="token_ids")
+
+
+def check_prompt(token_ids: Sequence[int], model: Model, context_tokens: int) -> None:
     """Raises InvalidParameter for an empty prompt and ids out of range, ContextTooLong where no answer fits behind."""
     if not token_ids:
         raise InvalidParameter("must hold at least one token, is empty", field="prompt")
-    check_token_ids(token_ids, model.vocab_size, field="prompt")
     if len(token_ids) >= context_tokens:
         raise ContextTooLong(
             f"has {len(token_ids)} tokens; the context holds {context_tokens}, the answer's first token included",
@@ -88,6 +134,7 @@ def check_prompt(token_ids: list[int], model: Model, context_tokens: int) -> Non
             prompt_tokens=len(token_ids),
             context_tokens=context_tokens,
         )
+    check_token_ids(token_ids, model.vocab_size, field="prompt")
 
 
 def asked(options: inference_pb2.AnswerOptions, prompt_token_ids: list[int], context_tokens: int) -> Asked:

@@ -73,13 +73,14 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidParameter(f"is no valid Unicode at character {error.start}", field="text") from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
+        encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
+        ids: list[int] = encodings[0].ids  # the batch call, unlike the single one, lets other threads run meanwhile
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Ids outside the vocabulary add nothing."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special)
-        return text
+        texts: list[str] = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special)
+        return texts[0]  # as in encode()
 
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """For tokens that come one by one: what its push() and finish() return is, joined, decode() of them all."""

@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import math
 import re
+import threading
+from collections.abc import Callable
 
 import grpc
 import pytest
@@ -39,6 +41,13 @@ def generate(text: str | None = "hello", ids: list[int] | None = None, model: st
     options.sampling.CopyFrom(sampling(**more))
     prompt = {"token_ids": inference_pb2.TokenIds(ids=ids)} if ids is not None else {"text": text}
     return inference_pb2.GenerateRequest(model=model, options=options, **prompt)
+
+
+def chat(*messages: dict[str, str]) -> inference_pb2.ChatRequest:
+    return inference_pb2.ChatRequest(
+        messages=[inference_pb2.ChatMessage(**message) for message in messages],
+        options=inference_pb2.AnswerOptions(sampling=sampling()),
+    )
 
 
 async def responses(
@@ -93,6 +102,18 @@ async def pools(router: ToyRouter) -> None:
         (generate(resume=[inference_pb2.TokenIds(ids=[VOCAB])]), InvalidParameter, "resume"),
         (generate(resume=[inference_pb2.TokenIds()] * 2), InvalidParameter, "resume"),
         (generate(ids=[1] * 390, max_tokens=20, forced_token_ids=[1] * 15), ContextTooLong, "390"),
+        # Lists that are too long are refused unread: the wrong ids in them are not what is said.
+        (generate(ids=[VOCAB] * 400), ContextTooLong, "400 tokens"),
+        (generate(resume=[inference_pb2.TokenIds(ids=[VOCAB] * 401)]), ContextTooLong, "resume holds 401"),
+        (generate(max_tokens=9999, forced_token_ids=[VOCAB] * 401), ContextTooLong, "forced_token_ids holds 401"),
+        (generate(stop_token_ids=[VOCAB] * 65), InvalidParameter, "stop_token_ids holds 65"),
+        (
+            generate(logit_bias=dict.fromkeys(range(VOCAB, VOCAB + 1025), 1.0)),
+            InvalidParameter,
+            "logit_bias holds 1025",
+        ),
+        (chat({"role": "r" * 10_000_000, "content": "x"}), ContextTooLong, "10000001 bytes"),
+        (chat(*[{}] * 401), ContextTooLong, "401 messages"),
         (
             inference_pb2.ChatRequest(options=inference_pb2.AnswerOptions(sampling=sampling())),
             InvalidParameter,
@@ -109,6 +130,57 @@ async def test_what_is_refused(router: ToyRouter, asked, error: type[RequestErro
     read = await responses(router, generate(ignore_eos=True))
     assert len(tokens_of(read)) == 20, "nothing else suffers"
     await router.at_rest()
+
+
+async def test_words_and_numbers_that_are_too_many(router: ToyRouter) -> None:
+    await pools(router)
+    most = 400 * len("<eos>")  # a context full of the longest token
+    for refused in (
+        inference_pb2.TokenizeRequest(
+            messages=inference_pb2.TokenizeRequest.ChatMessages(messages=[inference_pb2.ChatMessage()] * 401)
+        ),
+        inference_pb2.DetokenizeRequest(token_ids=[VOCAB] * (most + 1)),
+    ):
+        ask = router.stub.Tokenize if isinstance(refused, inference_pb2.TokenizeRequest) else router.stub.Detokenize
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await ask(refused)
+        error = error_from_rpc(raised.value)
+        assert isinstance(error, InvalidParameter)
+        assert "401 messages" in error.message or f"token_ids holds {most + 1} ids" in error.message
+    longest = await router.stub.Tokenize(inference_pb2.TokenizeRequest(text="x" * most))
+    back = await router.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=longest.token_ids))
+    assert back.text == "x" * most
+
+
+@pytest.mark.parametrize("messages", [[{"role": "r" * 101}], [{"content": "x" * 101}], [{}] * 4])
+async def test_long_work_leaves_the_event_loop_free(
+    router: ToyRouter, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, messages: list[dict[str, str]]
+) -> None:
+    """Roles and the number of messages are work too, not only what the messages say."""
+    monkeypatch.setattr("router.inference.THREAD_FROM_CHARACTERS", 100)
+    threads: list[int] = []
+
+    def spied(name: str, work: Callable[..., object]) -> None:
+        def noting(*arguments: object, **options: object) -> object:
+            threads.append(threading.get_ident())
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(tokenizer, name, noting)
+
+    for name in ("chat", "encode", "decode"):
+        spied(name, getattr(tokenizer, name))
+    await pools(router)
+    await router.stub.Tokenize(
+        inference_pb2.TokenizeRequest(
+            messages=inference_pb2.TokenizeRequest.ChatMessages(
+                messages=[inference_pb2.ChatMessage(**message) for message in messages]
+            )
+        )
+    )
+    await router.stub.Tokenize(inference_pb2.TokenizeRequest(text="x" * 101))
+    await router.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[1] * 101))
+    assert len(threads) == 4, "chat, the encode in it, encode, decode"
+    assert threading.get_ident() not in threads
 
 
 async def test_no_worker_yet(router: ToyRouter) -> None:
