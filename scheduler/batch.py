@@ -12,37 +12,29 @@ events; everything else that goes wrong in here is an assertion.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterable
 
-from scheduler.blocks import BlockPool, count_references
 from scheduler.config import Load, SchedulerConfig
 from scheduler.events import Computed, Event, Failed, Finish, Preempted, Tokens
+from scheduler.holdings import Holdings
 from scheduler.lifetime import Stage
 from scheduler.plan import NO_TOKEN, Drawn, Slice, StepPlan, StepResult
-from scheduler.prefix import PrefixCache
-from scheduler.roster import Roster
 from scheduler.sequence import Sequence
 from spec import errors
 
 __all__ = ["Computed", "Event", "Failed", "Finish", "Load", "Preempted", "Scheduler", "SchedulerConfig", "Tokens"]
 
 
-class Scheduler:
+class Scheduler(Holdings):
     """Owns all sequences of one worker, and with the reservations its blocks."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self.config = config
-        self.pool = BlockPool(config.num_blocks, config.block_tokens)
-        self.prefix = PrefixCache(self.pool, config.cache_salt, enabled=config.prefix_caching)
+        super().__init__(config)
         self.context_limit = min(config.max_context_tokens, config.num_blocks * config.block_tokens)
-        self._roster = Roster()
-        self._flights: dict[int, tuple[StepPlan, tuple[Sequence, ...]]] = {}  # steps that are not committed
         self._untold: list[Event] = []  # told with the next commit or expire
         self._short_of_blocks = False  # the last plan left somebody without
         self._turned_away = (-1, 0)  # arrival of the last in line that found too little room, and how much that was
         self._steps = 0
-        self._totals: collections.Counter[str] = collections.Counter()
 
     # ---- coming and going ------------------------------------------------------------------------------------------
 
@@ -311,52 +303,6 @@ class Scheduler:
             self.prefix.extend(hashes, sequence.tokens(len(hashes) * size, full * size))
         self.prefix.publish(hashes, sequence.block_table, first, full)
         sequence.published_blocks = full
-
-    # ---- what is here ----------------------------------------------------------------------------------------------
-
-    def load(self) -> Load:
-        waiting, running = self._roster.waiting, self._roster.running
-        return Load(
-            waiting=len(waiting),
-            running=len(running),
-            held=len(self._roster) - len(waiting) - len(running),
-            waiting_tokens=self._roster.waiting_tokens + sum(sequence.owed_tokens for sequence in running),
-            free_blocks=self.pool.available,
-            total_blocks=self.pool.num_blocks,
-        )
-
-    def counts(self) -> dict[str, int]:
-        """What must be zero when nothing runs (P3). `held_blocks` are those of the whole pool, whoever holds them."""
-        return {
-            "sequences": len(self._roster),
-            "waiting": len(self._roster.waiting),
-            "running": len(self._roster.running),
-            "steps_in_flight": len(self._flights),
-            "held_blocks": self.pool.num_held,
-        }
-
-    def totals(self) -> dict[str, int]:
-        """What only grows."""
-        work = ("steps", "computed_tokens", "generated_tokens", "cached_tokens", "preemptions", "adopted")
-        ends = ("finished", "failed", "aborted", "expired")
-        return {name: self._totals[name] for name in (*work, *ends)} | {"evictions": self.pool.evictions}
-
-    def references(self) -> collections.Counter[int]:
-        """References on blocks that sequences here hold."""
-        return count_references(sequence.block_table for sequence in self._roster)
-
-    def check(self) -> None:
-        """Asserts the invariants. O(everything): for tests and for a look at a running worker."""
-        self.pool.check()
-        self._roster.check()
-        assert all(self.pool.references(block) >= count for block, count in self.references().items())
-        for sequence in self._roster:
-            assert sequence.computed_tokens < sequence.known_tokens
-            assert len(sequence.block_table) >= self.pool.blocks_for(sequence.computed_tokens)
-        assert not any(sequence.block_table for sequence in self._roster.waiting)
-        flying = [id(sequence) for _, sequences in self._flights.values() for sequence in sequences]
-        assert len(flying) == len(set(flying))
-        assert set(flying) == {id(sequence) for sequence in self._roster if sequence.in_flight}
 
 
 def _decodes_first(ready: list[Sequence]) -> list[Sequence]:

@@ -40,3 +40,15 @@ class Load:
     waiting_tokens: int  # known tokens whose KV is still to be computed, of waiting and running sequences
     free_blocks: int  # free, or cached and evictable
     total_blocks: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HandoffConfig:
+    max_reservations: int
+    max_context_tokens: int  # a sequence must have room for one more token than is handed over
+    lease_s: float = 5.0
+    tombstones: int = 4096  # ended reservations of which it is remembered how they ended
+
+    def __post_init__(self) -> None:
+        if self.max_reservations < 1 or self.tombstones < 1 or not self.lease_s > 0:
+            raise InvalidConfiguration("max_reservations, tombstones and lease_s must be above 0")

@@ -46,21 +46,13 @@ class PrefixCache:
         """The blocks of the longest known prefix, a reference on each for the caller, who releases them.
 
         At most len(token_ids) - 1 tokens: one is left to compute. `hashes`: their chain, where it is at hand."""
-        blocks = self._find(token_ids, hashes)
-        self._pool.hold(blocks)
-        return blocks
-
-    def matching_tokens(self, token_ids: Sequence[int], hashes: Sequence[bytes] | None = None) -> int:
-        """How many tokens match() would find; takes nothing."""
-        return len(self._find(token_ids, hashes)) * self._pool.block_tokens
-
-    def _find(self, token_ids: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
         chain = self.hashes(token_ids) if hashes is None else hashes
         blocks: list[int] = []
         for content in chain[: max(len(token_ids) - 1, 0) // self._pool.block_tokens]:
             if (block := self._pool.find(content)) is None:
                 break
             blocks.append(block)
+        self._pool.hold(blocks)
         return blocks
 
     def publish(self, hashes: Sequence[bytes], block_table: Sequence[int], first_block: int, end_block: int) -> None:

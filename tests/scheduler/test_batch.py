@@ -388,7 +388,7 @@ def test_one_whose_logits_are_not_finite_fails_alone(fake: SimpleNamespace) -> N
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, InternalError)
     assert {event.sequence_id for event in others} == {"well"}
-    assert worker.scheduler.prefix.matching_tokens([*sequence("sick", 8).prompt_token_ids, 1]) == 0
+    assert worker.scheduler.prefix.match([*sequence("sick", 8).prompt_token_ids, 1]) == []
     worker.finish()
 
 

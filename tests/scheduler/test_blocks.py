@@ -151,7 +151,6 @@ def test_match_finds_the_longest_common_prefix_of_whole_blocks(block_tokens: int
             )
             common = max(common, same // block_tokens)
         expected = min(common, max(len(wanted) - 1, 0) // block_tokens)
-        assert prefix.matching_tokens(wanted) == expected * block_tokens
         blocks = prefix.match(wanted)
         assert len(blocks) == expected
         pool.check(count_references([blocks]))
@@ -172,10 +171,10 @@ def test_the_hash_is_the_documented_chain() -> None:
 
 def test_another_salt_is_another_cache() -> None:
     pool = BlockPool(8, 2)
-    pool.release(full_table(pool, PrefixCache(pool, b"revision 1"), [1, 2, 3, 4]))
-    assert PrefixCache(pool, b"revision 1").matching_tokens([1, 2, 3, 4, 5]) == 4
-    assert PrefixCache(pool, b"revision 2").matching_tokens([1, 2, 3, 4, 5]) == 0
-    assert PrefixCache(pool, b"revision 1", enabled=False).matching_tokens([1, 2, 3, 4, 5]) == 0
+    table = full_table(pool, PrefixCache(pool, b"revision 1"), [1, 2, 3, 4])
+    assert PrefixCache(pool, b"revision 1").match([1, 2, 3, 4, 5]) == table
+    assert PrefixCache(pool, b"revision 2").match([1, 2, 3, 4, 5]) == []
+    assert PrefixCache(pool, b"revision 1", enabled=False).match([1, 2, 3, 4, 5]) == []
 
 
 def test_the_tail_of_a_chain_is_evicted_before_its_head() -> None:
@@ -185,4 +184,6 @@ def test_the_tail_of_a_chain_is_evicted_before_its_head() -> None:
     pool.release(table)
     for evicted in range(1, 4):
         pool.allocate(1)
-        assert prefix.matching_tokens([*range(9)]) == 8 - 2 * evicted
+        found = prefix.match([*range(9)])
+        assert found == table[: 4 - evicted]
+        pool.release(found)

@@ -13,7 +13,7 @@ import pytest
 from scheduler.batch import Scheduler, SchedulerConfig, Tokens
 from scheduler.handoff import ENDED, TRANSITIONS, HandoffConfig, Reservation, Reservations, ReservationStage
 from scheduler.sequence import Sequence
-from spec.errors import ContextTooLong, Draining, InvalidConfiguration, OutOfBlocks, TicketRefused, TransferFailed
+from spec.errors import ContextTooLong, InvalidConfiguration, OutOfBlocks, TicketRefused, TransferFailed
 from spec.sampling import SamplingParams
 
 RESERVED, WRITING, CANCELLING = ReservationStage.RESERVED, ReservationStage.WRITING, ReservationStage.CANCELLING
@@ -46,8 +46,16 @@ class Consumer:
             self.begin(reservation)
         if stage is CANCELLING:
             assert self.reservations.fail(reservation.reservation_id, "test", 1.0)
-        assert self.reservations.stage_of(reservation.reservation_id) is stage
+        assert self.stage is stage
         return reservation
+
+    @property
+    def stage(self) -> ReservationStage | None:
+        """Of the only reservation that is live."""
+        counts = self.reservations.counts()
+        found = [at for at in (RESERVED, WRITING, CANCELLING) for _ in range(counts[f"reservations_{at.value}"])]
+        assert len(found) <= 1
+        return found[0] if found else None
 
     def check(self) -> None:
         self.scheduler.check()
@@ -88,7 +96,9 @@ def test_a_hand_over_from_reserve_to_the_running_batch(consumer: Consumer, fake:
     sequence = Sequence("a", PROMPT, expected[:1], params)
     scheduler.adopt(sequence, table, reservation.num_tokens, 4.0)
     consumer.check()
-    assert scheduler.prefix.matching_tokens([*PROMPT, 1]) == 8, "what was verified is prefix content"
+    found = scheduler.prefix.match([*PROMPT, 1])
+    assert found == [*table[:2]], "what was verified is prefix content"
+    scheduler.pool.release(found)
     told: list[Tokens] = []
     while (plan := scheduler.plan(5.0)) is not None:
         events = scheduler.commit(plan, engine.execute(plan), 6.0)
@@ -151,7 +161,7 @@ def test_the_table_of_transitions_is_what_the_verbs_do() -> None:
             verb(consumer, reservation)
         except TicketRefused:
             refused = True
-        found = consumer.reservations.stage_of(reservation.reservation_id)
+        found = consumer.stage
         assert found is expected.get((stage, name), stage), (stage, name)
         assert not refused or found is stage
         assert consumer.scheduler.pool.num_held == (0 if found is None else held), "no free before quiet"
@@ -183,7 +193,7 @@ def test_a_ticket_that_is_not_of_the_reservation_opens_nothing(
     with pytest.raises(TicketRefused, match=reason):
         consumer.begin(reservation, **changes)
     assert consumer.reservations.refused == {reason: 1}
-    assert consumer.reservations.stage_of(reservation.reservation_id) is RESERVED
+    assert consumer.stage is RESERVED
     consumer.begin(reservation, now_s=4.9)
 
 
@@ -320,16 +330,6 @@ def test_at_most_so_many_hand_overs_at_once(consumer: Consumer) -> None:
         consumer.reserve(name, (1, 2))
     with pytest.raises(OutOfBlocks, match="3 hand-overs"):
         consumer.reserve("d", (1, 2))
-
-
-def test_a_draining_worker_reserves_nothing_and_ends_what_it_has(consumer: Consumer) -> None:
-    reservation = consumer.bring_to(WRITING)
-    consumer.reservations.draining = True
-    with pytest.raises(Draining):
-        consumer.reserve("b")
-    consumer.reservations.landed(reservation.reservation_id, 0, 10, 1.0)
-    consumer.scheduler.pool.release(consumer.reservations.complete(reservation.reservation_id, 1.0))
-    consumer.assert_empty()
 
 
 def test_only_so_many_tombstones_are_kept_and_the_forgotten_are_refused_too() -> None:

@@ -271,7 +271,8 @@ class World:
             assert self.by_reservation[reservation_id].ended is None, "expired after its end"
             self.by_reservation[reservation_id].ended = "expired"
         for job in self.by_reservation.values():
-            stage = self.reservations.stage_of(job.reservation_id)
+            entry = self.reservations._live.get(job.reservation_id)
+            stage = None if entry is None else entry.stage
             assert (job.ended is None and job.sequence is None) or stage in (None, ReservationStage.CANCELLING)
             if stage is ReservationStage.CANCELLING:
                 name = job.reservation.producer_id if job.reservation else ""
@@ -423,7 +424,7 @@ def test_a_seed_replays_exactly(fake: SimpleNamespace) -> None:
 class FreesOnFailure(Reservations):
     def fail(self, reservation_id: str, reason: str, now_s: float) -> bool:
         failed = super().fail(reservation_id, reason, now_s)
-        if failed and self.stage_of(reservation_id) is not None:
+        if failed and reservation_id in self._live:
             self.quiet(reservation_id, now_s)
         return failed
 
