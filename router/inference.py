@@ -27,7 +27,7 @@ from router.registry import Model, Registry
 from service import logs
 from service.tracing import Spans
 from spec.errors import Draining, InvalidParameter, LegatoError
-from spec.sampling import check_token_ids
+from spec.sampling import check_logprobs_fit, check_token_ids
 from telemetry import names
 
 THREAD_FROM_CHARACTERS = 8192  # tokenising more than this would hold everyone's tokens up
@@ -90,9 +90,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     raise Draining("this router is stopping")
                 model = self._registry.model(model_id)
                 context_tokens = self._registry.context_tokens(model)
-                validation.check_options(options, model, context_tokens)
+                params = validation.check_options(options, model, context_tokens)
                 given = await prompt(model)
                 validation.check_prompt(given, model, context_tokens)
+                check_logprobs_fit(params, len(given))
                 token_ids = list(given)
                 asked = validation.asked(options, token_ids, context_tokens)
                 answers = self._answers(asked, model, request_id, deadline, received_s, received_ns)

@@ -20,6 +20,10 @@ class TokenLogprobs:
 
 MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
+# Log-probabilities that one message of an answer carries at most: its own and those of its `top`, of every token in it.
+# On the wire one takes 10 bytes at most, so they are 20 MiB of the 64 MiB that a message may have
+# (service/config.py); a whole vocabulary for one token, and the own ones of a prompt of two million tokens, fit.
+MAX_MESSAGE_LOGPROBS = 2 * 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +91,27 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             if not math.isfinite(bias):
                 raise InvalidParameter(f"of token {token_id} must be finite, is {bias}", field="logit_bias")
+
+
+def check_logprobs_fit(params: SamplingParams, prompt_tokens: int) -> None:
+    """Raises InvalidParameter where one message of the answer would hold more than MAX_MESSAGE_LOGPROBS.
+
+    The prompt's go out with the first token, in one message: prompt_tokens * (prompt_logprobs + 1). Of the answer's,
+    a message holds one token's: logprobs + 1.
+    """
+    of_token = 0 if params.logprobs is None else params.logprobs + 1
+    of_prompt = 0 if params.prompt_logprobs is None else prompt_tokens * (params.prompt_logprobs + 1)
+    if of_token + of_prompt > MAX_MESSAGE_LOGPROBS:
+        field, asked, tokens = (
+            ("prompt_logprobs", params.prompt_logprobs, prompt_tokens)
+            if of_prompt > of_token
+            else ("logprobs", params.logprobs, 1)
+        )
+        raise InvalidParameter(
+            f"of {asked} for {tokens} tokens makes {of_token + of_prompt} log-probabilities in one message,"
+            f" at most {MAX_MESSAGE_LOGPROBS} fit",
+            field=field,
+        )
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, *, field: str) -> None:
