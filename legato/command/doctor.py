@@ -147,15 +147,18 @@ def _redis(url: str) -> Iterator[Finding]:
 
     try:
         from legato.command.local import valkey
+        from service.registry import check_redis
     except ImportError:
         return
     from spec.errors import InvalidConfiguration
 
     if url:
-        wrong = asyncio.run(valkey.is_answering(url, timeout_s=3.0))
-        yield Finding(
-            "Redis", "missing" if wrong else "ok", wrong or "answers", "start it, or leave --redis out" if wrong else ""
-        )
+        try:
+            asyncio.run(check_redis(url))
+        except InvalidConfiguration as error:
+            yield Finding("Redis", "missing", str(error), "start it, or leave --redis out")
+        else:
+            yield Finding("Redis", "ok", "answers")
         return
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -172,8 +172,12 @@ def test_up_refuses_what_cannot_work_before_anything_starts(taken_port, tmp_path
     config = tmp_path / "cluster.yaml"
     config.write_text("prefil: 2\n")
     cases = [
-        (["--port", str(taken_port)], {}, "choose another by --port"),
-        (["--port", "0", "--redis", f"redis://u:secret@127.0.0.1:{taken_port + 1}"], {}, "does not answer"),
+        (["--port", str(taken_port)], {}, "choose another port"),
+        (
+            ["--port", "0", "--redis", f"redis://u:secret@127.0.0.1:{taken_port + 1}"],
+            {},
+            "no Redis answers at redis://127.0.0.1",
+        ),
         (["--config", str(config)], {}, "prefill"),
         (["--port", "0"], {"LEGATO_ENGINE__BLOCK_TOKENS": "0"}, "LEGATO_ENGINE__BLOCK_TOKENS"),
         (["--model", str(tmp_path / "nowhere")], {}, "nowhere"),

@@ -156,6 +156,8 @@ async def test_a_worker_that_does_not_return_is_dropped_after_the_grace(server: 
 async def test_no_redis_at_start() -> None:
     with pytest.raises(InvalidConfiguration, match=r"no Redis answers at redis://127\.0\.0\.1:1"):
         await registry.check_redis("redis://user:password@127.0.0.1:1")
+    with pytest.raises(InvalidConfiguration, match="no Redis answers at nonsense: "):
+        await registry.check_redis("nonsense")
     async with Watcher("redis://127.0.0.1:1", "one") as watcher:
         assert await anext(watcher.snapshots()) == {}
         assert not watcher.reachable

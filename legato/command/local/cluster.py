@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,8 @@ from legato.command.local import valkey
 from legato.command.local.child import Child
 from legato.errors import LegatoError as ClientError
 from service.config import ClusterConfig, RouterConfig, Section, WorkerConfig, save, without_overrides
+from service.ports import free_port
+from service.registry import check_redis
 from spec.errors import InternalError, InvalidConfiguration, SetupError
 
 STOP_S = 9.0  # all of it, the last kill included, stays under 10
@@ -111,18 +112,15 @@ class LocalCluster:
 
     async def _redis(self) -> str:
         if self._config.redis_url is not None:
-            wrong = await valkey.is_answering(self._config.redis_url, timeout_s=3.0)
-            if wrong is not None:
-                raise InvalidConfiguration(
-                    f"Redis at {without_password(self._config.redis_url)} does not answer: {wrong}"
-                )
+            await check_redis(self._config.redis_url)
             return self._config.redis_url
         port = free_port("127.0.0.1", 0)
         command, url = valkey.prepare(port, self.folder)
         child = self._child("redis", command)
         await self._start(child)
         for _ in range(50):
-            if await valkey.is_answering(url) is None:
+            with contextlib.suppress(InvalidConfiguration):
+                await check_redis(url)
                 child.mark_ready(f"127.0.0.1:{port}")
                 self._on_change(child)
                 return url
@@ -249,21 +247,6 @@ async def is_serving(address: str) -> bool:
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises InvalidConfiguration when it is taken."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InvalidConfiguration(
-            f"port {port} on {host} cannot be used: {reason}; choose another by --port"
-        ) from None
-
-
 def child_environment(environment: Mapping[str, str], config: ClusterConfig) -> dict[str, str]:
     """Several processes share few cores: each gets its part, and its idle threads sleep instead of spinning.
 
@@ -273,8 +256,3 @@ def child_environment(environment: Mapping[str, str], config: ClusterConfig) -> 
     threads = max(1, cores // max(config.prefill, config.decode))
     defaults = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
     return defaults | shared
-
-
-def without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -35,18 +35,3 @@ def prepare(port: int, folder: Path) -> tuple[list[str], str]:
     path.write_text(_CONFIGURATION.format(port=port, password=password, folder=folder), encoding="utf-8")
     command = [sys.executable, "-m", "legato.command.local.tether", str(binary), str(path)]
     return command, f"redis://:{password}@127.0.0.1:{port}/0"
-
-
-async def is_answering(redis_url: str, timeout_s: float = 1.0) -> str | None:
-    """None when it answers a PING; else what is wrong."""
-    import redis.asyncio
-    import redis.exceptions
-
-    client = redis.asyncio.Redis.from_url(redis_url, socket_connect_timeout=timeout_s, socket_timeout=timeout_s)
-    try:
-        await client.ping()
-    except (redis.exceptions.RedisError, OSError, ValueError) as error:
-        return str(error) or type(error).__name__
-    finally:
-        await client.aclose()
-    return None
