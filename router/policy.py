@@ -4,8 +4,9 @@
                                  ──▶ rank_decode: workers that can ever hold it, the emptiest first
                                  ──▶ decode_prefills: does it need a prefill worker at all?
 
-Load is counted in tokens: outstanding prompt tokens on a prefill worker, tokens of KV on a decode worker. Equal loads
-go to the smallest worker id, so that the same views always give the same answer.
+Load is counted in tokens: prompt tokens to compute on a prefill worker, tokens of KV on a decode worker. It is what
+this router charged it with or what the worker itself reported, whichever is more: a charge knows nothing of other
+routers, a report is late. Equal loads go to the smallest worker id, so that the same views always give the same answer.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ BACKLOG_STEPS = 2
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefillView:
     worker_id: str
-    outstanding_tokens: int  # dispatched, and their first token not yet drawn
+    charged_tokens: int  # this router's: dispatched, and their first token not yet drawn
+    reported_tokens: int  # to be computed as the worker last said, of all routers, less what ended here since
     max_step_tokens: int
     longest_tokens: int  # the longest sequence that it takes
+
+    @property
+    def outstanding_tokens(self) -> int:
+        return max(self.charged_tokens, self.reported_tokens)
 
     @property
     def has_room(self) -> bool:
@@ -41,7 +47,6 @@ class DecodeView:
 
     @property
     def held_tokens(self) -> int:
-        """Its own report is late by a step, and our charge knows nothing of other routers: the larger one is nearer."""
         return max(self.charged_tokens, self.reported_tokens)
 
     @property

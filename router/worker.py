@@ -4,9 +4,9 @@
        ▲                                                                                    │
        └────────────── the stream or a call breaks: its requests learn of it at once ───────┘
 
-A prefill worker's link is looked at once a second and by every call that fails; a decode worker's is its Subscribe
-stream, which stands before anything is placed there. Another process on the same address has another epoch: it is not
-this worker.
+A prefill worker's link is looked at once a second, more often while it has work, and by every call that fails; a decode
+worker's is its Subscribe stream, which stands before anything is placed there. Another process on the same address has
+another epoch: it is not this worker.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ logger = logs.get(__name__)
 
 PROBE_EVERY_S = 1.0
 PROBE_TIMEOUT_S = 5.0
-REDIAL_S = (0.05, 0.1, 0.25, 0.5, 1.0)
+BUSY_PROBE_EVERY_S = 0.25  # while it has work waiting, of other routers perhaps: how much is left decides who gets more
+REDIAL_S = (0.05, 0.1, 0.25, 0.5, 1.0)  # from the beginning again after a link that lasted as long as the longest
 RATE_WINDOW_S = 5.0
 
 Deliver = Callable[[worker_pb2.SequenceOutput | LegatoError], None]
@@ -53,6 +54,7 @@ class Charge:
     def release(self) -> None:
         """Idempotent."""
         if self._open:
+            self._worker.released_tokens += self._tokens
             self.add(-self._tokens)
             self._open = False
             self._worker.requests -= 1
@@ -79,8 +81,10 @@ class Worker:
         self.linked = False
         self.retired = False
         self.charged_tokens = 0
+        self.released_tokens = 0  # of all charges that have ended
         self.requests = 0
         self.load = worker_pb2.WorkerLoad(free_blocks=record.total_blocks)
+        self._released_at_load = 0  # `released_tokens` when its load was last asked for
         self._router_id = router_id
         self.changed = changed
         self._moved = moved
@@ -120,7 +124,10 @@ class Worker:
         return self.record.total_blocks * self.record.kv_layout.block_tokens
 
     def prefill_view(self) -> PrefillView:
-        return PrefillView(self.worker_id, self.charged_tokens, self.record.max_step_tokens, self.longest_tokens)
+        ended_since = self.released_tokens - self._released_at_load  # an idle worker is not busy until its next word
+        reported_tokens = max(0, self.load.waiting_tokens - ended_since)
+        step_tokens = self.record.max_step_tokens
+        return PrefillView(self.worker_id, self.charged_tokens, reported_tokens, step_tokens, self.longest_tokens)
 
     def decode_view(self) -> DecodeView:
         used_blocks = self.record.total_blocks - self.load.free_blocks
@@ -189,11 +196,12 @@ class Worker:
 
     async def _keep_linked(self) -> None:
         failures = 0
+        clock = asyncio.get_running_loop()
         while not self.retired:
             self._broken.clear()
+            begun_s = clock.time()
             try:
                 await self._check_epoch()
-                failures = 0
                 await (self._look_after() if self.is_prefill else self._follow_steps())
                 error: LegatoError = WorkerLost(f"{self.worker_id} ended the link", worker_id=self.worker_id)
             except grpc.RpcError as rpc_error:
@@ -201,6 +209,8 @@ class Worker:
                 error = WorkerLost(f"{self.worker_id} is lost: {found.message}", worker_id=self.worker_id)
             except WorkerLost as other_process:
                 error = other_process
+            if clock.time() - begun_s >= REDIAL_S[-1]:
+                failures = 0
             self.lost(error)
             await asyncio.sleep(REDIAL_S[min(failures, len(REDIAL_S) - 1)])
             failures += 1
@@ -218,18 +228,20 @@ class Worker:
 
     async def _look_after(self) -> None:
         """Returns when a call found the link broken; raises grpc.RpcError when the probe did."""
+        await self.refresh()
         self._link_stands()
         while not self._broken.is_set():
-            await self.refresh()
             try:
-                async with asyncio.timeout(PROBE_EVERY_S):
+                async with asyncio.timeout(BUSY_PROBE_EVERY_S if self.load.waiting_tokens else PROBE_EVERY_S):
                     await self._broken.wait()
             except TimeoutError:
-                continue
+                await self.refresh()
 
     async def refresh(self) -> None:
         """Asks for its load now. Raises grpc.RpcError."""
+        released_tokens = self.released_tokens
         counts = await self.control.GetCounts(worker_pb2.GetCountsRequest(), timeout=PROBE_TIMEOUT_S)
+        self._released_at_load = released_tokens
         self._note_load(counts.load)
 
     async def _follow_steps(self) -> None:
@@ -248,7 +260,7 @@ class Worker:
             steps.cancel()
 
     def _note_load(self, load: worker_pb2.WorkerLoad) -> None:
-        more_room = load.free_blocks > self.load.free_blocks
+        more_room = load.free_blocks > self.load.free_blocks or load.waiting_tokens < self.load.waiting_tokens
         self.load = load
         now_s = time.monotonic()
         if not self._rates or now_s - self._rates[-1][0] > 0.2:

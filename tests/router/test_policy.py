@@ -11,7 +11,8 @@ prefill_views = st.lists(
     st.builds(
         PrefillView,
         worker_id=st.sampled_from([f"p{i}" for i in range(6)]),
-        outstanding_tokens=st.integers(0, 300),
+        charged_tokens=st.integers(0, 300),
+        reported_tokens=st.integers(0, 300),
         max_step_tokens=st.sampled_from([1, 7, 64, 123]),
         longest_tokens=st.integers(1, 500),
     ),
@@ -33,19 +34,19 @@ decode_views = st.lists(
 @given(prefill_views, st.integers(1, 500), st.randoms())
 def test_prefill_goes_to_the_least_loaded_that_fits(views, total_tokens, shuffler) -> None:  # type: ignore[no-untyped-def]
     chosen = choose_prefill(views, total_tokens)
+    outstanding = {v.worker_id: max(v.charged_tokens, v.reported_tokens) for v in views}
     allowed = [
         v
         for v in views
         if v.longest_tokens >= total_tokens
-        and (v.outstanding_tokens == 0 or v.outstanding_tokens < BACKLOG_STEPS * v.max_step_tokens)
+        and (outstanding[v.worker_id] == 0 or outstanding[v.worker_id] < BACKLOG_STEPS * v.max_step_tokens)
     ]
     if not allowed:
         assert chosen is None
         return
-    by_id = {v.worker_id: v for v in views}
-    least = min(v.outstanding_tokens for v in allowed)
-    assert by_id[chosen].outstanding_tokens == least
-    assert chosen == min(v.worker_id for v in allowed if v.outstanding_tokens == least)
+    least = min(outstanding[v.worker_id] for v in allowed)
+    assert outstanding[chosen] == least
+    assert chosen == min(v.worker_id for v in allowed if outstanding[v.worker_id] == least)
     shuffled = list(views)
     shuffler.shuffle(shuffled)
     assert choose_prefill(shuffled, total_tokens) == chosen
@@ -61,9 +62,16 @@ def test_decode_is_asked_emptiest_first(views, total_tokens) -> None:  # type: i
 
 
 def test_an_idle_prefill_worker_takes_a_prompt_of_any_length() -> None:
-    idle = PrefillView("p0", outstanding_tokens=0, max_step_tokens=7, longest_tokens=1000)
+    idle = PrefillView("p0", charged_tokens=0, reported_tokens=0, max_step_tokens=7, longest_tokens=1000)
     assert choose_prefill([idle], 1000) == "p0"
     assert choose_prefill([idle], 1001) is None
+
+
+def test_what_other_routers_placed_counts() -> None:
+    ours, theirs = PrefillView("p0", 40, 0, 64, 1000), PrefillView("p1", 0, 50, 64, 1000)
+    assert choose_prefill([ours, theirs], 10) == "p0"
+    assert choose_prefill([theirs], 10) == "p1"
+    assert choose_prefill([PrefillView("p1", 0, BACKLOG_STEPS * 64, 64, 1000)], 10) is None
 
 
 def test_decode_prefills_only_where_nobody_else_can_unless_told() -> None:

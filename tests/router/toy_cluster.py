@@ -77,6 +77,7 @@ class Faults:
     error_after_tokens_once: tuple[int, LegatoError] | None = None
     say_twice: bool = False
     silent: bool = False
+    subscribe_fails: str = ""  # "at once", "after the first message"
 
     def once(self, name: str) -> LegatoError | None:
         error: LegatoError | None = getattr(self, name)
@@ -96,6 +97,7 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
         self.is_dead = False
         self.trace_ids: list[int] = []
         self.computed_tokens = 0
+        self.waiting_tokens = 0  # of other routers
         self.host = Host("127.0.0.1", 0, internal_key=KEY, drain_s=0.001)
         self.record = worker_pb2.WorkerRecord(
             worker_id=worker_id,
@@ -124,7 +126,9 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
         await self.host.stop()
 
     def load(self) -> worker_pb2.WorkerLoad:
-        return worker_pb2.WorkerLoad(free_blocks=self.total_blocks, computed_tokens=self.computed_tokens)
+        return worker_pb2.WorkerLoad(
+            free_blocks=self.total_blocks, computed_tokens=self.computed_tokens, waiting_tokens=self.waiting_tokens
+        )
 
     async def Describe(self, request: worker_pb2.DescribeRequest, context: object) -> worker_pb2.WorkerRecord:
         return self.record
@@ -228,6 +232,7 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         super().__init__(worker_id, total_blocks)
         self.sequences: dict[str, Running] = {}
         self.most_sequences = 0
+        self.subscribed = 0
         self.subscribers: dict[str, asyncio.Queue[worker_pb2.StepOutput | None]] = {}
         self.tokens = 0
         self._step_s = step_s
@@ -298,10 +303,15 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
     async def Subscribe(
         self, request: worker_pb2.SubscribeRequest, context: object
     ) -> AsyncIterator[worker_pb2.StepOutput]:
+        self.subscribed += 1
+        if self.faults.subscribe_fails == "at once":
+            raise OutOfBlocks("planted")
         queue: asyncio.Queue[worker_pb2.StepOutput | None] = asyncio.Queue()
         self.subscribers[request.router_id] = queue
         try:
             yield worker_pb2.StepOutput(load=self.load())
+            if self.faults.subscribe_fails:
+                raise OutOfBlocks("planted")
             while (output := await queue.get()) is not None:
                 yield output
         finally:
