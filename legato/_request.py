@@ -78,6 +78,7 @@ def answer_options(
     n                   answers to draw; choice i uses seed + i
     forced_token_ids    teacher forcing: the answer begins with these, whatever the model would draw
     """
+    # This function is long, for its list of arguments and their help stand here once, for every method of both clients.
     sampling = common_pb2.SamplingParams(
         max_tokens=_whole("max_tokens", max_tokens),
         temperature=_real("temperature", temperature),

@@ -263,7 +263,7 @@ class Scheduler(Holdings):
         self._totals["generated_tokens"] += 1
         scored = tuple(sequence.prompt_logprobs)
         sequence.prompt_logprobs.clear()
-        finish = self._finish_of(sequence)
+        finish = sequence.finish(self.config.eos_token_ids, self.context_limit)
         held = finish is None and sequence.drawn_here == sequence.draws_here
         if finish is not None:
             self._end(sequence)
@@ -283,14 +283,6 @@ class Scheduler(Holdings):
             started_s=sequence.started_s,
             drawn_s=now_s,
         )
-
-    def _finish_of(self, sequence: Sequence) -> Finish | None:
-        params, token_id = sequence.params, sequence.output_token_ids[-1]
-        if token_id in params.stop_token_ids or (token_id in self.config.eos_token_ids and not params.ignore_eos):
-            return "stop"
-        if len(sequence.output_token_ids) >= params.max_tokens or sequence.known_tokens >= self.context_limit:
-            return "length"
-        return None
 
     def _publish(self, sequence: Sequence) -> None:
         """Blocks that have become full become prefix content."""

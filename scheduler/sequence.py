@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from scheduler.events import Finish
 from scheduler.lifetime import Stage, advance
 from scheduler.plan import Draw, Slice, TokenLogprobs
 from spec.sampling import SamplingParams
@@ -68,6 +69,15 @@ class Sequence:
             return self.prompt_token_ids[start:end]
         output = self.output_token_ids[max(start - prompt_tokens, 0) : end - prompt_tokens]
         return (*self.prompt_token_ids[start:], *output)
+
+    def finish(self, eos_token_ids: tuple[int, ...], context_limit: int) -> Finish | None:
+        """Why its newest token is its last; None: it is not."""
+        token_id, params = self.output_token_ids[-1], self.params
+        if token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos):
+            return "stop"
+        if len(self.output_token_ids) >= params.max_tokens or self.known_tokens >= context_limit:
+            return "length"
+        return None
 
     def forget_blocks(self) -> list[int]:
         """Back to nothing computed; the caller releases the blocks."""

@@ -44,7 +44,8 @@ class Host:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         drain_s: float = 8.0,
     ) -> None:
-        """`internal_key` is the cluster's key (see service/auth.py); without one nobody may call internal services."""
+        """Port 0 takes a free one. `internal_key` is the cluster's key (see service/auth.py): without one nobody may
+        call internal services. Without `api_keys` the others answer anyone. `drain_s`: see stop()."""
         self.host = host
         self.port = port  # the real one from `__aenter__` on
         self._drain_s = drain_s
@@ -71,7 +72,8 @@ class Host:
     def add(
         self, add_to_server: Callable[[Any, Any], None], servicer: object, service: str, *, internal: bool = False
     ) -> None:
-        """`add_to_server` is the generated add_XServicer_to_server. NOT_SERVING until set_serving() says otherwise."""
+        """`add_to_server` is the generated add_XServicer_to_server, `service` the full name of X; `internal`: it wants the
+        cluster's key. May be called while the server runs. NOT_SERVING until set_serving() says otherwise."""
         collected = _Collected()
         add_to_server(servicer, collected)
         assert service in collected.handlers, f"the servicer is of {sorted(collected.handlers)}, not of {service}"
@@ -97,6 +99,7 @@ class Host:
         await self._health.set("", _status(all(self._methods.serving.values())))
 
     async def __aenter__(self) -> Self:
+        """Raises InvalidConfiguration for a host or a port that cannot be listened on."""
         await self._health.set("", _status(False))
         self._add_open(health_pb2_grpc.add_HealthServicer_to_server, self._health)
         self._add_open(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, self._reflection())

@@ -106,6 +106,7 @@ def bench(
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:
+    """Long, for typer reads the options from its arguments; what it does is one Settings."""
     from legato.bench.lengths import parse_lengths
     from legato.bench.settings import Settings, Slo
 
