@@ -21,7 +21,19 @@ GATHERED_PIECES = 512  # of one system call; IOV_MAX is 1024
 SOCKET_BUFFER_BYTES = 4 << 20
 
 
+def listen(host: str) -> socket.socket:
+    """At a port that the system picks, by IPv4 where the host has both. Raises OSError, or ValueError for no name."""
+    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return socket.create_server(address, family=family, backlog=128)
+
+
+def spelled(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def dial(where: SocketsAddress, timeout_s: float) -> socket.socket:
+    """Raises OSError when none answers; ValueError or OverflowError for a name or port that cannot be."""
     if where.unix_path and where.host_id == host_id():
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         link.settimeout(timeout_s)
@@ -29,7 +41,7 @@ def dial(where: SocketsAddress, timeout_s: float) -> socket.socket:
             link.connect(unix_name(where.unix_path))
             tune(link)
             return link
-        except OSError:  # another container of this host: it has its own names
+        except (OSError, ValueError):  # another container of this host: it has its own names
             link.close()
     link = socket.create_connection((where.tcp_host, where.tcp_port), timeout=timeout_s)
     tune(link)

@@ -66,8 +66,13 @@ class Peer(abc.ABC):
 
     @abc.abstractmethod
     def release(self) -> None:
-        """Fails what is in flight, and returns when no byte of it can land any more. Idempotent. Raises TransferFailed
-        when the owner neither confirms nor dies within QUIET_TIMEOUT_S."""
+        """Fails what is in flight, takes no more, and returns when no byte of it can land any more: the owner has
+        confirmed that, or has died. Idempotent.
+
+        Raises TransferFailed when the owner has done neither within QUIET_TIMEOUT_S (it is stuck, or cannot be
+        reached), or when the transport was closed before it did. Then nothing is proven: bytes may have landed and may
+        still land. The peer goes on to be counted, and release() may be called again at any time: it waits and asks
+        anew, and returns or raises by what is true then."""
 
 
 class Transport(abc.ABC):
@@ -91,7 +96,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Releases all peers and regions and ends the threads. Idempotent."""
+        """Releases all peers and regions, cuts off those that do not confirm, and ends the threads. Idempotent."""
 
     @abc.abstractmethod
     def counts(self) -> dict[str, int]:

@@ -27,9 +27,10 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from kvtransfer import ucx_key
+from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_memory
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
-from kvtransfer.ucx_peer import Ledger, UcxPeer, copy_memory
+from kvtransfer.ucx_peer import UcxPeer, copy_memory
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
 from legato.v1.transfer_pb2 import RegionDescriptor, TransferFrame, UcxAddress
 from spec.errors import TransferFailed
@@ -39,11 +40,18 @@ def default_options(host: str) -> dict[str, str]:
     """What libucp is told: loopback stays on loopback; without GPU and RDMA device the transports of a plain host."""
     options = {"TCP_TX_SEG_SIZE": "128k", "TCP_RX_SEG_SIZE": "128k", "TCP_MAX_POLL": "64"}
     options["ALLOC_PRIO"] = "md:sysv,md:posix,mmap"  # never the heap: new memory is zeros, and untouched until used
-    if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+    if _is_loopback(host):
         options["NET_DEVICES"] = "lo"
     if not Path("/proc/driver/nvidia").exists() and not Path("/sys/class/infiniband").exists():
         options["TLS"] = "tcp,sm,self"
     return options
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class UcxTransport(Transport, Ledger):
@@ -207,7 +215,7 @@ class UcxTransport(Transport, Ledger):
         with self._lock:
             peers = [peer for peer in self._peers.values() if peer.endpoint is endpoint]
         for peer in peers:
-            peer.was_lost(endpoint.lost)
+            peer.was_lost(endpoint.lost, dead=endpoint.dead)
 
     def _revoke(self, region: _UcxRegion) -> list[_Link]:
         region.released = True
@@ -229,9 +237,9 @@ class UcxTransport(Transport, Ledger):
             self._transfers.discard(transfer)
             self._written_bytes += written_bytes
 
-    def forget(self, peer: UcxPeer) -> None:
+    def forget(self, link_id: int) -> None:
         with self._lock:
-            self._peers.pop(peer.link_id, None)
+            self._peers.pop(link_id, None)
 
 
 @dataclasses.dataclass(slots=True)
@@ -274,7 +282,6 @@ class _UcxRegion(Region):
                 link.gone.result(max(0.0, deadline_s - time.monotonic()))
             except concurrent.futures.TimeoutError:
                 _kept_forever.append((self.buffer, self._given))
-                self._worker.submit(lambda link=link: self._worker.lose(link.endpoint, "it does not stop"))  # type: ignore[misc]
                 raise TransferFailed("a writer does not confirm that it writes no more") from None
         if self._given is not None:
             self._worker.unmap(self._mapping)

@@ -6,7 +6,6 @@ active message and is in flight until the owner says Written, so that "nothing i
 
 from __future__ import annotations
 
-import abc
 import collections
 import concurrent.futures
 import contextlib
@@ -17,6 +16,7 @@ import secrets
 from collections.abc import Sequence
 
 from kvtransfer import libucp, ucx_key
+from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_pieces
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
@@ -35,19 +35,6 @@ for _function in (_copy_briefly, _copy):
 
 def copy_memory(target: int, source: int, nbytes: int) -> None:
     (_copy_briefly if nbytes <= BRIEF_BYTES else _copy)(target, source, nbytes)
-
-
-class Ledger(abc.ABC):
-    """Who counts: the transport."""
-
-    @abc.abstractmethod
-    def began(self, transfer: Transfer) -> None: ...
-
-    @abc.abstractmethod
-    def ended(self, transfer: Transfer, written_bytes: int) -> None: ...
-
-    @abc.abstractmethod
-    def forget(self, peer: UcxPeer) -> None: ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -101,6 +88,7 @@ class UcxPeer(Peer):
         self._queue: collections.deque[_Write] = collections.deque()  # not wholly taken
         self._write_ids = itertools.count(1)
         self._in_flight: dict[int, _Write] = {}  # by write id: sent and not yet Written
+        self._unproven = ""  # nobody will ever say what became of what was in flight
         self._quiet: concurrent.futures.Future[None] = concurrent.futures.Future()  # nothing in flight or to come
 
     @property
@@ -122,21 +110,16 @@ class UcxPeer(Peer):
         return write.transfer
 
     def release(self) -> None:
-        try:
+        with contextlib.suppress(TransferFailed):  # the transport is closed: what there was to learn is known
             self._worker.submit(lambda: self.lose("the peer is released"))
-        except TransferFailed:
-            return  # the transport is closed: nothing is in flight
         try:
             self._quiet.result(QUIET_TIMEOUT_S)
         except concurrent.futures.TimeoutError:
-            self._worker.submit(self._cut)
             raise TransferFailed("the owner does not confirm that nothing is in flight") from None
-        finally:
-            self._ledger.forget(self)
 
     def abandon(self) -> None:
         """The handshake failed."""
-        self._ledger.forget(self)
+        self._ledger.forget(self.link_id)
         with contextlib.suppress(TransferFailed):
             self._worker.submit(lambda: self.lose("it never was connected"))
 
@@ -175,12 +158,14 @@ class UcxPeer(Peer):
         self._landed(write)
         self._settle()
 
-    def was_lost(self, why: str) -> None:
-        """The endpoint is closed: what was in flight never lands any more."""
+    def was_lost(self, why: str, *, dead: bool) -> None:
+        """The endpoint is closed. Of an owner that is dead nothing in flight lands any more; of another it may."""
         in_flight = list(self._in_flight.values())
         self._in_flight.clear()
         for write in in_flight:
             self._fail(write, why)
+        if in_flight and not dead:
+            self._unproven = f"{why}, and the owner did not confirm that nothing is in flight"
         self.lose(why)
 
     def lose(self, why: str) -> None:
@@ -261,9 +246,8 @@ class UcxPeer(Peer):
             self._worker.library.ucp_rkey_destroy(self._remote_key)
         if self.endpoint is not None:
             self._worker.send(self.endpoint, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
-        self._quiet.set_result(None)
-
-    def _cut(self) -> None:
-        if self.endpoint is not None:
-            self._worker.lose(self.endpoint, "it does not answer")
-        self.was_lost("it does not answer")  # the ledger has forgotten this peer already
+        self._ledger.forget(self.link_id)
+        if self._unproven:
+            self._quiet.set_exception(TransferFailed(self._unproven))
+        else:
+            self._quiet.set_result(None)

@@ -39,12 +39,14 @@ _log = logging.getLogger(__name__)
 
 
 class Endpoint:
-    """A connection to another process's worker; all links between the two share it. `lost` says why, once it is."""
+    """A connection to another process's worker; all links between the two share it. `lost` says why, once it is;
+    `dead` whether that is because libucp found the other end gone."""
 
     def __init__(self, handle: int, address: bytes) -> None:
         self.handle = handle
         self.address = address
         self.lost = ""
+        self.dead = False
 
 
 class UcxWorker:
@@ -216,11 +218,11 @@ class UcxWorker:
         else:
             self._waiting.append((request, done))
 
-    def lose(self, endpoint: Endpoint, why: str) -> None:
+    def lose(self, endpoint: Endpoint, why: str, *, dead: bool) -> None:
         """Closes the endpoint at once; what is in flight to it completes with an error."""
         if endpoint.lost:
             return
-        endpoint.lost = why
+        endpoint.lost, endpoint.dead = why, dead
         if self._endpoints.get(endpoint.address) is endpoint:
             del self._endpoints[endpoint.address]
         request = self.library.ucp_ep_close_nbx(endpoint.handle, ctypes.byref(libucp.FORCE))
@@ -265,7 +267,7 @@ class UcxWorker:
         for handle, status in errors:
             lost = next((e for e in self._endpoints.values() if e.handle == handle), None)
             if lost is not None:
-                self.lose(lost, f"the peer is lost: {self.library.text_of(status)}")
+                self.lose(lost, f"the peer is lost: {self.library.text_of(status)}", dead=True)
         inbox, self._inbox = self._inbox, []
         for encoded in inbox:
             with contextlib.suppress(DecodeError):  # whoever sent that waits in vain, and says so
@@ -314,7 +316,7 @@ class UcxWorker:
             if not self._progress():
                 time.sleep(0.001)
         for endpoint in list(self._endpoints.values()):
-            self.lose(endpoint, "this transport is closed")
+            self.lose(endpoint, "this transport is closed", dead=False)
         deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
         while self._waiting and time.monotonic() < deadline_s:
             if not self._progress():

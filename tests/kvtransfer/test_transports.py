@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-import kvtransfer.sockets
+import kvtransfer.sockets_peer
 import kvtransfer.ucx_peer
 from kvtransfer.transport import Piece, Transport
 from legato.v1.transfer_pb2 import SocketsAddress, UcxAddress
@@ -425,25 +426,109 @@ def test_a_writer_killed_while_it_writes(pair: Pair) -> None:
     assert digest(region.buffer) == digest(bytes(nbytes))
 
 
-@pytest.mark.parametrize("pair", ["sockets", "sockets-tcp", "ucx-tcp"], indirect=True)
-def test_an_owner_that_is_stuck_is_not_called_quiet(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it has received already would land when it goes on: release() says so, and does not hang."""
-    for module in (kvtransfer.sockets, kvtransfer.ucx_peer):
-        monkeypatch.setattr(module, "QUIET_TIMEOUT_S", 0.3)
-    nbytes = 8 * MIB
-    source, peer = pair.connected(nbytes)
+@contextlib.contextmanager
+def _stopped(pair: Pair) -> Iterator[None]:
+    """The far process is stuck, every thread of it, until it goes on at the end."""
     pair.far.process.send_signal(signal.SIGSTOP)
     stopped = [psutil.Process(pair.far.process.pid), *map(psutil.Process, _threads_of(pair.far.process.pid))]
     eventually(lambda: all(each.status() == psutil.STATUS_STOPPED for each in stopped))
     try:
-        transfers = [peer.post(source, [Piece(0, 0, nbytes)]) for _ in range(4)]
-        eventually(lambda: getattr(peer, "_in_flight", True))  # what never left would be quiet
+        yield
+    finally:
+        pair.far.process.send_signal(signal.SIGCONT)
+
+
+def _impatient(monkeypatch: pytest.MonkeyPatch, timeout_s: float) -> None:
+    for module in (kvtransfer.sockets_peer, kvtransfer.ucx_peer):
+        monkeypatch.setattr(module, "QUIET_TIMEOUT_S", timeout_s)
+
+
+def _unquiet(pair: Pair, source: Any, peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The far owner is stuck: what it has received would land when it goes on. release() says so, and does not hang."""
+    transfers = [peer.post(source, [Piece(0, 0, source.buffer.nbytes)]) for _ in range(4)]
+    eventually(lambda: getattr(peer, "_in_flight", True))  # what never left would be quiet
+    _impatient(monkeypatch, 0.15)
+    for _ in range(2):
         with pytest.raises(TransferFailed, match="confirm"):
             peer.release()
-        assert all(isinstance(transfer.exception(timeout=5), TransferFailed) for transfer in transfers)
-        peer.release()
-    finally:
+        assert pair.near.counts()["peers"] == 1
+    assert not peer.connected
+    assert all(isinstance(transfer.exception(timeout=5), TransferFailed) for transfer in transfers)
+    _impatient(monkeypatch, 20.0)
+
+
+through_the_kernel = pytest.mark.parametrize("pair", ["sockets", "sockets-tcp", "ucx-tcp", "ucx-given"], indirect=True)
+
+
+@through_the_kernel
+def test_an_owner_that_was_stuck_is_quiet_once_it_has_confirmed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, peer = pair.connected(8 * MIB)
+    with _stopped(pair):
+        _unquiet(pair, source, peer, monkeypatch)
+    peer.release()
+    before = pair.far.do("digest")
+    assert pair.near.counts()["peers"] == 0
+    time.sleep(0.1)
+    assert pair.far.do("digest") == before
+    peer.release()
+    again = pair.near.connect(pair.address(), pair.far_region(8 * MIB))  # the owner serves on
+    again.post(source, [Piece(0, 0, 8 * MIB)]).result(20)
+    assert pair.far.do("digest") == digest(source.buffer)
+
+
+@through_the_kernel
+def test_an_owner_that_was_stuck_is_quiet_once_it_is_dead(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, peer = pair.connected(8 * MIB)
+    with _stopped(pair):
+        _unquiet(pair, source, peer, monkeypatch)
         pair.far.kill()
+    peer.release()
+    assert pair.near.counts()["peers"] == 0
+
+
+@pytest.mark.parametrize("pair", ["sockets", "ucx-tcp"], indirect=True)
+def test_an_owner_that_confirms_after_release_gave_up_is_no_longer_counted(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, peer = pair.connected(8 * MIB)
+    with _stopped(pair):
+        _unquiet(pair, source, peer, monkeypatch)
+    eventually(lambda: pair.near.counts()["peers"] == 0)
+
+
+@pytest.mark.parametrize("pair", ["sockets", "ucx-tcp"], indirect=True)
+def test_closing_does_not_wait_for_ever_for_the_stuck_nor_call_them_quiet(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, peer = pair.connected(8 * MIB)
+    with _stopped(pair):
+        _unquiet(pair, source, peer, monkeypatch)
+        _impatient(monkeypatch, 0.15)
+        pair.near.close()
+        with pytest.raises(TransferFailed, match="confirm"):
+            peer.release()
+        pair.far.kill()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system does not give up on a TCP link early")
+@pytest.mark.parametrize("pair", ["sockets-tcp"], indirect=True)
+def test_a_link_that_the_system_gave_up_is_not_called_quiet(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that a stuck owner does not drain breaks by TCP_USER_TIMEOUT, with bytes at the owner that still land."""
+    source, peer = pair.connected(64 * MIB)
+    peer._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 200)
+    with _stopped(pair):
+        transfer = peer.post(source, [Piece(0, 0, 64 * MIB)])
+        assert isinstance(transfer.exception(timeout=20), TransferFailed)
+        _impatient(monkeypatch, 0.15)
+        for _ in range(2):
+            with pytest.raises(TransferFailed, match="confirm"):
+                peer.release()
+        _impatient(monkeypatch, 20.0)
+    peer.release()
+    before = pair.far.do("digest")
+    time.sleep(0.1)
+    assert pair.far.do("digest") == before
+    assert pair.near.counts()["peers"] == 0
 
 
 @only_processes
