@@ -72,8 +72,8 @@ class Host:
     def add(
         self, add_to_server: Callable[[Any, Any], None], servicer: object, service: str, *, internal: bool = False
     ) -> None:
-        """`add_to_server` is the generated add_XServicer_to_server, `service` the full name of X; `internal`: it wants the
-        cluster's key. May be called while the server runs. NOT_SERVING until set_serving() says otherwise."""
+        """`add_to_server` is the generated add_XServicer_to_server, `service` the full name of X, `internal` whether it
+        wants the cluster's key. May be called while the server runs. NOT_SERVING until set_serving() says otherwise."""
         collected = _Collected()
         add_to_server(servicer, collected)
         assert service in collected.handlers, f"the servicer is of {sorted(collected.handlers)}, not of {service}"
