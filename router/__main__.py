@@ -77,14 +77,14 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
 
 
 async def _tell_health(registry: Registry, host: Host) -> None:
-    """SERVING while at least one model has both pools."""
+    """SERVING while at least one model has a decode worker: see Registry.serves."""
     was = False
     while True:
         seen = registry.membership.version
         serves = registry.serves()
         if serves != was:
             was = serves
-            logger.info("%s", "ready" if serves else "not ready: a pool is empty")
+            logger.info("%s", "ready" if serves else "not ready: no decode worker is there")
             await host.set_serving(INFERENCE, serves)
         await registry.membership.beyond(seen, READY_LOOK_S)
 

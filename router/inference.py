@@ -85,7 +85,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self.meter.running_requests += 1
         reason = "CANCELLED"  # unless it ends otherwise
         try:
-            with logs.request_id(request_id), self._spans.span(names.SPAN_REQUEST, {names.REQUEST_ID: request_id}):
+            attributes = {names.REQUEST_ID: request_id}
+            with (
+                logs.request_id(request_id),
+                self._spans.span(names.SPAN_REQUEST, attributes, start_ns=received_ns),
+            ):
                 if self.draining:
                     raise Draining("this router is stopping")
                 model = self._registry.model(model_id)

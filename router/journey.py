@@ -108,10 +108,6 @@ class Journey:
         self._prefill_call: asyncio.Task[bool] | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
-    @property
-    def output_tokens(self) -> int:
-        return len(self._output)
-
     async def run(self) -> AsyncGenerator[Drawn, None]:
         """Raises the typed error that ended it. Use with contextlib.aclosing."""
         while True:
@@ -134,13 +130,23 @@ class Journey:
     # -- one placement ------------------------------------------------------------------------------------------------
 
     async def _place(self) -> Placement:
-        self.ledger.stood(time.time_ns())
-        with self._spans.span(names.SPAN_ROUTE, {names.ATTEMPT: self.ledger.route.attempts + 1}):
-            try:
-                async with asyncio.timeout_at(self._deadline.at_s):
-                    return await self._placer.place(self._need, self._next_name)
-            except TimeoutError:
-                raise DeadlineExceeded("the deadline passed while the request waited for workers with room") from None
+        """Its span is not the current one: what workers are asked for belongs to the request, and outlives this."""
+        now_ns = time.time_ns()
+        self.ledger.stood(now_ns)
+        attempt = self.ledger.route.attempts + 1
+        begun_ns = self.ledger.times.sent_ns if attempt == 1 and not self._need.was_placed else now_ns
+        attributes: dict[str, str | int] = {names.ATTEMPT: attempt}
+        try:
+            async with asyncio.timeout_at(self._deadline.at_s):
+                return await self._placer.place(self._need, self._next_name)
+        except TimeoutError:
+            attributes[names.ERROR_REASON] = DeadlineExceeded.reason
+            raise DeadlineExceeded("the deadline passed while the request waited for workers with room") from None
+        except LegatoError as error:
+            attributes[names.ERROR_REASON] = error.reason
+            raise
+        finally:
+            self._spans.record(names.SPAN_ROUTE, begun_ns, time.time_ns(), attributes)
 
     def _next_name(self) -> str:
         self._placements += 1
@@ -170,21 +176,20 @@ class Journey:
         request = worker_pb2.PrefillRequest(sequence=placement.sequence, reservation=placement.reservation)
         if decode is not None:
             request.decode_address = decode.record.address
-        with self._spans.span(names.SPAN_PREFILL, {names.WORKER_ID: prefill.worker_id}):
-            call = prefill.prefill.Prefill(request, timeout=self._deadline.remaining_s() + QUIET_END_S)
+        call = prefill.prefill.Prefill(request, timeout=self._deadline.remaining_s() + QUIET_END_S)
+        complete = False
+        try:
+            async for event in call:
+                complete = event.HasField("handed_over") or bool(event.first_token.finish_reason)
+                placement.events.put_nowait(event)
+            if not complete:
+                error: LegatoError = TransferFailed(f"{prefill.worker_id} ended the call before the hand-over")
+                placement.events.put_nowait(Failure(error, prefill))
+        except grpc.aio.AioRpcError as rpc_error:
             complete = False
-            try:
-                async for event in call:
-                    complete = event.HasField("handed_over") or bool(event.first_token.finish_reason)
-                    placement.events.put_nowait(event)
-                if not complete:
-                    error: LegatoError = TransferFailed(f"{prefill.worker_id} ended the call before the hand-over")
-                    placement.events.put_nowait(Failure(error, prefill))
-            except grpc.aio.AioRpcError as rpc_error:
-                complete = False
-                placement.events.put_nowait(Failure(prefill.call_failed(rpc_error), prefill))
-            finally:
-                call.cancel()
+            placement.events.put_nowait(Failure(prefill.call_failed(rpc_error), prefill))
+        finally:
+            call.cancel()
         return complete
 
     async def _next(self, placement: Placement) -> Drawn:
@@ -281,7 +286,6 @@ class Journey:
             if call is not None:
                 call.cancel()
             self._placer.give_up(placement)
-        self._record_decode()
 
     async def _end_quietly(self, call: asyncio.Task[bool], placement: Placement) -> None:
         """A Prefill call whose first token ended the answer gives its reservation back itself. If it fails, we do."""
@@ -289,15 +293,3 @@ class Journey:
         if not call.done() or not call.result():
             call.cancel()
             self._placer.give_up(placement)
-
-    def _record_decode(self) -> None:
-        """The stages that no process sees from inside."""
-        times = self.ledger.times
-        if times.handed_over_ns:
-            attributes: dict[str, str | int] = {
-                names.OUTPUT_TOKENS: len(self._output),
-                names.WORKER_ID: self.ledger.route.decode_worker_id,
-            }
-            with self._spans.span(names.SPAN_DECODE, attributes, start_ns=times.handed_over_ns):
-                self._spans.record(names.SPAN_DECODE_QUEUE, times.handed_over_ns, times.decode_started_ns)
-                self._spans.record(names.SPAN_DECODE_FIRST_STEP, times.decode_started_ns, times.second_token_ns)

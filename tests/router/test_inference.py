@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import re
 import threading
@@ -13,17 +12,12 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from legato.v1 import common_pb2, inference_pb2
 from router.meter import quantiles
 from service.status import error_from_rpc
 from service.tokenizer import Tokenizer
 from spec.errors import ContextTooLong, InvalidParameter, NoWorkers, RequestError, UnknownModel
-from telemetry import names
-from telemetry.setup import setup
 from tests.router.toy_cluster import EOS, VOCAB, ToyDecode, ToyPrefill, ToyRouter, next_token, whole_answer
 
 Response = inference_pb2.GenerateResponse
@@ -296,33 +290,6 @@ async def test_the_operators_view(router: ToyRouter) -> None:
     assert view.router.ttft_s.count == 1
     assert view.router.itl_s.count > 200
     assert {worker.state for worker in view.workers} == {"ready"}
-
-
-async def test_one_request_is_one_trace(tokenizer: Tokenizer) -> None:
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    telemetry = dataclasses.replace(setup("traced"), tracer=provider.get_tracer("traced"), enabled=True)
-    async with ToyRouter(tokenizer, telemetry=telemetry) as router:
-        prefill = ToyPrefill("p0")
-        await router.join(prefill, ToyDecode("d0"))
-        await responses(router, generate(ids=[1], ignore_eos=True))
-        await router.at_rest()
-    spans = {span.name: span for span in exporter.get_finished_spans()}
-    request = spans[names.SPAN_REQUEST]
-    assert spans.keys() == {
-        names.SPAN_REQUEST,
-        names.SPAN_ROUTE,
-        names.SPAN_PREFILL,
-        names.SPAN_DECODE,
-        names.SPAN_DECODE_QUEUE,
-        names.SPAN_DECODE_FIRST_STEP,
-    }
-    assert {span.context.trace_id for span in spans.values()} == {request.context.trace_id}
-    assert prefill.trace_ids == [request.context.trace_id]
-    for name in (names.SPAN_ROUTE, names.SPAN_PREFILL, names.SPAN_DECODE):
-        assert spans[name].parent.span_id == request.context.span_id
-        assert request.start_time <= spans[name].start_time <= spans[name].end_time <= request.end_time
-    assert spans[names.SPAN_DECODE_QUEUE].parent.span_id == spans[names.SPAN_DECODE].context.span_id
 
 
 @given(st.lists(st.floats(0, 100), min_size=1))

@@ -95,7 +95,7 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
         self.total_blocks = total_blocks
         self.calls = 0
         self.is_dead = False
-        self.trace_ids: list[int] = []
+        self.called_under: list[tuple[str, trace.SpanContext]] = []  # method, and the span that the caller sent along
         self.computed_tokens = 0
         self.waiting_tokens = 0  # of other routers
         self.host = Host("127.0.0.1", 0, internal_key=KEY, drain_s=0.001)
@@ -130,6 +130,9 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
             free_blocks=self.total_blocks, computed_tokens=self.computed_tokens, waiting_tokens=self.waiting_tokens
         )
 
+    def called(self, method: str) -> None:
+        self.called_under.append((method, trace.get_current_span().get_span_context()))
+
     async def Describe(self, request: worker_pb2.DescribeRequest, context: object) -> worker_pb2.WorkerRecord:
         return self.record
 
@@ -148,7 +151,7 @@ class ToyPrefill(ToyWorker, worker_pb2_grpc.PrefillServicer):
         self, request: worker_pb2.PrefillRequest, context: object
     ) -> AsyncIterator[worker_pb2.PrefillEvent]:
         self.calls += 1
-        self.trace_ids.append(trace.get_current_span().get_span_context().trace_id)
+        self.called("Prefill")
         try:
             async for event in self._prefill(request):
                 yield event
@@ -268,12 +271,14 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         return self.sequences[state.sequence_id]
 
     async def Reserve(self, request: worker_pb2.ReserveRequest, context: object) -> worker_pb2.Reservation:
+        self.called("Reserve")
         await asyncio.sleep(self.faults.reserve_delay_s)
         self._take(request.router_id, request.sequence)
         ticket = worker_pb2.Ticket(sequence_id=request.sequence.sequence_id, producer_epoch=request.prefill_epoch)
         return worker_pb2.Reservation(ticket=worker_pb2.SignedTicket(ticket=ticket.SerializeToString()))
 
     async def Admit(self, request: worker_pb2.AdmitRequest, context: object) -> worker_pb2.AdmitResponse:
+        self.called("Admit")
         self._take(request.router_id, request.sequence).admitted = True
         return worker_pb2.AdmitResponse()
 
