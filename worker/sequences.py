@@ -8,7 +8,7 @@ from legato.v1 import worker_pb2
 from scheduler.sequence import Sequence
 from service.messages import sampling_from_proto
 from spec.errors import InvalidParameter
-from spec.sampling import check_token_ids
+from spec.sampling import check_logprobs_fit, check_token_ids
 from worker.clock import monotonic_s
 
 
@@ -18,6 +18,7 @@ def sequence_from_proto(state: worker_pb2.SequenceState, vocab_size: int, *, dra
     Raises InvalidParameter for what would not be an input but a fault inside the engine: nothing is taken on trust."""
     params = sampling_from_proto(state.sampling)
     params.validate(vocab_size)
+    check_logprobs_fit(params, len(state.prompt_token_ids))
     if not state.prompt_token_ids:
         raise InvalidParameter("must hold at least one token", field="prompt_token_ids")
     check_token_ids(state.prompt_token_ids, vocab_size, field="prompt_token_ids")
