@@ -29,11 +29,15 @@ class Up:
     def pids(self) -> dict[str, int]:
         """Of the workers and the router, as the log of state changes has them last."""
         found = {}
-        for line in self.stderr.read_text().splitlines():
-            words = line.split()
+        for words in map(str.split, self.stderr.read_text().splitlines()):
             if "pid" in words:
                 found[words[2]] = int(words[words.index("pid") + 1])
         return found
+
+    def told(self, name: str) -> list[list[str]]:
+        """What it said of one process, in words: seconds, "s", name, state, ..."""
+        lines = map(str.split, self.stderr.read_text().splitlines())
+        return [words for words in lines if len(words) > 3 and words[2] == name]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,28 @@ def test_up_serves_restarts_what_dies_and_stops_clean(start: Callable[[], Up]) -
     assert not [name for name, pid in pids.items() if is_alive(pid)]
     assert cluster.process.stdout is not None
     assert cluster.process.stdout.read() == ""
-    assert not list((cluster.stderr.parent / "run").glob("*.yaml"))  # they held the cluster's key
+    assert_no_secret_stays(cluster)
+
+
+@pytest.mark.parametrize("victim", ["tether", "server"])
+def test_a_killed_redis_is_started_again_and_leaves_no_orphan(start: Callable[[], Up], victim: str) -> None:
+    cluster = start()
+    tether = cluster.pids()["redis"]
+    (server,) = children_of(tether)
+    os.kill(tether if victim == "tether" else server, signal.SIGKILL)
+    wait_for(lambda: not is_alive(tether) and not is_alive(server), 30.0)
+    wait_for(lambda: [words[3] for words in cluster.told("redis")].count("ready") == 2, READY_S)
+    assert [words[3] for words in cluster.told("redis")] == ["starting", "ready", "restarting", "starting", "ready"]
+    again = cluster.pids()["redis"]
+    assert again != tether
+    (server,) = children_of(again)
+    with legato.Client(cluster.address, timeout_s=READY_S) as client:
+        wait_for(lambda: client.cluster().registry_reachable, READY_S)
+        assert client.generate("abc", max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+    cluster.process.send_signal(signal.SIGTERM)
+    assert cluster.process.wait(STOP_S) == 0, cluster.stderr.read_text()
+    wait_for(lambda: not is_alive(server), 5.0)
+    assert_no_secret_stays(cluster)
 
 
 def test_no_orphan_when_up_itself_is_killed(start: Callable[[], Up]) -> None:
@@ -108,6 +133,15 @@ def test_up_ends_when_a_worker_cannot_load_its_model(tmp_path: Path) -> None:
     assert "unheard-of" in done.stderr.splitlines()[-1]
     assert "restarting" not in done.stderr
     assert done.stdout == ""
+
+
+def assert_no_secret_stays(cluster: Up) -> None:
+    """The cluster's key and the password of the embedded server; the logs stay."""
+    assert {path.suffix for path in (cluster.stderr.parent / "run").iterdir()} == {".log"}
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_alive(pid: int) -> bool:

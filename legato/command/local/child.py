@@ -33,6 +33,7 @@ class Child:
         self._command = list(command)
         self._environment = dict(environment)
         self._process: asyncio.subprocess.Process | None = None
+        self._end: asyncio.Task[int] | None = None
 
     @property
     def pid(self) -> int:
@@ -56,11 +57,12 @@ class Child:
                 env=self._environment,
                 process_group=0,
             )
+        self._end = asyncio.create_task(_end_of(self._process))
 
     async def wait(self) -> int:
-        """The exit code; negative: the signal that ended it."""
-        assert self._process is not None, "start() comes first"
-        return await self._process.wait()
+        """The exit code; negative: the signal that ended it. Nothing of its group runs any more then."""
+        assert self._end is not None, "start() comes first"
+        return await asyncio.shield(self._end)
 
     def mark_ready(self, address: str = "") -> None:
         self.state, self.was_ready = "ready", True
@@ -76,8 +78,7 @@ class Child:
     def kill(self) -> None:
         """The whole group: a compiler that it runs, too."""
         if self.is_running:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+            _kill_group(self.pid)
 
     def last_lines(self, count: int = 1) -> list[str]:
         """Of its log, as it stands now."""
@@ -96,3 +97,16 @@ class Child:
             if told:
                 return told[1], int(told[2])
         return None
+
+
+async def _end_of(process: asyncio.subprocess.Process) -> int:
+    """What it leaves behind (the server of a killed tether) would hold its port. Its group's number is free for others
+    once the group is empty, so this is done once, as soon as the leader has ended."""
+    code = await process.wait()
+    _kill_group(process.pid)
+    return code
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -3,7 +3,7 @@
 start()        checks port and Redis, then starts every process at once
 wait_ready()   until the router says SERVING and every worker is ready; raises what keeps it from there
 failed         a future: what ended the cluster by itself, while it served
-stop()         SIGTERM, then SIGKILL; within STOP_S
+stop()         SIGTERM, then SIGKILL; within STOP_S. Files that hold the cluster's key or a password go with it
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from spec.errors import InternalError, InvalidConfiguration, SetupError
 STOP_S = 9.0  # all of it, the last kill included, stays under 10
 DRAIN_S = 5.0  # a part of it is left for closing down
 POLL_S = 0.2
+REDIS_ANSWERS_S = 5.0
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 10.0
 STABLE_S = 30.0  # who was ready for so long starts its delays anew
 MAX_FAILED_RESTARTS = 5  # in succession, without having been ready between
@@ -54,6 +55,8 @@ class LocalCluster:
         self._tasks: list[asyncio.Task[None]] = []
         self._is_stopping = False
         self._router: Child | None = None
+        self._redis: Child | None = None
+        self._secrets: list[Path] = []  # files of ours
 
     @property
     def address(self) -> str:
@@ -70,7 +73,7 @@ class LocalCluster:
             }
         )
         try:
-            resolved = self._config.resolve(await self._redis())
+            resolved = self._config.resolve(await self._redis_url())
             self._config = resolved
             self._router = self._add("router", resolved.router())
             self.workers = [self._add(f"{worker.role}_svc", worker) for worker in resolved.workers()]
@@ -94,40 +97,51 @@ class LocalCluster:
     async def stop(self) -> None:
         """Idempotent. Redis goes last, so that workers can take their registration back."""
         self._is_stopping = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        deadline_s = time.monotonic() + STOP_S
-        ours = [child for child in self.children if child.name != "redis"]
-        redis = [child for child in self.children if child.name == "redis"]
-        await self._stop(ours, deadline_s - 0.5)
-        await self._stop(redis, deadline_s)
-        for path in self.folder.glob("*.yaml"):  # they hold the cluster's key
-            path.unlink()
+        try:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            deadline_s = time.monotonic() + STOP_S
+            await self._stop([child for child in self.children if child is not self._redis], deadline_s - 0.5)
+            await self._stop([self._redis] if self._redis is not None else [], deadline_s)
+        finally:
+            for path in self._secrets:
+                path.unlink(missing_ok=True)
 
     def kill(self) -> None:
         """At once, without grace."""
         for child in self.children:
             child.kill()
 
-    async def _redis(self) -> str:
+    async def _redis_url(self) -> str:
         if self._config.redis_url is not None:
             await check_redis(self._config.redis_url)
             return self._config.redis_url
         port = free_port("127.0.0.1", 0)
+        self._secrets.append(self.folder / valkey.CONFIGURATION)
         command, url = valkey.prepare(port, self.folder)
-        child = self._child("redis", command)
-        await self._start(child)
-        for _ in range(50):
+        self._redis = self._child("redis", command)
+        self._config = self._config.model_copy(update={"redis_url": url})
+        await self._start(self._redis)
+        if not await self._redis_answers(self._redis):
+            raise InvalidConfiguration(
+                f"the embedded Redis server did not start: {' '.join(self._redis.last_lines(3))}"
+            )
+        return url
+
+    async def _redis_answers(self, child: Child) -> bool:
+        """Whether the embedded server came up. One that runs and does not answer is ended."""
+        assert self._config.redis_url is not None, "_redis_url() comes first"
+        deadline_s = time.monotonic() + REDIS_ANSWERS_S
+        while child.is_running and time.monotonic() < deadline_s:
             with contextlib.suppress(InvalidConfiguration):
-                await check_redis(url)
-                child.mark_ready(f"127.0.0.1:{port}")
+                await check_redis(self._config.redis_url)
+                child.mark_ready(self._config.redis_url.rpartition("@")[2].partition("/")[0])
                 self._on_change(child)
-                return url
-            if not child.is_running:
-                break
+                return True
             await asyncio.sleep(0.1)
-        raise InvalidConfiguration(f"the embedded Redis server did not start: {' '.join(child.last_lines(3))}")
+        child.kill()
+        return False
 
     def _add(self, module: str, config: WorkerConfig | RouterConfig) -> Child:
         name = config.worker_id if isinstance(config, WorkerConfig) else config.router_id
@@ -137,6 +151,7 @@ class LocalCluster:
 
     def _write(self, name: str, config: Section) -> Path:
         path = self.folder / f"{name}.yaml"
+        self._secrets.append(path)
         save(config, path)
         return path
 
@@ -171,9 +186,8 @@ class LocalCluster:
             await asyncio.sleep(min(MAX_DELAY_S, FIRST_DELAY_S * 2**failures))
             await child.start()
             self._on_change(child)
-            if child.name == "redis":  # it has nothing to load
-                child.mark_ready()
-                self._on_change(child)
+            if child is self._redis:
+                await self._redis_answers(child)
 
     def _fail(self, child: Child, code: int) -> None:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -207,6 +221,8 @@ class LocalCluster:
 
     async def _stop(self, children: list[Child], deadline_s: float) -> None:
         running = [child for child in children if child.is_running]
+        ended = [child for child in children if child.pid and not child.is_running]
+        await asyncio.gather(*(child.wait() for child in ended))
         for child in running:
             child.ask_to_stop()
             self._on_change(child)

