@@ -12,6 +12,7 @@ Names are loaded at their first use: `import legato` alone, which `legato.v1` (t
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def __getattr__(name: str) -> object:
         return importlib.import_module("legato.errors")
     if name not in __all__:
         raise AttributeError(f"module 'legato' has no attribute {name!r}")
+    if (
+        name in _HOME
+    ):  # gRPC reads this at its import; what it logs (a router that goes away, say) comes as an error too
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     home = _HOME.get(name, "errors" if name == "LegatoError" else "types")
     return getattr(importlib.import_module(f"legato.{home}"), name)
 

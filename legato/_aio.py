@@ -17,6 +17,7 @@ from legato._exchange import Exchange
 from legato._request import Prompt, Sampling, takes_sampling
 from legato._retry import Retries
 from legato._verbs import Unary, Verbs
+from legato.errors import RequestCancelled
 from legato.types import Answer, ClusterView, Message, Model, Piece
 
 
@@ -79,7 +80,8 @@ class AsyncStream(AsyncIterator[Piece]):
     async def _receive(self) -> Piece | None:
         """The next message, or the next send. Sets `_is_left` at the end."""
         try:
-            response = await self._call.read()
+            with self._channels.waiting():
+                response = await self._call.read()
         except grpc.RpcError as error:
             delay_s = self._exchange.failed(_rpc.Failure.of(error))
             if delay_s is None:
@@ -110,18 +112,38 @@ class AsyncStream(AsyncIterator[Piece]):
         self._exchange.close(error)
 
 
+CLOSED = "the client is closed"
+
+
 class _Channels:
     """One channel for each router, opened when it is first needed: a channel belongs to the loop that runs then."""
 
     def __init__(self) -> None:
         self._open: dict[str, grpc.aio.Channel] = {}
+        self.is_closed = False
 
     def of(self, address: str) -> grpc.aio.Channel:
+        """Raises RequestCancelled once the client is closed."""
+        if self.is_closed:
+            raise RequestCancelled(CLOSED)
         if address not in self._open:
             self._open[address] = grpc.aio.insecure_channel(address, options=_rpc.CHANNEL_OPTIONS)
         return self._open[address]
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For a reply. A channel that is closed meanwhile cancels the call, which must not look as if the task that
+        waits had been cancelled: it raises RequestCancelled."""
+        try:
+            yield
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            task = asyncio.current_task()
+            if self.is_closed and not (task is not None and task.cancelling()):
+                raise RequestCancelled(CLOSED) from None
+            raise
+
     async def close(self) -> None:
+        self.is_closed = True
         channels = list(self._open.values())
         self._open.clear()
         for channel in channels:
@@ -154,7 +176,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends every request that still runs. Idempotent."""
+        """Ends every request that still runs; later ones raise RequestCancelled. Idempotent."""
         await self._channels.close()
 
     @takes_sampling
@@ -258,7 +280,8 @@ class AsyncClient:
             left_s = max(0.0, deadline_s - time.monotonic())
             call = method(unary.request, timeout=left_s, metadata=self._verbs.metadata())
             try:
-                return unary.read(await call)
+                with self._channels.waiting():
+                    return unary.read(await call)
             except grpc.RpcError as error:
                 typed = _rpc.error_of(_rpc.Failure.of(error), address, "")
                 delay_s = backoff.delay_after_s(typed, time.monotonic(), progressed=False)

@@ -72,8 +72,9 @@ class Stream(Iterator[Piece]):
 
     def _open(self) -> None:
         send = self._exchange.open()
-        method = _rpc.method_of(self._channels.of(send.address), "Inference", send.method)
-        self._call = method(send.request, timeout=send.timeout_s, metadata=send.metadata)
+        with self._channels.of(send.address) as channel:
+            method = _rpc.method_of(channel, "Inference", send.method)
+            self._call = method(send.request, timeout=send.timeout_s, metadata=send.metadata)
 
     def _receive(self) -> Piece | None:
         """The next message, or the next send. Sets `_left` at the end."""
@@ -84,7 +85,9 @@ class Stream(Iterator[Piece]):
             self._leave(None)
         except grpc.RpcError as error:
             if self._left.is_set():
-                raise RequestCancelled("the stream was closed", request_id=self.request_id) from None
+                raise RequestCancelled("the stream was closed") from None
+            if self._channels.is_closed:
+                raise RequestCancelled(CLOSED) from None
             delay_s = self._exchange.failed(_rpc.Failure.of(error))
             if delay_s is None:
                 self._leave(None)
@@ -110,21 +113,36 @@ class Stream(Iterator[Piece]):
         self._exchange.close(error)
 
 
+CLOSED = "the client is closed"
+
+
 class _Channels:
     """One channel for each router, opened when it is first needed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, grpc.Channel] = {}
+        self.is_closed = False
 
-    def of(self, address: str) -> grpc.Channel:
+    @contextlib.contextmanager
+    def of(self, address: str) -> Iterator[grpc.Channel]:
+        """To begin a call on. Raises RequestCancelled once the client is closed, also while the block runs."""
         with self._lock:
+            if self.is_closed:
+                raise RequestCancelled(CLOSED)
             if address not in self._open:
                 self._open[address] = grpc.insecure_channel(address, options=_rpc.CHANNEL_OPTIONS)
-            return self._open[address]
+            channel = self._open[address]
+        try:
+            yield channel
+        except ValueError:  # how a closed channel refuses a call
+            if self.is_closed:
+                raise RequestCancelled(CLOSED) from None
+            raise
 
     def close(self) -> None:
         with self._lock:
+            self.is_closed = True
             for channel in self._open.values():
                 channel.close()
             self._open.clear()
@@ -154,7 +172,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends every request that still runs. Idempotent."""
+        """Ends every request that still runs; later ones raise RequestCancelled. Idempotent."""
         self._channels.close()
 
     @takes_sampling
@@ -251,11 +269,14 @@ class Client:
         backoff, deadline_s = self._verbs.backoff(timeout_s)
         while True:
             address = self._verbs.endpoints.address
-            method = _rpc.method_of(self._channels.of(address), unary.service, unary.method)
             left_s = max(0.0, deadline_s - time.monotonic())
             try:
-                reply = method(unary.request, timeout=left_s, metadata=self._verbs.metadata())
+                with self._channels.of(address) as channel:
+                    method = _rpc.method_of(channel, unary.service, unary.method)
+                    reply = method(unary.request, timeout=left_s, metadata=self._verbs.metadata())
             except grpc.RpcError as error:
+                if self._channels.is_closed:
+                    raise RequestCancelled(CLOSED) from None
                 typed = _rpc.error_of(_rpc.Failure.of(error), address, "")
                 delay_s = backoff.delay_after_s(typed, time.monotonic(), progressed=False)
             else:

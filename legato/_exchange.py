@@ -84,19 +84,11 @@ class Exchange:
         return Send(self._address, self._method, self._request, left_s, self._metadata)
 
     def feed(self, response: inference_pb2.GenerateResponse) -> Piece | None:
-        try:
-            return self._assembly.feed(response, time.monotonic_ns() - self._sent_ns)
-        except LegatoError as error:
-            error.request_id = self.request_id
-            raise
+        return self._assembly.feed(response, time.monotonic_ns() - self._sent_ns)
 
     def end(self) -> None:
         """The call ended well."""
-        try:
-            self._assembly.end()
-        except LegatoError as error:
-            error.request_id = self.request_id
-            raise
+        self._assembly.end()
 
     def failed(self, failure: _rpc.Failure) -> float | None:
         """The call ended with a status. Seconds to wait before `open()` again; None: the answer is whole all the same.
@@ -114,8 +106,18 @@ class Exchange:
         return self._assembly.answer(self.request_id)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the span. Idempotent."""
+        """Ends the span; an error that ends the request is told whose it is and what had come. Idempotent."""
         if not self._is_closed:
             self._is_closed = True
+            if isinstance(error, LegatoError):
+                self._complete(error)
             self._span.set_attribute("legato.output_tokens", self._assembly.num_tokens)
             _rpc.end_span(self._span, error)
+
+    def _complete(self, error: LegatoError) -> None:
+        tokens = self._assembly.num_tokens
+        error.request_id = error.request_id or self.request_id
+        error.answer = self.answer()
+        if tokens:
+            error.details["tokens"] = str(tokens)
+            error.message += f"; {tokens} {'tokens' if tokens > 1 else 'token'} of the answer had come"

@@ -1,19 +1,24 @@
 """Builds the requests of both clients. What the wire can carry the cluster judges; only what it cannot carry is refused
-here, as InvalidParameter: wrong types, lone surrogates, whole numbers outside their field."""
+here, as InvalidParameter: wrong types, lone surrogates, numbers outside their field."""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
+import math
 import operator
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 from legato.errors import InvalidParameter
 from legato.types import Message
 from legato.v1 import common_pb2, inference_pb2
 
 Prompt = str | Iterable[int]
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # a float's on the wire
 
 
 class Sampling(TypedDict, total=False):
@@ -60,7 +65,7 @@ def answer_options(
 ) -> inference_pb2.AnswerOptions:
     """How an answer is drawn.
 
-    max_tokens          tokens to generate at most, at least 1
+    max_tokens          tokens to generate at most, at least 1; cut to what the context leaves behind the prompt
     temperature         0 = greedy, 1 = the model's own distribution
     top_k               draw among the k likeliest; 0 = off
     top_p               draw among the likeliest that together hold this much probability; 1 = off
@@ -80,7 +85,7 @@ def answer_options(
     """
     # This function is long, for its list of arguments and their help stand here once, for every method of both clients.
     sampling = common_pb2.SamplingParams(
-        max_tokens=_whole("max_tokens", max_tokens),
+        max_tokens=_whole("max_tokens", max_tokens, least=1),
         temperature=_real("temperature", temperature),
         top_k=_whole("top_k", top_k),
         top_p=_real("top_p", top_p),
@@ -112,14 +117,38 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def takes_sampling(method: Method) -> Method:
-    """Gives a method with `**sampling: Unpack[Sampling]` the explicit signature and the help of answer_options."""
+    """Gives a method with `**sampling: Unpack[Sampling]` the explicit signature and the help of answer_options.
+
+    An option that is none raises TypeError, which names the method that was called and the nearest option."""
     own = inspect.signature(method)
     kept = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     added = list(inspect.signature(answer_options).parameters.values())
-    method.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+    signature = own.replace(parameters=[*kept, *added])
+
+    def check(given: Iterable[str]) -> None:
+        for name in given:
+            if name not in signature.parameters:
+                near = difflib.get_close_matches(name, signature.parameters, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{method.__qualname__}() has no option {name!r}{hint}")
+
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def verb(*arguments: Any, **options: Any) -> Any:
+            check(options)
+            return await method(*arguments, **options)
+    else:
+
+        @functools.wraps(method)
+        def verb(*arguments: Any, **options: Any) -> Any:
+            check(options)
+            return method(*arguments, **options)
+
+    verb.__signature__ = signature  # type: ignore[attr-defined]
     shared = (inspect.getdoc(answer_options) or "").split("\n", 1)[1]
-    method.__doc__ = f"{inspect.getdoc(method)}\n{shared}"
-    return method
+    verb.__doc__ = f"{inspect.getdoc(method)}\n{shared}"
+    return cast(Method, verb)
 
 
 def generate_request(prompt: Prompt, model: str, options: inference_pb2.AnswerOptions) -> inference_pb2.GenerateRequest:
@@ -128,7 +157,7 @@ def generate_request(prompt: Prompt, model: str, options: inference_pb2.AnswerOp
         request.text = _text("prompt", prompt)
     else:
         request.token_ids.SetInParent()  # an empty prompt is sent too: the cluster refuses it
-        request.token_ids.ids.extend(_ids("prompt", prompt))
+        request.token_ids.ids.extend(_ids("prompt", prompt, "text or a list of token ids"))
     return request
 
 
@@ -144,7 +173,7 @@ def tokenize_request(text: str | Iterable[Message], model: str) -> inference_pb2
         request.text = _text("text", text)
     else:
         request.messages.SetInParent()
-        request.messages.messages.extend(chat_messages(text))
+        request.messages.messages.extend(chat_messages(_iterable("text", text, "text or a list of messages")))
     return request
 
 
@@ -173,33 +202,48 @@ def _invalid(field: str, message: str) -> InvalidParameter:
 
 
 def _short(value: object) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        shown = f"a very large {type(value).__name__}"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _whole(field: str, value: object, bits: int = 32) -> int:
+def _whole(field: str, value: object, bits: int = 32, least: int = 0) -> int:
+    """0 is sent where `least` is 1: the cluster refuses it."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise _invalid(field, f"must be a whole number, is {_short(value)}")
     number = operator.index(value)
-    if not 0 <= number < 1 << bits:
-        raise _invalid(field, f"must be between 0 and {(1 << bits) - 1}, is {number}")
+    if number < 0:
+        raise _invalid(field, f"must be at least {least}, is {_short(number)}")
+    if number >= 1 << bits:
+        raise _invalid(field, f"must be at most {(1 << bits) - 1}, is {_short(number)}")
     return number
 
 
 def _real(field: str, value: object) -> float:
     if isinstance(value, (bool, str)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         raise _invalid(field, f"must be a number, is {_short(value)}")
-    return float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = sys.float_info.max if value > 0 else -sys.float_info.max  # type: ignore[operator]
+    except (TypeError, ValueError):  # an array of many, say
+        raise _invalid(field, f"must be a number, is {_short(value)}") from None
+    if math.isfinite(number) and abs(number) > LARGEST_FLOAT:
+        bound = "at most 3.4e38" if number > 0 else "at least -3.4e38"
+        raise _invalid(field, f"must be {bound}, is {_short(value)}")
+    return number
 
 
-def _iterable(field: str, value: object) -> Iterable[Any]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise _invalid(field, f"must be a list, is {_short(value)}")
+def _iterable(field: str, value: object, wanted: str = "a list") -> Iterable[Any]:
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+        raise _invalid(field, f"must be {wanted}, is {_short(value)}")
     return value
 
 
-def _ids(field: str, value: object) -> list[int]:
-    return [_whole(field, token_id) for token_id in _iterable(field, value)]
+def _ids(field: str, value: object, wanted: str = "a list") -> list[int]:
+    return [_whole(field, token_id) for token_id in _iterable(field, value, wanted)]
 
 
 def _text(field: str, value: object) -> str:

@@ -33,21 +33,31 @@ class Backoff:
         self._deadline_s = deadline_s
         self._random = uniform or random.Random()
         self._failures = 0
+        self._first: LegatoError | None = None  # of the failures since a token came
         self.sends = 1
 
     def delay_after_s(self, error: LegatoError, now_s: float, progressed: bool) -> float:
-        """Seconds to wait before the next send. Raises `error` itself where another is not safe or cannot help."""
+        """Seconds to wait before the next send. Raises `error` itself where another is not safe or cannot help; it then
+        says what failed first, for that is why the later sends had to be."""
         if progressed:
-            self._failures = 0
+            self._failures, self._first = 0, None
         self._failures += 1
         if not error.retryable or isinstance(error, DeadlineExceeded) or self._failures >= self._retries.attempts:
-            raise error
+            raise self._with_cause(error) from self._first
         rounds = self._failures - self._num_addresses
         delay_s = 0.0
         if rounds >= 0:
             delay_s = min(self._retries.max_delay_s, self._retries.first_delay_s * 2**rounds)
             delay_s *= self._random.uniform(0.5, 1.0)
         if now_s + delay_s >= self._deadline_s:
-            raise error
+            raise self._with_cause(error) from self._first
+        self._first = self._first or error
         self.sends += 1
         return delay_s
+
+    def _with_cause(self, error: LegatoError) -> LegatoError:
+        first = self._first
+        if first is not None and (first.reason, first.message) != (error.reason, error.message):
+            error.message += f"; first it failed because {first.message} ({first.reason})"
+            error.details["first_reason"] = first.reason
+        return error

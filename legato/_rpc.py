@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -34,19 +35,20 @@ _BY_STATUS: dict[grpc.StatusCode, type[errors.LegatoError]] = {
     grpc.StatusCode.PERMISSION_DENIED: errors.Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
 }
+_ADDRESS = re.compile(r"(\[[^\s\[\]/]+\]|[^\s\[\]/:@]+):([0-9]{1,5})")
 _TRACER = trace.get_tracer("legato")
 
 
-def addresses_of(target: str) -> list[str]:
-    """ "a:1,b:2" -> ["a:1", "b:2"]. Raises InvalidParameter for one without a port."""
-    addresses = [one.strip() for one in target.split(",") if one.strip()]
-    for address in addresses or [target]:
-        _, colon, port = address.rpartition(":")
-        if not colon or not (port.isdigit() and 0 < int(port) < 65536):
-            raise errors.InvalidParameter(
-                f"address must be HOST:PORT, or several with commas between, is {address!r}",
-                details={"field": "address"},
-            )
+def addresses_of(target: object) -> list[str]:
+    """ "a:1,b:2" -> ["a:1", "b:2"]. Raises InvalidParameter for what is no HOST:PORT (an IPv6 address has brackets)."""
+    addresses = [one.strip() for one in target.split(",") if one.strip()] if isinstance(target, str) else []
+    ports = [_ADDRESS.fullmatch(address) for address in addresses]
+    wrong = [one for one, port in zip(addresses, ports, strict=True) if not (port and 0 < int(port[2]) < 65536)]
+    if wrong or not addresses:
+        raise errors.InvalidParameter(
+            f"address must be HOST:PORT, or several with commas between, is {(wrong or [target])[0]!r}",
+            details={"field": "address"},
+        )
     return addresses
 
 
@@ -106,7 +108,7 @@ def error_of(failure: Failure, address: str, request_id: str) -> errors.LegatoEr
         return errors.InvalidParameter(f"request is too large: {message}", request_id=request_id, details=details)
     kind = _BY_STATUS.get(code, errors.InternalError)
     if kind is errors.Unreachable:
-        message = f"no router answers at {address}: {message.rpartition('last error: ')[2].rpartition(': ')[2]}"
+        message = f"no router answers at {address}: {message.rpartition(': ')[2].rstrip(']')}"
     elif kind is errors.DeadlineExceeded:
         message = "the request's deadline passed before its answer was whole"
     return kind(message or code.name, request_id=request_id, details=details)

@@ -35,7 +35,7 @@ class Verbs:
     def __init__(self, address: str, timeout_s: float, api_key: str | None, retries: Retries) -> None:
         self.endpoints = Endpoints(_rpc.addresses_of(address))
         self.timeout_s = _seconds(timeout_s)
-        self.api_key = api_key
+        self.api_key = _api_key(api_key)
         self.retries = retries
 
     def generate(
@@ -93,6 +93,13 @@ class Verbs:
 def _seconds(timeout_s: object) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
         raise InvalidParameter(
-            f"timeout_s must be a number of seconds above 0, is {timeout_s!r}", details={"field": "timeout_s"}
+            f"timeout_s must be a finite number of seconds above 0, is {timeout_s!r}", details={"field": "timeout_s"}
         )
     return float(timeout_s)
+
+
+def _api_key(api_key: object) -> str | None:
+    """It travels as a header. The key itself is in no message."""
+    if api_key is None or (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
+        return api_key
+    raise InvalidParameter("api_key must be printable ASCII", details={"field": "api_key"})

@@ -1,9 +1,9 @@
 """What a request can end with instead of an answer. Loads nothing but the standard library.
 
-    LegatoError                     message, reason, retryable, request_id, details
+    LegatoError                     message, reason, retryable, request_id, details, answer
     ├── RequestError                the caller's fault; sending the same again cannot help
     │   ├── InvalidParameter        a field is out of its range, and is named: details["field"]
-    │   │   └── ContextTooLong      prompt + max_tokens exceed what the model or the cluster holds
+    │   │   └── ContextTooLong      the prompt leaves no room in the context for an answer's first token
     │   ├── UnknownModel
     │   ├── Unauthenticated
     │   └── RequestCancelled        the caller left
@@ -23,6 +23,10 @@ On the wire an error is a gRPC status with a google.rpc.ErrorInfo (domain "legat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from legato.types import Answer
 
 __all__ = [
     "ClusterError",
@@ -44,9 +48,18 @@ __all__ = [
 ]
 
 
+MAX_SHOWN_CHARACTERS = 128  # of a request's name, which is the caller's own
+
+
 class LegatoError(Exception):
-    """Base of all. `reason` is the name on the wire; `retryable` says whether sending the same again can help;
-    `details` are the figures of the message (the field, the limit, ...) as strings."""
+    """Base of all.
+
+    reason      the name on the wire
+    retryable   whether sending the same again can help
+    details     the figures of the message (the field, the limit, ...) as strings. Of a request that was sent several
+                times: "first_reason", which the error's __cause__ is of; of one with an answer: "tokens" that had come
+    answer      what had come of the answer; None for what has none, or never was sent
+    """
 
     reason = "INTERNAL"
     retryable = False
@@ -64,13 +77,19 @@ class LegatoError(Exception):
         self.message = message
         self.request_id = request_id
         self.details = dict(details or {})
+        self.answer: Answer | None = None
         if reason is not None:
             self.reason = reason
         if retryable is not None:
             self.retryable = retryable
 
     def __str__(self) -> str:
-        return f"{self.message} (request {self.request_id})" if self.request_id else self.message
+        if not self.request_id:
+            return self.message
+        name = self.request_id
+        if len(name) > MAX_SHOWN_CHARACTERS:
+            name = f"{name[:MAX_SHOWN_CHARACTERS]}..."
+        return f"{self.message} (request {name if name.isprintable() else repr(name)})"
 
 
 class RequestError(LegatoError):

@@ -3,7 +3,7 @@
     LegatoError
     ├── RequestError                the client's fault; sending the same again cannot help
     │   ├── InvalidParameter        a field is out of its range, and is named
-    │   │   └── ContextTooLong      prompt + max_tokens exceed what the model or the worker holds
+    │   │   └── ContextTooLong      the prompt leaves no room in the context for an answer's first token
     │   ├── UnknownModel
     │   ├── Unauthenticated
     │   └── RequestCancelled        the client left

@@ -85,7 +85,10 @@ NEVER: dict[str, set[str]] = {
 }
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
-READS_ENVIRONMENT = {"router/__main__.py", "prefill_svc/__main__.py", "decode_svc/__main__.py", "legato/command"}
+READS_ENVIRONMENT = {
+    *("router/__main__.py", "prefill_svc/__main__.py", "decode_svc/__main__.py", "legato/command"),
+    "legato/__init__.py",  # only to keep gRPC's own log quiet unless the user said otherwise
+}
 
 
 def above(path: str) -> list[str]:

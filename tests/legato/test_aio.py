@@ -109,6 +109,34 @@ async def test_typed_errors(client, router, script):
         await client.generate("abc", max_tokens=4, timeout_s=0.2)
 
 
+async def test_an_error_brings_what_there_is_of_the_answer(client, router, script, expected):
+    router.toy.scripts += [script(fail_after_tokens=3, reason="WORKER_LOST")] + [script(fail_after_tokens=0)] * 4
+    with pytest.raises(errors.Unreachable) as caught:
+        await client.generate("abc", max_tokens=6, seed=4)
+    assert list(caught.value.answer.token_ids) == expected(4, 3)
+    assert caught.value.details["first_reason"] == "WORKER_LOST"
+    assert "3 tokens of the answer had come" in str(caught.value)
+
+
+async def test_a_closed_client_says_so(client, router, script):
+    router.toy.scripts.append(script(hang_after_tokens=1))
+    stream = client.stream("abc", max_tokens=5)
+    await anext(stream)
+    reading = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0.05)
+    await client.close()
+    with pytest.raises(errors.RequestCancelled, match="the client is closed") as caught:
+        await reading
+    assert caught.value.details["tokens"] == "1"
+    await client.close()
+    with pytest.raises(errors.RequestCancelled, match="the client is closed"):
+        client.stream("abc")
+    for verb in (lambda: client.generate("abc"), client.models, lambda: client.tokenize("a")):
+        with pytest.raises(errors.RequestCancelled, match="the client is closed"):
+            await verb()
+    assert len(router.toy.requests) == 1
+
+
 async def test_the_ledger_sums(client):
     ledger = (await client.generate("abc", max_tokens=3)).ledger
     assert ledger.total_s == pytest.approx(ledger.second_token_s, abs=1e-6)

@@ -192,6 +192,58 @@ def test_nobody_there_is_typed_and_names_the_address(make_router):
     assert caught.value.retryable
 
 
+def test_what_ends_an_answer_brings_the_first_cause_and_what_there_is_of_it(make_router, script, expected):
+    one = make_router()
+    one.toy.scripts += [script(fail_after_tokens=3, reason="DRAINING"), script(fail_after_tokens=0)]
+    one.toy.scripts += [script(fail_after_tokens=0)] * 3
+    with legato.Client(one.address, retries=QUICK) as client:
+        stream = client.stream("abc", max_tokens=6, seed=4, request_id="r5")
+        with pytest.raises(errors.Unreachable) as caught:
+            list(stream)
+        one.toy.scripts += [script(fail_after_tokens=2, status=grpc.StatusCode.INTERNAL)]
+        with pytest.raises(errors.InternalError) as whole:
+            client.generate("abc", max_tokens=6, seed=4)
+        one.stop()
+        with pytest.raises(errors.Unreachable) as nothing:
+            client.generate("abc")
+        with pytest.raises(errors.Unreachable) as unary:
+            client.models()
+    error = caught.value
+    assert "scripted DRAINING (DRAINING)" in str(error)
+    assert "; 3 tokens of the answer had come (request r5)" in str(error)
+    assert (error.details["first_reason"], error.details["tokens"]) == ("DRAINING", "3")
+    assert isinstance(error.__cause__, errors.Draining)
+    assert list(error.answer.token_ids) == expected(4, 3)
+    assert error.answer.finish_reason is None
+    assert error.answer == stream.answer
+    assert list(whole.value.answer.token_ids) == expected(4, 2)
+    assert "first_reason" not in whole.value.details
+    assert nothing.value.answer.token_ids == ()
+    assert "tokens" not in nothing.value.details
+    assert "had come" not in str(nothing.value)
+    assert unary.value.answer is None
+
+
+def test_a_closed_client_says_so(client, router, script):
+    router.toy.scripts.append(script(hang_after_tokens=1))
+    stream = client.stream("abc", max_tokens=5)
+    next(stream)
+    threading.Timer(0.1, client.close).start()
+    with pytest.raises(errors.RequestCancelled, match="the client is closed") as caught:
+        next(stream)
+    assert caught.value.details["tokens"] == "1"
+    client.close()
+    for verb in (
+        lambda: client.generate("abc"),
+        lambda: client.stream("abc"),
+        client.models,
+        lambda: client.tokenize("a"),
+    ):
+        with pytest.raises(errors.RequestCancelled, match="the client is closed"):
+            verb()
+    assert len(router.toy.requests) == 1
+
+
 def test_deadlines(client, router, script):
     router.toy.scripts += [script(hang_after_tokens=1), script(hang_after_tokens=0)]
     for _ in range(2):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import os
 import random
 import subprocess
 import sys
@@ -44,6 +46,17 @@ def test_reasons_are_those_of_the_wire():
         assert [base.__name__ for base in ours.__mro__[1:-3]] == [base.__name__ for base in theirs.__mro__[1:-3]]
 
 
+def test_grpcs_own_log_is_not_for_the_users_terminal_unless_asked_for():
+    code = "import os, legato; before = os.environ.get('GRPC_VERBOSITY'); legato.Client; "
+    code += "print(before, os.environ['GRPC_VERBOSITY'])"
+    bare = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    for given, said in (({}, "None ERROR"), ({"GRPC_VERBOSITY": "DEBUG"}, "DEBUG DEBUG")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bare | given
+        )
+        assert done.stdout.strip() == said
+
+
 def test_import_is_light_and_names_are_real():
     code = "import sys, legato, legato.types, legato.errors; assert not {'grpc', 'torch', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -71,8 +84,49 @@ def test_options_are_one_list_with_the_defaults_of_the_engine():
     for verb in (legato.Client.stream, legato.Client.chat):
         assert set(given) < set(inspect.signature(verb).parameters)
         assert all(f"{name} " in verb.__doc__ for name in given)
-    with pytest.raises(TypeError, match="max_token"):
-        legato.Client("localhost:1").generate("x", max_token=3)
+
+
+@pytest.mark.parametrize("kind", [legato.Client, legato.AsyncClient])
+@pytest.mark.parametrize("verb", ["stream", "generate", "stream_chat", "chat"])
+def test_a_misspelt_option_names_the_verb_and_the_nearest_known(kind, verb):
+    async def call():
+        given = getattr(kind("localhost:1"), verb)("x", temprature=0.1)
+        return await given if inspect.isawaitable(given) else given
+
+    with pytest.raises(TypeError) as caught:
+        asyncio.run(call())
+    assert str(caught.value) == f"{kind.__name__}.{verb}() has no option 'temprature'; did you mean 'temperature'?"
+    assert inspect.iscoroutinefunction(getattr(legato.AsyncClient, verb)) == (not verb.startswith("stream"))
+
+
+def test_what_is_refused_here_says_what_is_wanted():
+    none = _request.answer_options()
+    wanted = {
+        "prompt must be text or a list of token ids, is None": lambda: _request.generate_request(None, "", none),
+        "prompt must be text or a list of token ids, is b'abc'": lambda: _request.generate_request(b"abc", "", none),
+        "text must be text or a list of messages, is None": lambda: _request.tokenize_request(None, ""),
+        "max_tokens must be at least 1, is -1": lambda: _request.answer_options(max_tokens=-1),
+        "top_k must be at least 0, is -1": lambda: _request.answer_options(top_k=-1),
+        "seed must be at most 18446744073709551615, is": lambda: _request.answer_options(seed=2**64),
+        "temperature must be at most 3.4e38, is 1e+300": lambda: _request.answer_options(temperature=1e300),
+        "top_p must be at most 3.4e38, is": lambda: _request.answer_options(top_p=10**400),
+        "top_k must be at most 4294967295, is a very large int": lambda: _request.answer_options(top_k=10**5000),
+        "temperature must be a number, is array": lambda: _request.answer_options(temperature=numpy.ones(3)),
+        "logit_bias must be at least -3.4e38, is": lambda: _request.answer_options(logit_bias={1: -1e300}),
+        "timeout_s must be a finite number of seconds above 0, is inf": lambda: legato.Client(
+            "a:1", timeout_s=float("inf")
+        ),
+        "api_key must be printable ASCII": lambda: legato.Client("a:1", api_key="a\nb"),
+    }
+    for said, build in wanted.items():
+        with pytest.raises(errors.InvalidParameter) as caught:
+            build()
+        assert str(caught.value).startswith(said)
+
+
+def test_a_requests_name_cannot_break_the_line_of_its_error():
+    assert str(errors.WorkerLost("it is gone", request_id="a\nb\x1b[31m")) == "it is gone (request 'a\\nb\\x1b[31m')"
+    assert len(str(errors.WorkerLost("it is gone", request_id="a" * 10_000))) < 200
 
 
 @pytest.mark.parametrize(
@@ -112,10 +166,22 @@ def test_what_the_wire_can_carry_is_left_to_the_cluster():
     assert empty.WhichOneof("prompt") == "token_ids"
 
 
-@pytest.mark.parametrize("address", ["", "localhost", "localhost:", "localhost:0", "a:1,b", "a:x"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", "localhost", "localhost:", "localhost:0", "a:1,b", "a:x", "a:²", ":1", 5, None),
+        *("http://localhost:1", "//localhost:1", "a b:1", "user@a:1", "a/b:1", "::1:1", "[::1:1", "::1]:1"),
+    ],
+)
 def test_addresses(address):
-    with pytest.raises(errors.InvalidParameter):
+    with pytest.raises(errors.InvalidParameter, match=r"^address must be HOST:PORT") as caught:
         legato.Client(address)
+    assert caught.value.details == {"field": "address"}
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "127.0.0.1:1", "[::1]:1", "[fe80::1%eth0]:1", "a-b.c_d:65535, b:2"])
+def test_addresses_that_are(address):
+    legato.Client(address).close()
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), True, "5"])
@@ -134,6 +200,13 @@ def test_backoff_doubles_with_jitter_and_respects_the_deadline():
     assert len(set(delays)) == 6
     with pytest.raises(errors.WorkerLost):
         backoff.delay_after_s(lost, 99.0, False)
+    other = Backoff(legato.Retries(attempts=2), 1, 100.0)
+    other.delay_after_s(errors.Draining("it is stopping"), 0.0, True)
+    with pytest.raises(errors.Unreachable) as caught:
+        other.delay_after_s(errors.Unreachable("nobody answers"), 0.0, False)
+    assert str(caught.value) == "nobody answers; first it failed because it is stopping (DRAINING)"
+    assert caught.value.details == {"first_reason": "DRAINING"}
+    assert isinstance(caught.value.__cause__, errors.Draining)
     for final in (errors.InternalError("x"), errors.DeadlineExceeded("x"), errors.UnknownModel("x")):
         with pytest.raises(type(final)):
             Backoff(legato.Retries(), 1, 100.0).delay_after_s(final, 0.0, False)
