@@ -49,10 +49,6 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     stored_dtype: Dtype = Dtype.BFLOAT16  # of the weights as they lie in the files; quantized ones count as bfloat16
 
-    @property
-    def queries_per_kv_head(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
     def kv_layout(self, block_tokens: int, dtype: Dtype) -> KVLayout:
         return KVLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_tokens, dtype)
 
