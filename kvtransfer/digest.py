@@ -13,7 +13,6 @@ import xxhash
 
 from spec.errors import InvalidParameter
 
-DIGEST_BYTES = 16
 _STAGE_BYTES = 1 << 20  # gathered and hashed while it is in the core's cache
 
 

@@ -45,7 +45,7 @@ def test_it_equals_an_independent_one(dtype: Dtype, first_token: int, num_tokens
     kv = noise(KVLayout(3, 2, 6, 4, dtype), 11)
     block_ids = [9, 2, 7, 0, 10, 4, 1, 8]
     digest = chunk_digest(kv, block_ids, first_token, num_tokens)
-    assert len(digest) == digests.DIGEST_BYTES
+    assert len(digest) == 16
     assert digest == oracle(kv, block_ids, first_token, num_tokens)
 
 
