@@ -15,7 +15,7 @@ DECLARED = [
     for name in vars(names)
     if name.isupper() and name not in ("SECONDS", "METRICS", "HISTOGRAMS", "COUNTERS", "SPANS")
 ]
-# The base install of the SDK has no telemetry room: its span, and what only that says, are named there by the same word.
+# The base install of the SDK has no telemetry room: its span, and what only that says, are named there by word.
 BY_WORD = {name: f'"{getattr(names, name)}"' for name in ("SPAN_CLIENT", "OUTPUT_TOKENS")}
 
 
