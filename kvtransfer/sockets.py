@@ -6,8 +6,9 @@ scatters into its own (recvmsg_into).
 
 Threads: one accepts; one per link on the owner's side writes what arrives; two per peer on the writer's side
 (kvtransfer/sockets_peer.py) send and read acknowledgements. A link ends by half-closing: the writer shuts its direction
-down, the owner drains what is under way and closes, and the writer's read of that end is the proof that no byte can
-land any more. Where the link broke instead, the writer asks by a new connection (Detach, with the old link's id).
+down, and the owner drains what is under way, says Detach and closes. That word is the proof that no byte can land any
+more; a mere end of the link is none, since the system gives up links as well. Without it the writer asks by a new
+connection (Detach, with the old link's id).
 """
 
 from __future__ import annotations
@@ -242,12 +243,8 @@ class _Link(threading.Thread):
         try:
             with contextlib.suppress(OSError, TransferFailed):  # the writer sees the end of the link
                 self._welcome()
-                while self.region is not None and not self._ending and (frame := receive_frame(self._connection)):
-                    if not frame.HasField("write"):
-                        return
-                    self._write(self.region.buffer, frame.write)
-                    written = TransferFrame.Written(write_id=frame.write.write_id)
-                    send_frame(self._connection, TransferFrame(written=written))
+                if self.region is not None:
+                    self._write_what_arrives(self.region.buffer)
         finally:
             with self._transport._lock:
                 self._transport._links.discard(self)
@@ -269,6 +266,15 @@ class _Link(threading.Thread):
             answer = TransferFrame.Attached(region_bytes=self.region.buffer.nbytes)
         send_frame(self._connection, TransferFrame(attached=answer))
         self._connection.settimeout(None)
+
+    def _write_what_arrives(self, buffer: memoryview) -> None:
+        while not self._ending and (frame := receive_frame(self._connection)):
+            if not frame.HasField("write"):
+                return
+            self._write(buffer, frame.write)
+            written = TransferFrame.Written(write_id=frame.write.write_id)
+            send_frame(self._connection, TransferFrame(written=written))
+        send_frame(self._connection, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
 
     def _write(self, buffer: memoryview, write: TransferFrame.Write) -> None:
         pieces = list(zip(write.target_offsets, write.nbytes, strict=False))

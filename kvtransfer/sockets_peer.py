@@ -42,7 +42,7 @@ class SocketsPeer(Peer):
         self._where = where
         self._named = spelled(where.tcp_host, where.tcp_port)
         self._region_bytes = region_bytes
-        self._released = self._cut = False
+        self._released = False
         self._confirmed = False  # the owner is known to write nothing more of this link
         self._changed = threading.Condition()  # guards what follows
         self._lost = ""  # why, once it is not connected
@@ -77,7 +77,7 @@ class SocketsPeer(Peer):
         self._released = True
         self._lose("the peer is released")
         deadline_s = time.monotonic() + QUIET_TIMEOUT_S
-        self._reader.join(QUIET_TIMEOUT_S)  # it ends when the owner has closed its side, or when the link breaks
+        self._reader.join(QUIET_TIMEOUT_S)  # it ends when the owner has closed its side, or the link broke
         if not self._reader.is_alive() and not self._confirmed:
             self._confirmed = self._has_ended(deadline_s)
         if not self._confirmed:
@@ -86,7 +86,6 @@ class SocketsPeer(Peer):
 
     def cut(self) -> None:
         """Ends the threads and closes the link, whatever the owner does."""
-        self._cut = True
         self._lose("the transport is closed")
         with contextlib.suppress(OSError):
             self._link.shutdown(socket.SHUT_RDWR)
@@ -160,7 +159,8 @@ class SocketsPeer(Peer):
             while frame := receive_frame(self._link):
                 if frame.HasField("written"):
                     self._acknowledged(frame.written.write_id)
-            self._confirmed = not self._cut
+                elif frame.HasField("detach"):
+                    self._confirmed = True
         except (OSError, TransferFailed) as error:
             why = f"the link to {self._named} broke: {error}"
         self._lose(why)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 
+import kvtransfer.sockets_peer
 from kvtransfer.frames import receive_frame, send_frame
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
 from kvtransfer.sockets import SocketsTransport
@@ -150,3 +152,34 @@ def test_noise_instead_of_a_frame_ends_the_link_and_harms_no_other(owner: Socket
         assert answer is not None
         assert answer.written.write_id == 5
     assert bytes(region.buffer[3:5]) == b"ok"
+
+
+def test_an_end_of_the_link_without_a_last_word_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the system gives up a link to an owner that is stuck: what it has received would still land."""
+    writer = SocketsTransport()
+    with socket.create_server(("127.0.0.1", 0)) as listener, concurrent.futures.ThreadPoolExecutor(1) as other:
+        listener.settimeout(5)
+
+        def answer(frame: TransferFrame | None = None) -> TransferFrame:
+            with listener.accept()[0] as link:
+                asked = receive_frame(link)
+                assert asked is not None
+                send_frame(link, frame or asked)
+                return asked
+
+        where = SocketsAddress(tcp_host="127.0.0.1", tcp_port=listener.getsockname()[1])
+        attached = TransferFrame.Attached(region_bytes=8)
+        attaching = other.submit(answer, TransferFrame(attached=attached))
+        peer = writer.connect(where.SerializeToString(), RegionDescriptor(token=b"?").SerializeToString())
+        monkeypatch.setattr(kvtransfer.sockets_peer, "QUIET_TIMEOUT_S", 0.3)
+        for _ in range(2):  # it ends the link, and does not answer
+            with pytest.raises(TransferFailed, match="confirm"):
+                peer.release()
+        for _ in range(2):
+            listener.accept()[0].close()  # the questions it slept through
+        monkeypatch.setattr(kvtransfer.sockets_peer, "QUIET_TIMEOUT_S", 5.0)
+        asking = other.submit(answer)
+        peer.release()
+        assert asking.result(5).detach.link_id == attaching.result(5).attach.link_id
+    assert writer.counts()["peers"] == 0
+    writer.close()

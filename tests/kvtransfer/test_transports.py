@@ -457,7 +457,7 @@ def _unquiet(pair: Pair, source: Any, peer: Any, monkeypatch: pytest.MonkeyPatch
     _impatient(monkeypatch, 20.0)
 
 
-through_the_kernel = pytest.mark.parametrize("pair", ["sockets", "sockets-tcp", "ucx-tcp", "ucx-given"], indirect=True)
+through_the_kernel = pytest.mark.parametrize("pair", ["sockets", "sockets-tcp", "ucx-tcp"], indirect=True)
 
 
 @through_the_kernel
