@@ -27,6 +27,7 @@ from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
 
+MAX_OUTPUT_BYTES = 1 << 20  # of a step's message, before the next one is begun; gRPC takes no message of any size
 HEARTBEAT_S = 0.5  # routers learn of freed blocks and of our life at least this often
 
 
@@ -38,6 +39,7 @@ class Placed:
     handed_over_ns: int = 0
     cancel_writer: Callable[[LegatoError], None] | None = None  # set while a Handoff stream is open
     told: bool = False  # stage times went out
+    output_tokens: int = 0
     context: Context = dataclasses.field(default_factory=get_current)  # the trace that it belongs to
     stages: tuple[int, int, int] = (0, 0, 0)  # its queue began, its first step began and ended; unix nanoseconds
 
@@ -64,6 +66,7 @@ class Placements:
             return
         if subscription is not None and not isinstance(reason, RequestCancelled):  # who cancelled knows it
             subscription.put(worker_pb2.StepOutput(sequences=[_failure(sequence_id, reason)], load=self.core.load()))
+        self._trace(sequence_id, placed)
         now_s = time.monotonic()
         with self.core.loop.lock:
             self.core.scheduler.abort(sequence_id, now_s)
@@ -94,12 +97,14 @@ class Placements:
                 del self.placed[event.sequence_id]
                 self.subscriptions.detach(event.sequence_id)
                 self._trace(event.sequence_id, placed)
-        if not outputs:
-            return
-        load = self.core.load()
+            if _is_long(event) and output.ByteSize() > MAX_OUTPUT_BYTES:
+                self._send(subscription, outputs.pop(subscription))
         for subscription, output in outputs.items():
-            output.load.CopyFrom(load)
-            subscription.put(output)
+            self._send(subscription, output)
+
+    def _send(self, subscription: Subscription, output: worker_pb2.StepOutput) -> None:
+        output.load.CopyFrom(self.core.load())
+        subscription.put(output)
 
     def _fill(self, output: worker_pb2.SequenceOutput, event: Tokens | Failed, placed: Placed) -> bool:
         """Returns whether this is the sequence's last message."""
@@ -110,6 +115,7 @@ class Placements:
         output.first_index = event.first_index
         output.tokens.extend(token_to_proto(drawn.token_id, drawn.logprobs) for drawn in event.drawn)
         output.finish_reason = finish_to_proto(event.finish)
+        placed.output_tokens = event.first_index + len(event.drawn)
         if not placed.told:
             placed.told = True
             placed.stages = unix_ns(event.queued_s), unix_ns(event.started_s), unix_ns(event.drawn_s)
@@ -121,7 +127,11 @@ class Placements:
 
     def _trace(self, sequence_id: str, placed: Placed) -> None:
         queued_ns, started_ns, drawn_ns = placed.stages
-        attributes = {names.SEQUENCE_ID: sequence_id, names.WORKER_ID: self.core.record.worker_id}
+        attributes = {
+            names.SEQUENCE_ID: sequence_id,
+            names.WORKER_ID: self.core.record.worker_id,
+            names.OUTPUT_TOKENS: placed.output_tokens,
+        }
         whole = self._spans.record(names.SPAN_DECODE, queued_ns, time.time_ns(), attributes, placed.context)
         self._spans.record(names.SPAN_DECODE_QUEUE, queued_ns, started_ns, context=whole)
         self._spans.record(names.SPAN_DECODE_FIRST_STEP, started_ns, drawn_ns, context=whole)
@@ -149,6 +159,11 @@ class Placements:
                 self.give_up(
                     sequence_id, TransferFailed("no sign of the prefill worker within the lease", sequence=sequence_id)
                 )
+
+
+def _is_long(event: Tokens | Failed) -> bool:
+    """Log-probabilities make a message grow: up to the whole vocabulary for a token, or for each of the prompt's."""
+    return isinstance(event, Tokens) and (bool(event.prompt_logprobs) or event.drawn[0].logprobs is not None)
 
 
 def _failure(sequence_id: str, error: LegatoError) -> worker_pb2.SequenceOutput:
