@@ -127,7 +127,7 @@ class Placements:
 
     def _trace(self, sequence_id: str, placed: Placed) -> None:
         queued_ns, started_ns, drawn_ns = placed.stages
-        attributes = {
+        attributes: dict[str, str | int] = {
             names.SEQUENCE_ID: sequence_id,
             names.WORKER_ID: self.core.record.worker_id,
             names.OUTPUT_TOKENS: placed.output_tokens,
@@ -147,7 +147,7 @@ class Placements:
     # ---- leases ----
 
     def tick(self, now_s: float) -> float | None:
-        """In the engine loop's thread, its lock held: ends what outlived its lease, and says when the next lease is due."""
+        """In the engine loop's thread, its lock held: ends what outlived its lease; says when the next lease is due."""
         expired = self.core.reservations.expire(now_s)
         if expired:
             self._event_loop.call_soon_threadsafe(self._lease_ended, expired)
