@@ -33,6 +33,7 @@ from spec.errors import LegatoError, RequestCancelled, TransferFailed
 logger = logs.get(__name__)
 
 ALIVE_SHARE = 0.25  # of the lease, between two signs of life
+ASK_AGAIN_S = 1.0  # whether a peer that did not confirm is quiet now
 LAST_WORD_S = 1.0  # how long the end of the stream is waited for
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one chunk; the waiting clock is the reservation's lease
 
@@ -136,9 +137,12 @@ class Sender:
         for task in self._tasks[1:]:
             task.cancel()
         while self._unproven:
-            with contextlib.suppress(TransferFailed):
+            try:
                 await asyncio.to_thread(self._target.peer.release)
                 self._unproven = False
+            except TransferFailed as error:
+                logger.warning("the hand-over to %s is not proven quiet: %s", self._target.ticket.consumer_id, error)
+                await asyncio.sleep(ASK_AGAIN_S)
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with self._writing:
                 if not self._admitted.is_set():

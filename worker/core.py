@@ -228,9 +228,16 @@ def _free_bytes(options: EngineOptions) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def host_of(address: str) -> str:
+    """Of "host", "host:port", "::1" or "[::1]:port"."""
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    return address if address.count(":") > 1 else address.partition(":")[0]
+
+
 def _transport_host(config: WorkerConfig) -> str:
     """The address of this host that peers write to: what is advertised, as a number."""
-    name = (config.advertise or config.host).rsplit(":", 1)[0]
+    name = host_of(config.advertise or config.host)
     try:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:

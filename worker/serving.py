@@ -135,4 +135,5 @@ async def _drain(host: Host, core: Core, pool: Pool, registrar: Registrar) -> No
 def _advertised(advertise: str | None, host: Host) -> str:
     if advertise is None:
         return host.address
-    return advertise if ":" in advertise else f"{advertise}:{host.port}"
+    has_port = advertise.count(":") == 1 or "]:" in advertise
+    return advertise if has_port else f"{advertise}:{host.port}"
