@@ -46,7 +46,7 @@ def addresses_of(target: object) -> list[str]:
     wrong = [one for one, port in zip(addresses, ports, strict=True) if not (port and 0 < int(port[2]) < 65536)]
     if wrong or not addresses:
         raise errors.InvalidParameter(
-            f"address must be HOST:PORT, or several with commas between, is {(wrong or [target])[0]!r}",
+            f"address must be HOST:PORT, or several with commas between, is {wrong[0] if wrong else target!r}",
             details={"field": "address"},
         )
     return addresses

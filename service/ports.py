@@ -18,12 +18,13 @@ def free_port(host: str, port: int) -> int:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise InvalidConfiguration(f"the host {host!r} cannot be listened on: {error.strerror}", key="host") from None
+    bound = False
     for family, kind, protocol, _name, address in found:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((address[0], port, *address[2:]))
-                port = probe.getsockname()[1]
+                port, bound = probe.getsockname()[1], True
         except OSError as error:
             if error.errno in _NO_SUCH_FAMILY:
                 continue
@@ -31,4 +32,6 @@ def free_port(host: str, port: int) -> int:
             said = "is taken by another process; choose another port" if taken else f"cannot be used: {error.strerror}"
             message = f"port {port} on {host} {said}"
             raise InvalidConfiguration(message, key="port", port=port) from None
+    if not bound:
+        raise InvalidConfiguration(f"the host {host!r} is no address of this machine", key="host")
     return port

@@ -22,8 +22,8 @@ HELP = """Talk to the model, under its own chat template.
 
 def chat(
     say: Annotated[
-        str, typer.Option("--say", "-s", help="One message instead of a conversation.", show_default=False)
-    ] = "",
+        str | None, typer.Option("--say", "-s", help="One message instead of a conversation.", show_default=False)
+    ] = None,
     system: Annotated[str, typer.Option("--system", help="The system message.", show_default=False)] = "",
     address: options.Address = options.DEFAULT_ADDRESS,
     model: options.Model = "",
@@ -39,6 +39,8 @@ def chat(
     api_key: options.ApiKey = "",
     trace: Annotated[bool, typer.Option("--trace", help="Draw where the time went.")] = False,
 ) -> None:
+    if say is not None and not say.strip():
+        raise typer.BadParameter("holds no message", param_hint="--say")
     sampling = {
         "model": model,
         "max_tokens": max_tokens,
@@ -52,7 +54,7 @@ def chat(
     }
     history: list[Message] = [{"role": "system", "content": system}] if system else []
     with options.client(address, api_key, timeout_s) as client:
-        if say:
+        if say is not None:
             _turn(client, history, say, sampling, trace)
             return
         if sys.stdin.isatty():

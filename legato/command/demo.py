@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,20 +59,21 @@ def demo(
     given = {"model": model, "prefill": prefill, "decode": decode, "port": 0}
     config = up.cluster_config(None, given, {})
     up.fetch_model(config.model)
-    return asyncio.run(_demo(config, max_tokens))
+    with up.new_folder(None) as folder:
+        return asyncio.run(_demo(config, folder, max_tokens))
 
 
-async def _demo(config: ClusterConfig, max_tokens: int) -> int:
+async def _demo(config: ClusterConfig, folder: Path, max_tokens: int) -> int:
     from legato.command.local.board import Board
     from legato.command.local.cluster import LocalCluster
 
     started_s = time.monotonic()
-    folder = up.new_folder(None)
     board = Board()
-    cluster = LocalCluster(config, folder, os.environ, board.changed)
+    cluster = LocalCluster(config, folder, os.environ, board.changed, board.say)
     work = asyncio.current_task()
     assert work is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals = up.stop_signals()
+    for number in signals:
         asyncio.get_running_loop().add_signal_handler(number, work.cancel)
     try:
         async with board.live(folder):
@@ -85,7 +86,7 @@ async def _demo(config: ClusterConfig, max_tokens: int) -> int:
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             asyncio.get_running_loop().remove_signal_handler(number)
         await cluster.stop()
     terminal.out.print("\nEverything was stopped.")

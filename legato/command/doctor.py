@@ -184,6 +184,7 @@ def _model(name: str) -> Iterator[Finding]:
     try:
         from engine.model_files import open_model
         from service.model_source import resolve_model
+        from service.tokenizer import load_tokenizer
     except ImportError:
         return
     from spec.errors import LegatoError
@@ -192,9 +193,10 @@ def _model(name: str) -> Iterator[Finding]:
         if _must_be_fetched(name):
             yield Finding("model", "ok", f"{name} is fetched at the first start")
             return
-        files = open_model(resolve_model(name))
-        spec = files.spec
+        path = resolve_model(name)
+        spec = open_model(path).spec
+        chat = "chat template" if load_tokenizer(path).has_chat_template else "no chat template"
         size = f"{spec.num_parameters / 1e6:.0f} M parameters, context {spec.max_context_tokens}"
-        yield Finding("model", "ok", f"{name}: {spec.family}, {size}")
+        yield Finding("model", "ok", f"{name}: {spec.family}, {size}, {chat}")
     except LegatoError as error:
         yield Finding("model", "missing", "", str(error))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +15,13 @@ from legato.command.terminal import EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_REQUEST,
 
 EPILOG = """Exit codes: 0 done, 1 a defect or something missing (doctor), 2 command line or request wrong, 3 the cluster
 could not do it and a retry can help, 4 set-up (configuration, model, port, Redis), 130 Ctrl-C."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"legato {importlib.metadata.version('legato')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="legato",
@@ -25,6 +33,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def legato(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """What is common to all subcommands."""
+
+
 app.command("up", help=up.HELP)(up.up)
 app.command("demo", help=demo.HELP)(demo.demo)
 app.command("generate", help=generate.HELP)(generate.generate)

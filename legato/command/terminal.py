@@ -24,7 +24,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.st
 
 _ADVICE = {
     "INVALID_PARAMETER": "change it",
-    "CONTEXT_TOO_LONG": "shorten the prompt or lower --max-tokens",
+    "CONTEXT_TOO_LONG": "shorten the prompt",
     "UNKNOWN_MODEL": "`legato models` lists what is served",
     "UNAUTHENTICATED": "give a key by --api-key or LEGATO_API_KEY",
     "CANCELLED": "nothing to do",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 HELP = """Start a cluster on this machine: router, prefill and decode workers, Redis.
 
 Prints one line `ready grpc=HOST:PORT` on standard output once it can serve; restarts what dies; Ctrl-C or SIGTERM
-stops all within 10 s, exit code 0.
+stops all within 10 s, exit code 0; so does closing the terminal, but for nohup.
 
 \b
   legato up                                        1 prefill + 1 decode worker, SmolLM2-135M
@@ -49,7 +50,8 @@ def up(
     given = {"model": model, "prefill": prefill, "decode": decode, "host": host, "port": port, "redis_url": redis}
     resolved = cluster_config(config, {key: value for key, value in given.items() if value is not None}, os.environ)
     fetch_model(resolved.model)
-    return asyncio.run(_up(resolved, new_folder(run_folder)))
+    with new_folder(run_folder) as folder:
+        return asyncio.run(_up(resolved, folder))
 
 
 def cluster_config(path: Path | None, given: dict[str, Any], environment: Mapping[str, str]) -> ClusterConfig:
@@ -81,12 +83,37 @@ def fetch_model(name: str) -> None:
         resolve_model(name, report)
 
 
-def new_folder(wanted: Path | None) -> Path:
-    """For one run's logs and configurations; only ours to read."""
-    if wanted is None:
-        return Path(tempfile.mkdtemp(prefix="legato-"))
-    wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return wanted.resolve()
+@contextlib.contextmanager
+def new_folder(wanted: Path | None) -> Iterator[Path]:
+    """For one run's logs and configurations; only ours to read. One that stays empty is removed, unless it was there.
+
+    Raises InvalidConfiguration where nothing can be written."""
+    from spec.errors import InvalidConfiguration
+
+    was_there = wanted is not None and wanted.is_dir()
+    try:
+        if wanted is None:
+            folder = Path(tempfile.mkdtemp(prefix="legato-"))
+        else:
+            wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = wanted.resolve()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        where = wanted or tempfile.gettempdir()
+        raise InvalidConfiguration(f"the run folder {where} cannot be used: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds logs
+                folder.rmdir()
+
+
+def stop_signals() -> list[signal.Signals]:
+    """A terminal that is closed (SIGHUP) asks for a stop, unless whoever started this (nohup) keeps it from us."""
+    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else []
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
 async def _up(config: ClusterConfig, folder: Path) -> int:
@@ -94,9 +121,9 @@ async def _up(config: ClusterConfig, folder: Path) -> int:
     from legato.command.local.cluster import LocalCluster, first_of
 
     board = Board()
-    cluster = LocalCluster(config, folder, os.environ, board.changed)
+    cluster = LocalCluster(config, folder, os.environ, board.changed, board.say)
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, _stop_or_kill, stop, cluster)
     stopping = asyncio.ensure_future(stop.wait())
     try:

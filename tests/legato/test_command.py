@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import itertools
 import json
@@ -45,6 +46,13 @@ def test_wrong_command_lines(capsys):
     for wrong in (["genrate"], ["generate"], ["generate", "x", "--max-tokens", "many"], ["up", "--prefill", "0"]):
         assert run(wrong) == 2, wrong
         assert "Traceback" not in capsys.readouterr().err
+    assert run(["chat", "--say", ""]) == 2
+    assert "--say" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"legato {importlib.metadata.version('legato')}\n"
 
 
 @pytest.mark.parametrize("tree", [errors, spec.errors])
@@ -181,16 +189,24 @@ def test_up_refuses_what_cannot_work_before_anything_starts(taken_port, tmp_path
         (["--config", str(config)], {}, "prefill"),
         (["--port", "0"], {"LEGATO_ENGINE__BLOCK_TOKENS": "0"}, "LEGATO_ENGINE__BLOCK_TOKENS"),
         (["--model", str(tmp_path / "nowhere")], {}, "nowhere"),
+        (["--port", "0", "--host", "192.0.2.1"], {}, "the host '192.0.2.1' is no address of this machine"),
+        (["--run-folder", str(config)], {}, f"the run folder {config} cannot be used: File exists"),
+        (["--run-folder", "/proc/x"], {}, "the run folder /proc/x cannot be used: No such file or directory"),
+        (["--run-folder", str(config / "in")], {}, "cannot be used: Not a directory"),
     ]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     for arguments, environment, said in cases:
         with_model = arguments if "--model" in arguments else [*arguments, "--model", str(model)]
-        done = up(*with_model, environment={"LEGATO_ADDRESS": "localhost:1"} | environment)
+        done = up(*with_model, environment={"LEGATO_ADDRESS": "localhost:1", "TMPDIR": str(scratch)} | environment)
         assert done.returncode == 4, done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("legato: ")
         assert said in line
         assert "secret" not in done.stderr
         assert "starting" not in done.stderr
+        assert "logs are in" not in done.stderr
+        assert not list(scratch.iterdir())  # nothing was written, so nothing stays
         assert done.stdout == ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -46,12 +47,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(model: Path, tmp_path: Path) -> Iterator[Callable[[], Up]]:
+def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., Up]]:
     started: list[subprocess.Popen[str]] = []
 
-    def begin() -> Up:
+    def begin(*before: str) -> Up:
         stderr = tmp_path / "stderr"
-        command = [sys.executable, "-m", "legato.command.main", "up", "--model", str(model), "--port", "0"]
+        command = [*before, sys.executable, "-m", "legato.command.main", "up", "--model", str(model), "--port", "0"]
         with stderr.open("w") as file:
             process = subprocess.Popen(
                 [*command, "--run-folder", str(tmp_path / "run")],
@@ -72,7 +73,7 @@ def start(model: Path, tmp_path: Path) -> Iterator[Callable[[], Up]]:
         process.wait()
 
 
-def test_up_serves_restarts_what_dies_and_stops_clean(start: Callable[[], Up]) -> None:
+def test_up_serves_restarts_what_dies_and_stops_clean(start: Callable[..., Up]) -> None:
     cluster = start()
     with legato.Client(cluster.address, timeout_s=READY_S, retries=legato.Retries(attempts=100)) as client:
         whole = client.generate("abc", max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -97,7 +98,7 @@ def test_up_serves_restarts_what_dies_and_stops_clean(start: Callable[[], Up]) -
 
 
 @pytest.mark.parametrize("victim", ["tether", "server"])
-def test_a_killed_redis_is_started_again_and_leaves_no_orphan(start: Callable[[], Up], victim: str) -> None:
+def test_a_killed_redis_is_started_again_and_leaves_no_orphan(start: Callable[..., Up], victim: str) -> None:
     cluster = start()
     tether = cluster.pids()["redis"]
     (server,) = children_of(tether)
@@ -117,7 +118,78 @@ def test_a_killed_redis_is_started_again_and_leaves_no_orphan(start: Callable[[]
     assert_no_secret_stays(cluster)
 
 
-def test_no_orphan_when_up_itself_is_killed(start: Callable[[], Up]) -> None:
+def test_closing_the_terminal_stops_all(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "legato.command.main", "up", "--model", str(model), "--port", "0"]
+    environment = os.environ | {"LEGATO_ENGINE__KV_MEMORY": "1MiB", "LEGATO_ENGINE__THREADS": "1"}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(command[0], [*command, "--run-folder", str(tmp_path / "run")], environment)
+    shown = b""
+    while b"ready grpc=" not in shown:
+        shown += os.read(terminal, 4096)
+    children = [child for one in children_of(pid) for child in (one, *children_of(one))]
+    assert len(children) >= 5
+    os.close(terminal)
+    wait_for(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, STOP_S)
+    assert not any(is_alive(child) for child in children)
+    assert {path.suffix for path in (tmp_path / "run").iterdir()} == {".log"}
+
+
+def test_who_asked_for_it_to_go_on_behind_the_terminal_has_it_go_on(start: Callable[..., Up]) -> None:
+    cluster = start("nohup")
+    cluster.process.send_signal(signal.SIGHUP)
+    with legato.Client(cluster.address, timeout_s=READY_S) as client:
+        assert client.generate("abc", max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+    cluster.process.send_signal(signal.SIGTERM)
+    assert cluster.process.wait(STOP_S) == 0, cluster.stderr.read_text()
+
+
+def test_up_says_what_keeps_its_router_from_serving(start: Callable[..., Up], model: Path) -> None:
+    cluster = start()
+    tokenizer = model / "tokenizer.json"
+    hidden = tokenizer.rename(model / "hidden")
+    try:
+        os.kill(cluster.pids()["router-0"], signal.SIGKILL)
+        wait_for(lambda: "still waiting for router-0" in cluster.stderr.read_text(), READY_S)
+        (line,) = [one for one in cluster.stderr.read_text().splitlines() if "still waiting" in one]
+        assert "every worker is ready" in line
+        assert line.endswith("has no tokenizer.json")
+    finally:
+        hidden.rename(tokenizer)
+    wait_for(lambda: [words[3] for words in cluster.told("router-0")].count("ready") == 2, READY_S)
+
+
+def test_a_stream_that_the_stop_ends_says_so(start: Callable[..., Up]) -> None:
+    cluster = start()
+    code = (
+        "import legato, sys\n"
+        "client = legato.Client(sys.argv[1], retries=legato.Retries(attempts=3))\n"
+        "stream = client.stream('abc', max_tokens=500, ignore_eos=True)\n"
+        "try:\n"
+        "    for piece in stream:\n"
+        "        print(piece.index, flush=True)\n"
+        "except legato.LegatoError as error:\n"
+        "    assert error.answer == stream.answer and error.answer.token_ids\n"
+        "    print(error.details['first_reason'], error, flush=True)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    user = subprocess.Popen(
+        [sys.executable, "-c", code, cluster.address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert user.stdout is not None
+    assert user.stdout.readline() == "0\n"
+    cluster.process.send_signal(signal.SIGTERM)
+    said, log = user.communicate(timeout=READY_S)
+    assert cluster.process.wait(STOP_S) == 0
+    print(said[-400:])
+    assert log == ""
+
+
+def test_no_orphan_when_up_itself_is_killed(start: Callable[..., Up]) -> None:
     cluster = start()
     pids = cluster.pids()
     assert set(pids) == {"redis", "router-0", "prefill-0", "decode-0"}

@@ -22,3 +22,10 @@ def test_a_free_port_can_be_bound_and_is_named_again_by_its_number(host: str) ->
 def test_a_host_that_is_none_is_named() -> None:
     with pytest.raises(InvalidConfiguration, match="no-such-host"):
         free_port("no-such-host.invalid", 0)
+
+
+@pytest.mark.parametrize("port", [0, 50051])
+def test_a_host_of_another_machine_is_named_and_not_the_port(port: int) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"host '192\.0\.2\.1' is no address of this machine") as refused:
+        free_port("192.0.2.1", port)  # TEST-NET-1 of RFC 5737: nobody has it
+    assert refused.value.details["key"] == "host"

@@ -23,7 +23,8 @@ COLOURS = {"starting": "yellow", "ready": "green", "restarting": "magenta", "sto
 
 
 class Board:
-    """`changed` is told of every change of a child's state; `live()` draws while its block runs; or `is_quiet`."""
+    """`changed` is told of every change of a state, `say` of what no state shows; `live()` draws while its block
+    runs; or `is_quiet`. A terminal that was closed stops nobody."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
@@ -34,6 +35,8 @@ class Board:
     def changed(self, child: Child) -> None:
         if child not in self._children:
             self._children.append(child)
+            if len(self._children) == 1 and not self._is_live:
+                self.say(f"logs are in {child.log_path.parent}")
         if self._is_live or self.is_quiet:
             return
         words = [f"{time.monotonic() - self._since_s:6.1f} s ", f"{child.name:<10}", child.state]
@@ -41,12 +44,15 @@ class Board:
         words += [child.address] if child.state == "ready" and child.address else []
         if child.state == "restarting":
             words.append(f"(for the {_nth(child.restarts)} time; log: {child.log_path})")
-        terminal.err.print(" ".join(words), markup=False)
+        self.say(" ".join(words))
+
+    def say(self, words: str) -> None:
+        with contextlib.suppress(OSError):
+            terminal.err.print(words, markup=False)
 
     @contextlib.asynccontextmanager
     async def live(self, folder: Path) -> AsyncIterator[None]:
         if not terminal.err.is_terminal:
-            terminal.err.print(f"logs are in {folder}", markup=False)
             yield
             return
         self._is_live = True
@@ -58,23 +64,27 @@ class Board:
             transient=True,
             redirect_stdout=sys.stdout.isatty(),
         )
-        with live:
-            task = asyncio.create_task(self._refresh(live, folder))
-            try:
-                yield
-            finally:
-                self._is_live = False
-                task.cancel()
-                live.update(self._draw(folder), refresh=True)
-        terminal.err.print(self._draw(folder))
+        live.start()
+        task = asyncio.create_task(self._refresh(live, folder))
+        try:
+            yield
+        finally:
+            self._is_live = False
+            task.cancel()
+            with contextlib.suppress(OSError):
+                live.stop()
+                if self._children:
+                    terminal.err.print(self._draw(folder))
 
     async def _refresh(self, live: Live, folder: Path) -> None:
-        while True:
-            live.update(self._draw(folder), refresh=True)
-            await asyncio.sleep(REFRESH_S)
+        with contextlib.suppress(OSError):
+            while True:
+                live.update(self._draw(folder), refresh=True)
+                await asyncio.sleep(REFRESH_S)
 
     def _draw(self, folder: Path) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0), caption=f"logs are in {folder}", caption_justify="left")
+        caption = f"logs are in {folder}" if self._children else None
+        table = Table(box=None, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
         for name in ("process", "state", "pid", "address", "restarts", ""):
             table.add_column(name)
         for child in self._children:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TAIL_BYTES = 8192
+_WARNING = re.compile(r"\S+Z (?:warning|error|critical) +(.*)")  # of a log line of service/logs.py
 _PROGRESS = re.compile(r"state=loading step='([^']*)' percent=(\d+)")
 
 
@@ -89,6 +90,14 @@ class Child:
         except OSError:
             return []
         return [line for line in lines if line.strip()][-count:]
+
+    def last_warning(self) -> str | None:
+        """Of its log; without the time."""
+        for line in reversed(self.last_lines(TAIL_BYTES)):
+            told = _WARNING.fullmatch(line)
+            if told:
+                return told[1]
+        return None
 
     def progress(self) -> tuple[str, int] | None:
         """(step, percent) of the loading that it last told of."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -30,13 +31,23 @@ STOP_S = 9.0  # all of it, the last kill included, stays under 10
 DRAIN_S = 5.0  # a part of it is left for closing down
 POLL_S = 0.2
 REDIS_ANSWERS_S = 5.0
+WAIT_IS_TOLD_S = 5.0  # a router that does not serve so long after every worker is ready is kept from it by something
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 10.0
 STABLE_S = 30.0  # who was ready for so long starts its delays anew
 MAX_FAILED_RESTARTS = 5  # in succession, without having been ready between
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Wait:
+    """For the router alone: since when, and the reason that was told last."""
+
+    since_s: float = dataclasses.field(default_factory=time.monotonic)
+    reason: str = ""
+
+
 class LocalCluster:
-    """`on_change(child)` is called when a child's state changes. Files lie in `folder`; logs outlive the cluster."""
+    """`on_change(child)` is called when a child's state changes, `on_wait(words)` when something keeps the cluster from
+    serving that no state shows. Files lie in `folder`; logs outlive the cluster."""
 
     def __init__(
         self,
@@ -44,6 +55,7 @@ class LocalCluster:
         folder: Path,
         environment: Mapping[str, str],
         on_change: Callable[[Child], None] = lambda child: None,
+        on_wait: Callable[[str], None] = lambda words: None,
     ) -> None:
         self.folder = folder
         self.children: list[Child] = []
@@ -52,6 +64,7 @@ class LocalCluster:
         self._config = config
         self._environment = child_environment(environment, config)
         self._on_change = on_change
+        self._on_wait = on_wait
         self._tasks: list[asyncio.Task[None]] = []
         self._is_stopping = False
         self._router: Child | None = None
@@ -206,6 +219,7 @@ class LocalCluster:
         keys = self._config.api_keys
         key = keys[0].get_secret_value() if keys else None
         async with AsyncClient(self.address, timeout_s=2.0, api_key=key, retries=Retries(attempts=1)) as client:
+            wait = _Wait()
             while True:
                 with contextlib.suppress(ClientError):
                     view = await client.cluster()
@@ -217,7 +231,20 @@ class LocalCluster:
                     if self._router.state == "starting" and await is_serving(self.address):
                         self._router.mark_ready(self.address)
                         self._on_change(self._router)
+                wait = self._wait_of_router(wait)
                 await asyncio.sleep(POLL_S)
+
+    def _wait_of_router(self, wait: _Wait) -> _Wait:
+        """Tells, once for each reason, what keeps the router from serving though every worker is ready."""
+        assert self._router is not None
+        if self._router.ready.is_set() or not all(worker.ready.is_set() for worker in self.workers):
+            return _Wait()
+        if time.monotonic() - wait.since_s < WAIT_IS_TOLD_S:
+            return wait
+        reason = self._router.last_warning() or f"its log is {self._router.log_path}"
+        if reason != wait.reason:
+            self._on_wait(f"still waiting for {self._router.name}, though every worker is ready: {reason}")
+        return _Wait(wait.since_s, reason)
 
     async def _stop(self, children: list[Child], deadline_s: float) -> None:
         running = [child for child in children if child.is_running]
