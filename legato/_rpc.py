@@ -26,9 +26,10 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.enable_retries", 0),  # sending again is decided in _retry.py alone
 ]
+SHUT_DOWN = "Cancelling all calls"  # the words of gRPC's server with the GOAWAY that ends its connections
 _BY_STATUS: dict[grpc.StatusCode, type[errors.LegatoError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.Unreachable,
-    grpc.StatusCode.CANCELLED: errors.Unreachable,  # not by us, then nobody asks: the router stopped
+    grpc.StatusCode.CANCELLED: errors.Draining,  # not by us, then nobody asks: the router stopped
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidParameter,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
@@ -107,7 +108,11 @@ def error_of(failure: Failure, address: str, request_id: str) -> errors.LegatoEr
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         return errors.InvalidParameter(f"request is too large: {message}", request_id=request_id, details=details)
     kind = _BY_STATUS.get(code, errors.InternalError)
-    if kind is errors.Unreachable:
+    if code is grpc.StatusCode.UNAVAILABLE and SHUT_DOWN in message:
+        kind = errors.Draining
+    if kind is errors.Draining:
+        message = f"the router at {address} stopped"
+    elif kind is errors.Unreachable:
         message = f"no router answers at {address}: {message.rpartition(': ')[2].rstrip(']')}"
     elif kind is errors.DeadlineExceeded:
         message = "the request's deadline passed before its answer was whole"

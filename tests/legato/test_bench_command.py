@@ -173,7 +173,7 @@ def test_the_api_key_is_sent_and_not_shown(router, capsys):
         (["--prompt-tokens", "few"], "--prompt-tokens must be N, LOW-HIGH"),
         (["--slo-ttft-ms", "-1"], "--slo-ttft-ms must be a number above 0"),
         (["--model", "other"], "'other' is not served; the cluster serves toy"),
-        (["--timeout-s", "0"], "timeout_s must be a number of seconds above 0"),
+        (["--timeout-s", "0"], "timeout_s must be a finite number of seconds above 0"),
     ],
 )
 def test_wrong_options_are_named(options, says, router, capsys):

@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., Up]]:
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*before: str) -> Up:
+    def begin(*before: str, **variables: str) -> Up:
         stderr = tmp_path / "stderr"
         command = [*before, sys.executable, "-m", "legato.command.main", "up", "--model", str(model), "--port", "0"]
         with stderr.open("w") as file:
@@ -59,7 +59,7 @@ def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., Up]]:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=os.environ | {"LEGATO_ENGINE__KV_MEMORY": "1MiB", "LEGATO_ENGINE__THREADS": "1"},
+                env=os.environ | {"LEGATO_ENGINE__KV_MEMORY": "1MiB", "LEGATO_ENGINE__THREADS": "1"} | variables,
             )
         started.append(process)
         assert process.stdout is not None
@@ -160,7 +160,7 @@ def test_up_says_what_keeps_its_router_from_serving(start: Callable[..., Up], mo
 
 
 def test_a_stream_that_the_stop_ends_says_so(start: Callable[..., Up]) -> None:
-    cluster = start()
+    cluster = start(LEGATO_DRAIN_S="0")
     code = (
         "import legato, sys\n"
         "client = legato.Client(sys.argv[1], retries=legato.Retries(attempts=3))\n"
@@ -185,7 +185,10 @@ def test_a_stream_that_the_stop_ends_says_so(start: Callable[..., Up]) -> None:
     cluster.process.send_signal(signal.SIGTERM)
     said, log = user.communicate(timeout=READY_S)
     assert cluster.process.wait(STOP_S) == 0
-    print(said[-400:])
+    last = said.splitlines()[-1]
+    assert last.startswith("DRAINING no router answers at")
+    assert f"Connection refused; first it failed because the router at {cluster.address} stopped (DRAINING); " in last
+    assert " of the answer had come (request req-" in last
     assert log == ""
 
 
