@@ -45,7 +45,7 @@ logger = logs.get(__name__)
 
 # Where no kv_memory is configured. Several workers share a laptop, so each is modest; a server configures it.
 DEFAULT_KV_SHARE = 0.1
-DEFAULT_KV_TOKENS = 65_536
+DEFAULT_KV_TOKENS = 32_768
 
 
 @dataclasses.dataclass(slots=True)
