@@ -140,7 +140,10 @@ def _folder_configuration(path: Path) -> dict[str, Any]:
         configuration.setdefault(key, value)
     template = path / "chat_template.jinja"
     if template.is_file():
-        configuration["chat_template"] = template.read_text(encoding="utf-8")
+        try:
+            configuration["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidModel(f"{template} cannot be read: {error}", file=template) from None
     elif older := _read_json(path / "chat_template.json").get("chat_template"):
         configuration.setdefault("chat_template", older)
     return configuration

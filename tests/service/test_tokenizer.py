@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,13 @@ def test_a_template_that_refuses(byte_level: Path, tmp_path: Path, template: str
 def test_a_template_that_is_none(byte_level: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="chat template"):
         with_template(byte_level, tmp_path / "model", "{% for %}")
+
+
+def test_a_template_file_that_is_no_text(byte_level: Path, tmp_path: Path) -> None:
+    shutil.copytree(byte_level, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(InvalidModel, match=r"chat_template\.jinja cannot be read"):
+        load_tokenizer(tmp_path / "model")
 
 
 # ---- what is broken --------------------------------------------------------------------------------------
