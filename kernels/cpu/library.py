@@ -224,7 +224,7 @@ def shared_library() -> Library | None:
         return Library(build())
     except (BuildFailed, OSError) as error:
         logging.getLogger(__name__).warning(
-            "CPU kernels are not available: torch serves in their place, slower, and may round otherwise in another batch: %s",
+            "CPU kernels are not available: torch serves, slower, and rounds otherwise in another batch: %s",
             error,
         )
         return None
