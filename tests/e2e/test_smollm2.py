@@ -50,7 +50,7 @@ async def test_forced_answers_in_chunks(folder: Path, oracle: Any, redis_url: st
 async def test_sixteen_that_share_prefixes_and_are_short_of_blocks(folder: Path, oracle: Any, redis_url: str) -> None:
     draw = random.Random(16)
     shared = drawn(draw, 48)
-    work = [(shared[: draw.choice([0, 32, 48])] + drawn(draw, draw.randint(1, 30)), drawn(draw, 8)) for _ in range(16)]
+    work = [(shared[: draw.choice([0, 32, 48])] + drawn(draw, draw.randint(1, 30)), drawn(draw, 3)) for _ in range(16)]
     engine = {"max_step_tokens": 64, "max_sequences": 16}
     async with cluster(folder, redis_url, engine=engine, decode_engine={"num_blocks": 14}) as running:
         checks = (check_forced(running, oracle, VOCAB, prompt, answer) for prompt, answer in work)
