@@ -81,17 +81,18 @@ class Receiver:
             await step
         except HandoffError as error:
             assert self.ticket is not None
-            given_up = self.ticket.sequence_id not in self._placements.placed
-            if isinstance(error, TicketRefused | DigestMismatch) and not given_up:
+            if isinstance(error, TicketRefused | DigestMismatch) and self._ours() is not None:
                 self._core.meter.refused(error)
                 logger.warning("hand-over of %s refused: %s", self.ticket.sequence_id, error)
-            self._placements.give_up(self.ticket.sequence_id, error)
+            self._give_up(error)
 
     def _open(self, begin: Request.Begin) -> None:
         core = self._core
         try:
             ticket = tickets.verify(core.cluster_key, begin.ticket, now_unix_ns=time.time_ns())
             self._check(ticket)
+            if ":" not in begin.producer_address:
+                raise TicketRefused("the writer does not say where it can be asked whether it is quiet")
             with core.loop.lock:
                 core.reservations.begin(
                     ticket.reservation_id,
@@ -120,10 +121,23 @@ class Receiver:
 
     def _placed(self) -> Placed:
         assert self.ticket is not None
-        placed = self._placements.placed.get(self.ticket.sequence_id)
-        if placed is None or placed.reservation is None:
+        placed = self._ours()
+        if placed is None:
             raise TransferFailed("the request was given up")
         return placed
+
+    def _ours(self) -> Placed | None:
+        """What was placed under this stream's ticket; another placement of the same sequence is not its to touch."""
+        assert self.ticket is not None
+        placed = self._placements.placed.get(self.ticket.sequence_id)
+        if placed is None or placed.reservation is None:
+            return None
+        return placed if placed.reservation.reservation_id == self.ticket.reservation_id else None
+
+    def _give_up(self, reason: LegatoError) -> None:
+        if self._ours() is not None:
+            assert self.ticket is not None
+            self._placements.give_up(self.ticket.sequence_id, reason)
 
     def _cancel_writer(self, error: LegatoError) -> None:
         cancel = Reply.Cancel(reason=reason_to_proto(error), message=error.message)
@@ -193,35 +207,39 @@ class Receiver:
         why: LegatoError = TransferFailed("the prefill worker stopped")
         if finished_without_handoff:  # the router has that from the prefill worker
             why = RequestCancelled("the first token ended the sequence")
-        self._placements.give_up(self.ticket.sequence_id, why)
+        self._give_up(why)
 
     @property
     def unproven(self) -> bool:
         """The stream was open for writing and said neither Final nor Quiet."""
         return self.ticket is not None and not self.settled
 
-    async def until_quiet(self, ask: Callable[[str, str], Awaitable[bool]]) -> None:
+    async def until_quiet(self, ask: Callable[[str, worker_pb2.Ticket], Awaitable[bool]]) -> None:
         """After a broken stream: asks the writer until its memory is known to be quiet."""
         assert self.ticket is not None and self.begin is not None
         self._placed_gone()
-        while not await ask(self.begin.producer_address, self.ticket.reservation_id):
+        while not await ask(self.begin.producer_address, self.ticket):
             await asyncio.sleep(ASK_AGAIN_S)
         self._quiet()
 
     def _placed_gone(self) -> None:
-        assert self.ticket is not None
-        if (placed := self._placements.placed.get(self.ticket.sequence_id)) is not None:
+        if (placed := self._ours()) is not None:
             placed.cancel_writer = None
-        self._placements.give_up(
-            self.ticket.sequence_id, TransferFailed("the prefill worker left during the hand-over")
-        )
+            self._give_up(TransferFailed("the prefill worker left during the hand-over"))
 
 
 class Handoffs:
     """All open streams, and the memory of broken ones that is not proven quiet yet."""
 
-    def __init__(self, placements: Placements, open_channel: Callable[[str], grpc.aio.Channel]) -> None:
+    def __init__(
+        self,
+        placements: Placements,
+        open_channel: Callable[[str], grpc.aio.Channel],
+        find_epoch: Callable[[str], Awaitable[int | None]],
+    ) -> None:
+        """`find_epoch`: of the start of a worker that is registered now; None where none is, or nobody can tell."""
         self.open_streams = 0
+        self._find_epoch = find_epoch
         self._placements = placements
         self._open_channel = open_channel
         self._quarantine: set[asyncio.Task[None]] = set()
@@ -252,20 +270,20 @@ class Handoffs:
                 self._quarantine.add(task)
                 task.add_done_callback(self._quarantine.discard)
 
-    async def _is_quiet(self, address: str, reservation_id: str) -> bool:
+    async def _is_quiet(self, address: str, ticket: worker_pb2.Ticket) -> bool:
+        """Silence proves nothing; any of these does: a later start of the same worker is registered, the writer or its
+        successor on the same address says so, no process listens there, or one of another kind or cluster does."""
+        epoch = await self._find_epoch(ticket.producer_id)
+        if epoch is not None and epoch != ticket.producer_epoch:
+            return True
         channel = self._open_channel(address)
+        request = worker_pb2.ConfirmQuietRequest(reservation_id=ticket.reservation_id)
         try:
-            stub = worker_pb2_grpc.PrefillStub(channel)
-            await stub.ConfirmQuiet(
-                worker_pb2.ConfirmQuietRequest(reservation_id=reservation_id), timeout=ASK_TIMEOUT_S
-            )
+            await worker_pb2_grpc.PrefillStub(channel).ConfirmQuiet(request, timeout=ASK_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            if (
-                error.code() is grpc.StatusCode.UNAVAILABLE
-            ):  # a refusal is the host's word that no process listens there
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return "refused" in (error.details() or "").lower()
-            # Silence proves nothing. These two come from another kind of server, or from another cluster's.
             return error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED)
         finally:
             await channel.close()
-        return True  # the writer's own word, or its successor's on the same address, which proves that it is gone
+        return True

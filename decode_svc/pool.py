@@ -12,6 +12,7 @@ from legato.v1 import worker_pb2_grpc
 from scheduler.events import Event
 from service.channel import channel
 from service.host import Host
+from service.registry import connect, registered_epoch
 from service.tracing import Spans
 from worker.core import Core
 
@@ -21,7 +22,11 @@ class DecodePool:
 
     def __init__(self, core: Core, spans: Spans) -> None:
         self._placements = Placements(core, spans)
-        self._handoffs = Handoffs(self._placements, lambda address: channel(address, core.config.cluster_key))
+        self._redis = connect(core.config.redis_url)
+        self._cluster = core.config.cluster
+        self._handoffs = Handoffs(
+            self._placements, lambda address: channel(address, core.config.cluster_key), self._find_epoch
+        )
         self._service = DecodeService(self._placements, self._handoffs)
         self._heartbeat = asyncio.create_task(self._placements.heartbeat())
 
@@ -45,8 +50,12 @@ class DecodePool:
     def drain(self) -> None:
         self._service.draining = True
 
+    async def _find_epoch(self, worker_id: str) -> int | None:
+        return await registered_epoch(self._redis, self._cluster, worker_id)
+
     async def close(self) -> None:
         self._heartbeat.cancel()
         for subscription in self._placements.subscriptions.all:
             subscription.end()
         await self._handoffs.close()
+        await self._redis.aclose()

@@ -22,7 +22,7 @@ from prefill_svc.sender import Sender, SourceKV, Target
 from scheduler.events import Computed, Event, Failed, Tokens
 from service.messages import finish_to_proto, layout_from_proto, logprobs_to_proto, token_to_proto
 from service.tracing import Spans
-from spec.errors import LegatoError
+from spec.errors import InvalidParameter, LegatoError
 from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
@@ -78,6 +78,8 @@ class PrefillCall:
                 core.record.identity, (*state.prompt_token_ids, *state.output_token_ids)
             ),
         )
+        if not reservation.lease_s > 0:
+            raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
         self.reservation_id = ticket.reservation_id
         name, peer = await self._peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
         self._sender = Sender(
@@ -150,6 +152,7 @@ class PrefillCall:
             await self._sender.close(finished_without_handoff=self._ended_here)
         with core.loop.lock:
             core.scheduler.release(self.sequence_id)
+        core.loop.wake()  # somebody may wait for these blocks
         while not self.events.empty():
             if isinstance(event := self.events.get_nowait(), Computed):
                 core.unhold(event.block_table)

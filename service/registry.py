@@ -90,6 +90,15 @@ async def read_workers(client: redis.asyncio.Redis, cluster: str) -> Workers:
     return workers
 
 
+async def registered_epoch(client: redis.asyncio.Redis, cluster: str, worker_id: str) -> int | None:
+    """Of the start of a worker that is registered now. None where none is, or Redis is away."""
+    try:
+        record = (await read_workers(client, cluster)).get(worker_id)
+    except _TROUBLE:
+        return None
+    return None if record is None else record.epoch
+
+
 class Registrar:
     """Keeps one worker's record alive while the `async with` lasts. Never raises into the service: see `registered`."""
 

@@ -81,6 +81,7 @@ class Core:
     def unhold(self, block_table: tuple[int, ...]) -> None:
         with self.loop.lock:
             self.scheduler.pool.release(block_table)
+        self.loop.wake()  # somebody may wait for these blocks
 
     async def stage_out(self, block_ids: Sequence[int]) -> None:
         """Before blocks are sent: brings them into the landing memory. Nothing to do where that is the engine's own."""
@@ -90,7 +91,13 @@ class Core:
     async def stage_in(self, block_ids: Sequence[int]) -> None:
         """After blocks landed and were found right: brings them into the engine's memory."""
         if self.landing is not self.engine.kv.tensor:
-            await asyncio.get_running_loop().run_in_executor(self.digest_pool, self._copy_in, torch.tensor(block_ids))
+            copying = asyncio.get_running_loop().run_in_executor(
+                self.digest_pool, self._copy_in, torch.tensor(block_ids)
+            )
+            try:
+                await asyncio.shield(copying)
+            finally:
+                await asyncio.wait([copying])  # nobody frees these blocks while they are written
 
     def _copy_out(self, index: torch.Tensor) -> None:
         self.landing[index] = self.engine.kv.tensor[index.to(self.engine.device)].cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import decode_svc.handoff
 import kvtransfer.memory
 import prefill_svc.sender
 import worker.core
+import worker.loop
 from kvtransfer import ticket as tickets
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
 from kvtransfer.transport import Piece
@@ -184,3 +186,49 @@ async def _refused(stub: worker_pb2_grpc.DecodeStub, signed: worker_pb2.SignedTi
     error = error_from_rpc(caught.value)
     assert isinstance(error, TicketRefused)
     assert word in str(error)
+
+
+async def test_a_stream_touches_only_what_its_ticket_opened(model: Path, redis_url: str) -> None:
+    """A late word on an old stream, and a writer whose address no longer resolves but whose successor is registered."""
+    async with cluster(model, redis_url) as running:
+        decode, prefill = running.workers["decode-0"].core, running.workers["prefill-0"].core.record
+        async with channel(decode.record.address, KEY) as link:
+            stub = worker_pb2_grpc.DecodeStub(link)
+            subscription = stub.Subscribe(worker_pb2.SubscribeRequest(router_id="tester"))
+            await subscription.read()
+            earlier = worker_pb2.WorkerRecord()
+            earlier.CopyFrom(prefill)
+            earlier.epoch = prefill.epoch - 1  # as if prefill-0 had been started again since
+            first = await stub.Reserve(_reserve(decode.record, earlier))
+            old = stub.Handoff()
+            await old.write(_begin(first.ticket, "gone.invalid:50051"))
+            assert (await old.read()).HasField("accepted")
+            await stub.Abort(worker_pb2.AbortRequest(sequence_id="test.0.1"))
+            again = await stub.Reserve(_reserve(decode.record, prefill))
+            old.cancel()  # it never said Quiet; that its successor is registered proves that it is gone
+            while decode.live()["reservations.reservations_cancelling"]:
+                await asyncio.sleep(0.02)
+            assert decode.live()["reservations.reservations_reserved"] == 1, "the second placement is untouched"
+            new = stub.Handoff()
+            await new.write(_begin(again.ticket, prefill.address))
+            assert (await new.read()).HasField("accepted")
+            await new.write(worker_pb2.HandoffRequest(quiet=worker_pb2.HandoffRequest.Quiet()))
+            subscription.cancel()
+        await running.assert_as_at_start()
+
+
+async def test_blocks_that_come_free_are_used_at_once(
+    model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for the blocks of a hand-over is woken when it ends, and not by the clock."""
+    monkeypatch.setattr(worker.loop, "LONGEST_WAIT_S", 1e6)
+    prompts = [[3 + index, *range(5, 114)] for index in range(6)]
+    async with cluster(model, redis_url, prefill_engine={"num_blocks": 10}) as running:
+        answers = (running.client.generate(prompt, max_tokens=4, ignore_eos=True, timeout_s=30) for prompt in prompts)
+        assert len(await asyncio.gather(*answers)) == 6
+        await running.assert_as_at_start()
+
+
+def _begin(signed: worker_pb2.SignedTicket, address: str) -> worker_pb2.HandoffRequest:
+    begin = worker_pb2.HandoffRequest.Begin(ticket=signed, producer_address=address)
+    return worker_pb2.HandoffRequest(begin=begin)

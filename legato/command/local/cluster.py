@@ -27,8 +27,8 @@ from service.ports import free_port
 from service.registry import check_redis
 from spec.errors import InternalError, InvalidConfiguration, SetupError
 
-STOP_S = 9.0  # all of it, the last kill included, stays under 10
-DRAIN_S = 5.0  # a part of it is left for closing down
+STOP_S = 7.5  # all of it, the last kill included, stays under 10
+DRAIN_S = 4.0  # a part of it is left for closing down
 POLL_S = 0.2
 REDIS_ANSWERS_S = 5.0
 WAIT_IS_TOLD_S = 5.0  # a router that does not serve so long after every worker is ready is kept from it by something
