@@ -83,16 +83,16 @@ async def test_a_slow_chunk_does_not_cost_the_lease(
     """A healthy prefill worker may compute one chunk for longer than the reservation's lease."""
     shape = SHAPES[0]
     make_llama(tmp_path / "model", shape)
-    async with cluster(tmp_path / "model", redis_url, handoff={"lease_s": 0.2}) as running:
+    async with cluster(tmp_path / "model", redis_url, handoff={"lease_s": 1.0}) as running:
         engine = running.workers["prefill-0"].core.engine
         execute = engine.execute
 
         def slowly(plan: StepPlan) -> StepResult:
-            time.sleep(0.7)
+            time.sleep(2.5)
             return execute(plan)
 
         monkeypatch.setattr(engine, "execute", slowly)
         answer = await running.client.generate(list(range(3, 303)), max_tokens=4, ignore_eos=True)
         assert answer.route.attempts == 1
-        assert answer.ledger.prefill_s > 0.6, "the test is about a chunk longer than the lease"
+        assert answer.ledger.prefill_s > 2.0, "the test is about a chunk longer than the lease"
         await running.assert_as_at_start()
