@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-long lint types protos protos-check bench clean
+.PHONY: help demo test lint types protos protos-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -24,11 +24,8 @@ $(VENV)/.dev: $(VENV)/.serve
 demo: $(VENV)/.serve  ## start a cluster, ask it three questions at once, show where each ran
 	@$(BIN)/legato demo
 
-test: $(VENV)/.dev  ## every test that CI runs
-	@$(BIN)/python -m pytest -m "not long"
-
-test-long: $(VENV)/.dev  ## the tests that take minutes each
-	@$(BIN)/python -m pytest -m long --timeout=3600
+test: $(VENV)/.dev  ## every test
+	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev  ## style
 	@$(BIN)/ruff check .

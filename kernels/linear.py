@@ -17,6 +17,8 @@ from torch import Tensor
 
 from kernels.cpu.library import Library, library_for
 
+WIDE_COLUMNS = 8192
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
@@ -50,8 +52,12 @@ def unpack(packed: PackedLinear) -> Tensor:
 
 
 def reference(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
-    out = F.linear(x, unpack(packed), packed.bias)
-    return out.float() if wide else out
+    weight = unpack(packed)
+    if not wide:
+        return F.linear(x, weight, packed.bias)
+    # In blocks of columns, so that no second copy of a large weight is made.
+    out = torch.cat([F.linear(x.float(), block.float()) for block in torch.split(weight, WIDE_COLUMNS)], dim=1)
+    return out if packed.bias is None else out + packed.bias.float()
 
 
 def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:

@@ -155,3 +155,14 @@ else:
 )
 def test_kv_is_split_while_multiprocessors_are_idle(num_programs: int, most_kv_tokens: int, expected: int) -> None:
     assert paged_attention.choose_splits(num_programs, most_kv_tokens, num_multiprocessors=132) == expected
+
+
+def test_wide_results_are_not_rounded_in_between() -> None:
+    """Where torch serves, logits of bfloat16 must not tie by their rounding."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 96).bfloat16(), torch.randn(9000, 96).bfloat16(), torch.randn(9000).bfloat16()
+    packed = linear.PackedLinear(weight, bias, 9000, 96, torch.bfloat16)
+    found = linear.linear(x, packed, wide=True)
+    expected = wide(x) @ wide(weight).T + wide(bias)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(wide(found), expected, rtol=1e-5, atol=1e-4)
