@@ -4,7 +4,8 @@ Measured with random tokens, greedy: decode at batch 1 and 8 (median time of a s
 to its first token), and in the same rounds the memory read bandwidth of the same threads, of which decode at batch 1
 can use a share: it reads every weight once for a token. transformers runs its own `generate`.
 
-A run is thrown away when transformers' own figures moved by more than 15 % between rounds: the machine was not quiet.
+A run in which transformers' own figures moved by more than 15 % between rounds is marked as not steady, here and in the
+JSON line: the machine was not quiet. Needs the dev extra, as `make test` installs it.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _packages() -> Iterator[Finding]:
         advice = "servers run from the source tree: pip install -e '.[serve]' in a checkout"
         yield Finding("servers", "missing", f"no {', '.join(servers)}", advice)
     if lacking:
-        yield Finding("packages", "missing", f"no {', '.join(lacking)}", "pip install 'legato[serve]'")
+        yield Finding("packages", "missing", f"no {', '.join(lacking)}", "pip install -e '.[serve]' in a checkout")
     else:
         yield Finding("packages", "ok", f"torch {importlib.metadata.version('torch')}")
 

