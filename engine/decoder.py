@@ -15,11 +15,11 @@ from torch import Tensor
 from engine.kv_memory import KVMemory
 from engine.rope import tables
 from engine.weights import LayerWeights, ModelWeights
+from kernels.gated_activation import gated_activation
 from kernels.linear import embedding, linear
 from kernels.paged_attention import paged_attention
 from kernels.rms_norm import rms_norm
 from kernels.rope_kv_write import rope_kv_write
-from kernels.silu_mul import silu_mul
 from spec.model import ModelSpec
 
 
@@ -62,7 +62,7 @@ class Decoder:
                 attended, stream = attended[step.wanted_rows], stream[step.wanted_rows]
             output = linear(attended, layer.attention_output)
             normed, stream = rms_norm(output, layer.mlp_norm, eps, stream)
-            output = linear(silu_mul(linear(normed, layer.gate_up)), layer.down)
+            output = linear(gated_activation(linear(normed, layer.gate_up), "silu"), layer.down)
             next_norm = self.weights.final_norm if last else layers[index + 1].attention_norm
             normed, stream = rms_norm(output, next_norm, eps, stream)
         return normed

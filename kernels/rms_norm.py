@@ -1,9 +1,10 @@
 """RMSNorm with the residual addition before it (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    stream = x + residual                                    (x alone where there is no residual)
-    normed = weight · stream / sqrt(mean(stream²) + eps)     mean over the last dimension
+    stream = x + residual                                               (x alone where there is no residual)
+    normed = (offset + weight) · stream / sqrt(mean(stream²) + eps)     mean over the last dimension
 
-The stream is rounded to x.dtype first and the mean is taken of what was rounded, in fp32; normed is rounded once.
+The offset is 1 in the Gemma family, whose weights are stored as what is added to 1, and 0 elsewhere. The stream is
+rounded to x.dtype first and the mean is taken of what was rounded, in fp32; normed is rounded once.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from torch import Tensor
 from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
+TILE_ELEMENTS = 1024
 
-def reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+def reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     stream = x if residual is None else x + residual
     wide = stream.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight.float()).to(x.dtype), stream
+    return (wide * scale * (weight.float() + offset)).to(x.dtype), stream
 
 
 @jit
@@ -29,45 +34,66 @@ def _kernel(
     residual_ptr,  # [T, H], contiguous, where HAS_RESIDUAL
     normed_ptr,  # [T, H], contiguous, written
     stream_ptr,  # [T, H], contiguous, written where HAS_RESIDUAL
+    num_rows,
     hidden_size,
     eps,
+    offset,
     HAS_RESIDUAL: tl.constexpr,
+    TILE_ROWS: tl.constexpr,  # power of two
     BLOCK: tl.constexpr,  # power of two, at least H
 ):
-    """One program per row."""
-    row = tl.program_id(0).to(tl.int64) * hidden_size
+    """One program per TILE_ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = tl.arange(0, BLOCK)
-    mask = column < hidden_size
-    stream = tl.load(x_ptr + row + column, mask, other=0.0)
+    mask = (row < num_rows)[:, None] & (column < hidden_size)[None, :]
+    place = row[:, None] * hidden_size + column[None, :]
+    stream = tl.load(x_ptr + place, mask, other=0.0)
     if HAS_RESIDUAL:
-        stream += tl.load(residual_ptr + row + column, mask, other=0.0)
-        tl.store(stream_ptr + row + column, stream, mask)
+        stream += tl.load(residual_ptr + place, mask, other=0.0)
+        tl.store(stream_ptr + place, stream, mask)
     wide = stream.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / hidden_size + eps)
-    weight = tl.load(weight_ptr + column, mask, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row + column, (wide * scale * weight).to(normed_ptr.dtype.element_ty), mask)
+    scale = tl.rsqrt(tl.sum(wide * wide, 1) / hidden_size + eps)
+    weight = tl.load(weight_ptr + column, column < hidden_size, other=0.0).to(tl.float32) + offset
+    normed = wide * scale[:, None] * weight[None, :]
+    tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask)
 
 
-def launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def launch(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     num_rows, hidden_size = x.shape
     block = triton.next_power_of_2(hidden_size)
+    tile_rows = max(TILE_ELEMENTS // block, 1)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     normed = torch.empty_like(x)
     stream = x if residual is None else torch.empty_like(x)
-    num_warps = min(max(block // 512, 1), 16)
-    _kernel[(num_rows,)](
-        x, weight, residual, normed, stream, hidden_size, eps, residual is not None, block, num_warps=num_warps
+    _kernel[(triton.cdiv(num_rows, tile_rows),)](
+        x,
+        weight,
+        residual,
+        normed,
+        stream,
+        num_rows,
+        hidden_size,
+        eps,
+        float(offset),
+        residual is not None,
+        tile_rows,
+        block,
+        num_warps=min(max(tile_rows * block // 512, 1), 16),
     )
     return normed, stream
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """x, residual: [T, H]; weight: [H]. Returns (normed, stream), both [T, H] in x.dtype; stream may be x itself."""
     assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     if x.is_cuda:
-        return launch(x, weight, eps, residual)
+        return launch(x, weight, eps, residual, offset=offset)
     library = library_for(x, weight)
     if library is not None and weight.dtype == x.dtype:
-        return library.rms_norm(x, weight, eps, residual)
-    return reference(x, weight, eps, residual)
+        return library.rms_norm(x, weight, eps, residual, offset=offset)
+    return reference(x, weight, eps, residual, offset=offset)

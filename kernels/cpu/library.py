@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.cpu.build import BuildFailed, build, default_cache, recipe
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")  # in the order of activation.h
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
@@ -32,8 +33,8 @@ class Library:
         self._linear = self._by_dtype("linear", _P, _P, _P, _P, _N, _N, _N, _I)
         self._linear_wide = self._function("linear_wide_bf16", _P, _P, _P, _P, _N, _N, _N, _I)
         self._embedding = self._by_dtype("embedding", _P, _P, _P, _N, _N, _N, result=ctypes.c_bool)
-        self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _I)
-        self._silu_mul = self._by_dtype("silu_mul", _P, _P, _N, _N, _I)
+        self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _F, _I)
+        self._gated_activation = self._by_dtype("gated_activation", _P, _P, _N, _N, _I, _I)
         self._rope_kv_write = self._by_two_dtypes("rope_kv_write", *[_P] * 8, *[_N] * 8, _I)
         self._attention = self._by_two_dtypes("paged_attention", *[_P] * 7, *[_N] * 9, _F, _I)
         self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
@@ -102,7 +103,9 @@ class Library:
         assert inside, f"token ids lie in [0, {num_outputs})"
         return out
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         num_rows, size = x.shape
         assert weight.shape == (size,)
         assert weight.is_contiguous()
@@ -121,15 +124,18 @@ class Library:
             num_rows,
             size,
             eps,
+            offset,
             torch.get_num_threads(),
         )
         return normed, stream
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def gated_activation(self, gate_up: Tensor, kind: str) -> Tensor:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         gate_up = gate_up.contiguous()
         out = gate_up.new_empty(num_rows, size)
-        self._silu_mul[gate_up.dtype](gate_up.data_ptr(), out.data_ptr(), num_rows, size, torch.get_num_threads())
+        self._gated_activation[gate_up.dtype](
+            gate_up.data_ptr(), out.data_ptr(), num_rows, size, _ACTIVATIONS.index(kind), torch.get_num_threads()
+        )
         return out
 
     def rope_kv_write(

@@ -7,13 +7,13 @@ not be set where kernels compile.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import paged_attention, rms_norm, rope_kv_write, silu_mul
+from kernels import gated_activation, paged_attention, rms_norm, rope_kv_write
 
 GUARD = 64
 TOLERANCES = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3)}  # about two roundings of the dtype
@@ -59,23 +59,28 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_tokens", "hidden_size"), [(1, 6), (3, 123), (5, 576)])
+@pytest.mark.parametrize(("num_tokens", "hidden_size"), [(1, 6), (3, 123), (5, 576), (37, 64)])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_rms_norm(num_tokens: int, hidden_size: int, with_residual: bool, dtype: torch.dtype) -> None:
     x = in_poison(torch.randn(num_tokens, hidden_size, dtype=dtype))
     residual = in_poison(torch.randn(num_tokens, hidden_size, dtype=dtype)) if with_residual else None
     weight = in_poison(torch.randn(hidden_size, dtype=dtype))
-    normed, stream = rms_norm.launch(x, weight, 1e-5, residual)
-    expected_normed, expected_stream = rms_norm.reference(x, weight, 1e-5, residual)
-    assert_close(normed, expected_normed)
-    assert torch.equal(stream, expected_stream)
+    for offset in (0.0, 1.0):
+        normed, stream = rms_norm.launch(x, weight, 1e-5, residual, offset=offset)
+        expected_normed, expected_stream = rms_norm.reference(x, weight, 1e-5, residual, offset=offset)
+        assert_close(normed, expected_normed)
+        assert torch.equal(stream, expected_stream)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "intermediate_size"), [(1, 6), (3, 431), (2, 1536)])
-def test_silu_mul(num_tokens: int, intermediate_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", get_args(gated_activation.ActivationKind))
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # gate / infinity is the 0 that is meant
+def test_gated_activation(
+    num_tokens: int, intermediate_size: int, kind: gated_activation.ActivationKind, dtype: torch.dtype
+) -> None:
     gate_up = in_poison(4 * torch.randn(num_tokens, 2 * intermediate_size, dtype=dtype))
-    assert_close(silu_mul.launch(gate_up), silu_mul.reference(gate_up))
+    assert_close(gated_activation.launch(gate_up, kind), gated_activation.reference(gate_up, kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,5 +147,5 @@ def test_paged_attention(case: str, num_splits: int, dtype: torch.dtype) -> None
 
 
 def test_an_empty_batch_of_rows() -> None:
-    assert silu_mul.launch(torch.empty(0, 8)).shape == (0, 4)
+    assert gated_activation.launch(torch.empty(0, 8), "silu").shape == (0, 4)
     assert rms_norm.launch(torch.empty(0, 8), torch.ones(8), 1e-5)[0].shape == (0, 8)

@@ -24,7 +24,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import native_specialize_impl  # noqa: E402
 
-from kernels import paged_attention, rms_norm, rope_kv_write, silu_mul  # noqa: E402
+from kernels import gated_activation, paged_attention, rms_norm, rope_kv_write  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 
@@ -78,8 +78,10 @@ def launch_rms_norm(dtype: torch.dtype, hidden_size: int) -> None:
     rms_norm.launch(x, x[0], 1e-5, x)
 
 
-def launch_silu_mul(dtype: torch.dtype, intermediate_size: int) -> None:
-    silu_mul.launch(torch.zeros(4, 2 * intermediate_size, dtype=dtype))
+def launch_gated_activation(
+    dtype: torch.dtype, intermediate_size: int, kind: gated_activation.ActivationKind = "silu"
+) -> None:
+    gated_activation.launch(torch.zeros(4, 2 * intermediate_size, dtype=dtype), kind)
 
 
 def launch_rope_kv_write(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
@@ -103,7 +105,10 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
     "rms_norm bf16 576": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 576)),
     "rms_norm bf16 8192": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 8192)),
-    "silu_mul bf16 1536": (silu_mul, "_kernel", lambda: launch_silu_mul(BRAIN, 1536)),
+    "rms_norm bf16 128": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 128)),
+    "silu bf16 1536": (gated_activation, "_kernel", lambda: launch_gated_activation(BRAIN, 1536)),
+    "gelu_tanh bf16 9216": (gated_activation, "_kernel", lambda: launch_gated_activation(BRAIN, 9216, "gelu_tanh")),
+    "swiglu bf16 2880": (gated_activation, "_kernel", lambda: launch_gated_activation(BRAIN, 2880, "swiglu_clamped")),
     "rope_kv_write bf16 9/3 64": (rope_kv_write, "_kernel", lambda: launch_rope_kv_write(BRAIN, 9, 3, 64)),
     "rope_kv_write bf16 64/8 128": (rope_kv_write, "_kernel", lambda: launch_rope_kv_write(BRAIN, 64, 8, 128)),
     "decode bf16 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(BRAIN, 9, 3, 64, 4, 1)),

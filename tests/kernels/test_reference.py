@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear, paged_attention, rms_norm, rope_kv_write, silu_mul
+from kernels import gated_activation, linear, paged_attention, rms_norm, rope_kv_write
 
 TOLERANCES = {torch.float32: (2e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 8e-3)}
 DTYPES = list(TOLERANCES)
@@ -34,28 +34,33 @@ def assert_close(actual: Tensor, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("run", [rms_norm.reference, rms_norm.rms_norm])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize(("num_tokens", "hidden_size"), [(1, 6), (7, 123), (3, 576)])
 def test_rms_norm(
-    run: Callable[..., tuple[Tensor, Tensor]], num_tokens: int, hidden_size: int, dtype: torch.dtype
+    run: Callable[..., tuple[Tensor, Tensor]], num_tokens: int, hidden_size: int, offset: float, dtype: torch.dtype
 ) -> None:
     x, residual = torch.randn(2, num_tokens, hidden_size).to(dtype)
     weight = torch.randn(hidden_size).to(dtype)
     for other in (None, residual):
         before = x.clone()
-        normed, stream = run(x, weight, 0.1, other)
+        normed, stream = run(x, weight, 0.1, other, offset=offset)
         expected_stream = wide(x) + (0 if other is None else wide(other))
         assert_close(stream, expected_stream)
-        expected = wide(weight) * wide(stream) / np.sqrt((wide(stream) ** 2).mean(-1, keepdims=True) + 0.1)
+        expected = (wide(weight) + offset) * wide(stream) / np.sqrt((wide(stream) ** 2).mean(-1, keepdims=True) + 0.1)
         assert_close(normed, expected)
         assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("run", [silu_mul.reference, silu_mul.silu_mul])
+@pytest.mark.parametrize("run", [gated_activation.reference, gated_activation.gated_activation])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul(run: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+def test_gated_activation(run: Callable[..., Tensor], dtype: torch.dtype) -> None:
     gate_up = (3 * torch.randn(5, 2 * 431)).to(dtype)
     gate, up = np.split(wide(gate_up), 2, axis=-1)
-    assert_close(run(gate_up), gate / (1 + np.exp(-gate)) * up)
+    assert_close(run(gate_up, "silu"), gate / (1 + np.exp(-gate)) * up)
+    tanh = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
+    assert_close(run(gate_up, "gelu_tanh"), 0.5 * gate * (1 + tanh) * up)
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    assert_close(run(gate_up, "swiglu_clamped"), (up + 1) * gate / (1 + np.exp(-1.702 * gate)))
 
 
 @pytest.mark.parametrize("run", [rope_kv_write.reference, rope_kv_write.rope_kv_write])
@@ -135,10 +140,10 @@ def test_the_room_imports_without_triton_and_says_so_when_it_is_needed() -> None
 import sys
 sys.modules["triton"] = None
 import torch
-from kernels import linear, paged_attention, rms_norm, rope_kv_write, silu_mul
-assert silu_mul.silu_mul(torch.ones(1, 4)).shape == (1, 2)
+from kernels import gated_activation, linear, paged_attention, rms_norm, rope_kv_write
+assert gated_activation.gated_activation(torch.ones(1, 4), "silu").shape == (1, 2)
 try:
-    silu_mul.launch(torch.ones(1, 4))
+    gated_activation.launch(torch.ones(1, 4), "silu")
 except ImportError as error:
     assert "legato[gpu]" in str(error)
 else:
