@@ -20,7 +20,8 @@ from kernels.cpu.build import BuildFailed, build, default_cache, recipe
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")  # in the order of activation.h
-_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SCORINGS = ("softmax", "softmax_chosen", "sigmoid")  # in the order of moe_route.cpp
+_P, _N, _F, _I, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int, ctypes.c_bool
 
 
 class Library:
@@ -37,6 +38,7 @@ class Library:
         self._gated_activation = self._by_dtype("gated_activation", _P, _P, _N, _N, _I, _I)
         self._rope_kv_write = self._by_two_dtypes("rope_kv_write", *[_P] * 8, *[_N] * 8, _I)
         self._attention = self._by_two_dtypes("paged_attention", *[_P] * 7, *[_N] * 9, _F, _I)
+        self._moe_route = self._function("moe_route", *[_P] * 4, *[_N] * 5, _I, _B, _B, _F, _I)
         self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
         self.panel_columns: int = self._function("panel_columns", result=_I)()
         self._read = self._function("read_bytes", _P, _N, _I, result=ctypes.c_uint64)
@@ -217,6 +219,42 @@ class Library:
             torch.get_num_threads(),
         )
         return out
+
+    def moe_route(
+        self,
+        logits: Tensor,
+        *,
+        experts_per_token: int,
+        scoring: str,
+        normalise: bool,
+        scale: float,
+        bias: Tensor | None,
+        num_groups: int,
+        groups_per_token: int,
+        group_score: str,
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens, num_experts = logits.shape
+        logits = logits.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        expert_ids = logits.new_empty(num_tokens, experts_per_token, dtype=torch.int64)
+        weights = logits.new_empty(num_tokens, experts_per_token)
+        self._moe_route(
+            logits.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            expert_ids.data_ptr(),
+            weights.data_ptr(),
+            num_tokens,
+            num_experts,
+            experts_per_token,
+            num_groups,
+            groups_per_token,
+            _SCORINGS.index(scoring),
+            group_score == "top2",
+            normalise,
+            scale,
+            torch.get_num_threads(),
+        )
+        return expert_ids, weights
 
     def read_bytes(self, memory: Tensor) -> int:
         """Reads `memory` once, all threads sharing, as `linear` reads weights at one row; for measuring bandwidth."""

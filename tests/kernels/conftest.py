@@ -44,7 +44,9 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def allocate(tensor: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         size = torch.Size(shape)
-        memory = torch.full((size.numel() + 2 * GUARD,), float("nan"), dtype=dtype or tensor.dtype)
+        dtype = dtype or tensor.dtype
+        unwritten = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        memory = torch.full((size.numel() + 2 * GUARD,), unwritten, dtype=dtype)
         memory[:GUARD] = memory[-GUARD:] = 7.0
         allocated.append(memory)
         return memory[GUARD:-GUARD].view(size)
