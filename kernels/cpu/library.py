@@ -39,6 +39,7 @@ class Library:
         self._rope_kv_write = self._by_two_dtypes("rope_kv_write", *[_P] * 8, *[_N] * 8, _I)
         self._attention = self._by_two_dtypes("paged_attention", *[_P] * 7, *[_N] * 9, _F, _I)
         self._moe_route = self._function("moe_route", *[_P] * 4, *[_N] * 5, _I, _B, _B, _F, _I)
+        self._moe_mlp = self._by_dtype("moe_mlp", *[_P] * 5, *[_N] * 5, _I, _I, result=_B)
         self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
         self.panel_columns: int = self._function("panel_columns", result=_I)()
         self._read = self._function("read_bytes", _P, _N, _I, result=ctypes.c_uint64)
@@ -255,6 +256,40 @@ class Library:
             torch.get_num_threads(),
         )
         return expert_ids, weights
+
+    def moe_mlp(
+        self,
+        x: Tensor,
+        addresses: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        intermediate_size: int,
+        activation_kind: str,
+    ) -> Tensor:
+        """addresses: [4, E] int64, as kernels.moe_mlp.PackedExperts has them."""
+        assert addresses.dtype == expert_ids.dtype == torch.int64
+        assert weights.dtype == torch.float32
+        assert addresses.is_contiguous()
+        x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
+        num_tokens, hidden_size = x.shape
+        num_experts = addresses.shape[1]
+        out = x.new_empty(num_tokens, hidden_size)
+        inside = self._moe_mlp[x.dtype](
+            x.data_ptr(),
+            addresses.data_ptr(),
+            expert_ids.data_ptr(),
+            weights.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            expert_ids.shape[1],
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            _ACTIVATIONS.index(activation_kind),
+            torch.get_num_threads(),
+        )
+        assert inside, f"expert ids lie in [-1, {num_experts})"
+        return out
 
     def read_bytes(self, memory: Tensor) -> int:
         """Reads `memory` once, all threads sharing, as `linear` reads weights at one row; for measuring bandwidth."""

@@ -1,0 +1,69 @@
+// The product of some rows with a packed weight, cut to fit caches and threads.
+#pragma once
+
+#include <memory>
+
+#include "pool.h"
+#include "product.h"
+
+namespace legato {
+
+constexpr ptrdiff_t BLOCK_BYTES = 384 << 10;  // of the rows that pass over a panel: they stay in a core's own cache
+constexpr ptrdiff_t MIN_BLOCK_ROWS = 96;
+constexpr ptrdiff_t ALIAS_BYTES = 2048;  // rows a multiple of it apart fall into few sets of the first cache
+constexpr ptrdiff_t PARALLEL_BYTES = 64 << 10;  // below, calling for help takes longer than the product
+
+template <class T, class Out>
+struct Linear {
+    const T *x;        // [num_rows, depth], contiguous
+    const T *packed;   // panels
+    const T *bias;     // [num_outputs] or null
+    Out *out;          // [num_rows, num_outputs], contiguous
+    ptrdiff_t num_rows, num_outputs, depth;
+
+    // rows: those of x from first_row on, row_stride apart
+    template <int ROWS>
+    void block(const T *rows, ptrdiff_t row_stride, ptrdiff_t first_row, ptrdiff_t panel) const {
+        Floats sums[ROWS][VECTORS] = {};
+        multiply<ROWS>(rows, row_stride, packed + panel * panel_elements<T>(depth), depth, sums);
+#pragma GCC unroll 12
+        for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 2
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                const ptrdiff_t column = panel * PANEL + vector * LANES;
+                const ptrdiff_t count = num_outputs - column;
+                if (count <= 0) continue;
+                const Floats sum = bias ? sums[row][vector] + load(bias + column, count) : sums[row][vector];
+                store(out + (first_row + row) * num_outputs + column, sum, count);
+            }
+    }
+
+    void panels(ptrdiff_t begin, ptrdiff_t end) const {
+        ptrdiff_t block_rows = BLOCK_BYTES / (depth * (ptrdiff_t)sizeof(T)) / MAX_ROWS * MAX_ROWS;
+        if (block_rows < MIN_BLOCK_ROWS) block_rows = MIN_BLOCK_ROWS;
+        const bool spread = num_rows > 4 && depth * sizeof(T) % ALIAS_BYTES == 0;
+        const ptrdiff_t stride = spread ? depth + 64 / (ptrdiff_t)sizeof(T) : depth;
+        std::unique_ptr<T[]> copy;
+        if (spread) copy.reset(new T[(num_rows < block_rows ? num_rows : block_rows) * stride]);
+        for (ptrdiff_t row = 0; row < num_rows; row += block_rows) {
+            const ptrdiff_t count = num_rows - row < block_rows ? num_rows - row : block_rows;
+            const T *rows = x + row * depth;
+            if (spread) {
+                for (ptrdiff_t i = 0; i < count; ++i) memcpy(&copy[i * stride], rows + i * depth, depth * sizeof(T));
+                rows = copy.get();
+            }
+            for (ptrdiff_t panel = begin; panel < end; ++panel)
+                in_row_blocks(count, [&](auto size, ptrdiff_t first) {
+                    block<decltype(size)::value>(rows + first * stride, stride, row + first, panel);
+                });
+        }
+    }
+
+    void run(int threads) const {
+        const ptrdiff_t all = round_up(num_outputs, PANEL) / PANEL;
+        if (num_outputs * depth * (ptrdiff_t)sizeof(T) * num_rows < PARALLEL_BYTES) threads = 1;
+        in_ranges(threads, all, [&](ptrdiff_t begin, ptrdiff_t end) { panels(begin, end); });
+    }
+};
+
+}  // namespace legato

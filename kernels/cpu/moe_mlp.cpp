@@ -1,0 +1,169 @@
+// kernels/moe_mlp.py: rows are put in order of their expert, each expert multiplies its own as a linear layer would, and
+// every token adds up what its experts say.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "activation.h"
+#include "linear.h"
+#include "pool.h"
+
+namespace legato {
+namespace {
+
+constexpr ptrdiff_t PARALLEL_ELEMENTS = 16 << 10;
+
+// What one expert's two products need, as library.py lays it out: [NUM_PARTS][num_experts] addresses.
+enum Part { GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS };
+
+// The rows of an expert are [begin, end) of the ordered ones; never none.
+struct Share {
+    ptrdiff_t expert, begin, end;
+};
+
+// Slot t * experts_per_token + j is what token t asks of its j-th expert.
+struct Order {
+    std::vector<ptrdiff_t> row_of_slot;  // -1 where the expert is not here
+    std::vector<ptrdiff_t> token_of_row;
+    std::vector<Share> shares;
+
+    // False where an expert is none of [-1, num_experts).
+    bool fill(const int64_t *expert_ids, ptrdiff_t num_tokens, ptrdiff_t experts_per_token, ptrdiff_t num_experts) {
+        const ptrdiff_t num_slots = num_tokens * experts_per_token;
+        std::vector<ptrdiff_t> next(num_experts);
+        for (ptrdiff_t slot = 0; slot < num_slots; ++slot) {
+            if (expert_ids[slot] < -1 || expert_ids[slot] >= num_experts) return false;
+            if (expert_ids[slot] >= 0) ++next[expert_ids[slot]];
+        }
+        ptrdiff_t rows = 0;
+        for (ptrdiff_t expert = 0; expert < num_experts; ++expert) {
+            const ptrdiff_t begin = rows;
+            rows += next[expert];
+            if (rows > begin) shares.push_back({expert, begin, rows});
+            next[expert] = begin;
+        }
+        row_of_slot.assign(num_slots, -1);
+        token_of_row.resize(rows);
+        for (ptrdiff_t slot = 0; slot < num_slots; ++slot) {
+            if (expert_ids[slot] < 0) continue;
+            row_of_slot[slot] = next[expert_ids[slot]]++;
+            token_of_row[row_of_slot[slot]] = slot / experts_per_token;
+        }
+        return true;
+    }
+
+    ptrdiff_t num_rows() const { return (ptrdiff_t)token_of_row.size(); }
+
+    // body(share, first panel, last panel + 1): the more rows a share has, the finer it is cut.
+    template <class Body>
+    void in_panels(int threads, ptrdiff_t panels, const Body &body) const {
+        struct Piece {
+            const Share &share;
+            ptrdiff_t begin, end;
+        };
+        std::vector<Piece> pieces;
+        for (const Share &share : shares) {
+            const ptrdiff_t wanted = 4 * threads * (share.end - share.begin) / num_rows() + 1;
+            const ptrdiff_t parts = threads > 1 ? std::min(wanted, panels) : 1;
+            for (ptrdiff_t part = 0; part < parts; ++part)
+                pieces.push_back({share, panels * part / parts, panels * (part + 1) / parts});
+        }
+        in_parts(threads, (ptrdiff_t)pieces.size(),
+                 [&](ptrdiff_t i) { body(pieces[i].share, pieces[i].begin, pieces[i].end); });
+    }
+};
+
+template <class T>
+struct MoeMlp {
+    const T *x;                   // [num_tokens, hidden], contiguous
+    const int64_t *addresses;     // [4][num_experts]
+    const float *weights;         // [num_tokens, experts_per_token]
+    T *out;                       // [num_tokens, hidden]
+    ptrdiff_t num_tokens, experts_per_token, num_experts, hidden, intermediate;
+    int activation;
+
+    const T *part(Part part, const Share &share) const { return (const T *)addresses[part * num_experts + share.expert]; }
+
+    // out: [rows, num_outputs]; in: [rows, depth]
+    template <class Out>
+    void product(const Order &order, Part weight, Part bias, const T *in, Out *out, ptrdiff_t num_outputs, ptrdiff_t depth,
+                 int threads) const {
+        order.in_panels(threads, round_up(num_outputs, PANEL) / PANEL, [&](const Share &share, ptrdiff_t begin, ptrdiff_t end) {
+            Linear<T, Out>{in + share.begin * depth,        part(weight, share),     part(bias, share),
+                           out + share.begin * num_outputs, share.end - share.begin, num_outputs,
+                           depth}
+                .panels(begin, end);
+        });
+    }
+
+    // out[t] = sum of weights[t, j] * rows[row of slot (t, j)], in order of j
+    void combine(const Order &order, const float *rows, ptrdiff_t token) const {
+        const ptrdiff_t first = token * experts_per_token;
+        for (ptrdiff_t i = 0; i < hidden; i += LANES) {
+            Floats sum = {};
+            for (ptrdiff_t slot = first; slot < first + experts_per_token; ++slot) {
+                const ptrdiff_t row = order.row_of_slot[slot];
+                if (row >= 0) sum = fma(splat(weights[slot]), load(rows + row * hidden + i, hidden - i), sum);
+            }
+            store(out + token * hidden + i, sum, hidden - i);
+        }
+    }
+
+    void run(const Order &order, int threads) const {
+        const ptrdiff_t num_rows = order.num_rows();
+        if (num_rows * hidden * intermediate < PARALLEL_ELEMENTS) threads = 1;
+        const std::unique_ptr<T[]> in(new T[num_rows * hidden]), gate_up(new T[num_rows * 2 * intermediate]),
+            activated(new T[num_rows * intermediate]);
+        const std::unique_ptr<float[]> down(new float[num_rows * hidden]);
+        const int helpers = num_rows * hidden < PARALLEL_ELEMENTS ? 1 : threads;  // with what is not a product
+        in_ranges(helpers, num_rows, [&](ptrdiff_t begin, ptrdiff_t end) {
+            for (ptrdiff_t row = begin; row < end; ++row)
+                memcpy(&in[row * hidden], x + order.token_of_row[row] * hidden, hidden * sizeof(T));
+        });
+        product(order, GATE_UP, GATE_UP_BIAS, in.get(), gate_up.get(), 2 * intermediate, hidden, threads);
+        const auto activate = activation_of<T>(activation);
+        in_ranges(helpers, num_rows, [&](ptrdiff_t begin, ptrdiff_t end) {
+            for (ptrdiff_t row = begin; row < end; ++row)
+                activate(&gate_up[row * 2 * intermediate], &activated[row * intermediate], intermediate);
+        });
+        product(order, DOWN, DOWN_BIAS, activated.get(), down.get(), hidden, intermediate, threads);
+        in_ranges(helpers, num_tokens, [&](ptrdiff_t begin, ptrdiff_t end) {
+            for (ptrdiff_t token = begin; token < end; ++token) combine(order, down.get(), token);
+        });
+    }
+};
+
+template <class T>
+bool moe_mlp(const T *x, const int64_t *addresses, const int64_t *expert_ids, const float *weights, T *out,
+             ptrdiff_t num_tokens, ptrdiff_t experts_per_token, ptrdiff_t num_experts, ptrdiff_t hidden,
+             ptrdiff_t intermediate, int activation, int threads) {
+    Order order;
+    if (!order.fill(expert_ids, num_tokens, experts_per_token, num_experts)) return false;
+    MoeMlp<T>{x,           addresses, weights,      out,       num_tokens, experts_per_token,
+              num_experts, hidden,    intermediate, activation}
+        .run(order, threads);
+    return true;
+}
+
+}  // namespace
+}  // namespace legato
+
+using namespace legato;
+
+extern "C" {
+
+// False, and nothing written, where an expert id lies outside [-1, num_experts).
+bool legato_moe_mlp_bf16(const Bf16 *x, const int64_t *addresses, const int64_t *expert_ids, const float *weights, Bf16 *out,
+                         int64_t num_tokens, int64_t experts_per_token, int64_t num_experts, int64_t hidden,
+                         int64_t intermediate, int activation, int threads) {
+    return moe_mlp(x, addresses, expert_ids, weights, out, num_tokens, experts_per_token, num_experts, hidden, intermediate,
+                   activation, threads);
+}
+bool legato_moe_mlp_fp32(const float *x, const int64_t *addresses, const int64_t *expert_ids, const float *weights, float *out,
+                         int64_t num_tokens, int64_t experts_per_token, int64_t num_experts, int64_t hidden,
+                         int64_t intermediate, int activation, int threads) {
+    return moe_mlp(x, addresses, expert_ids, weights, out, num_tokens, experts_per_token, num_experts, hidden, intermediate,
+                   activation, threads);
+}
+
+}  // extern "C"
