@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from bench.bandwidth import probe_memory, read_bandwidth
 from bench.record import append_line
 from engine.convert import convert_gguf
 from engine.engine import Engine, EngineOptions
@@ -42,7 +43,6 @@ EXAMPLES = """examples:
   python -m bench.engine --model ./Llama-3.2-1B --rounds 3   a Hugging Face folder
   python -m bench.engine --dtype float32 --threads 1 --seed 7
 """
-BANDWIDTH_BYTES = 1 << 29  # far more than the caches hold
 STEADY = 0.15
 
 
@@ -185,7 +185,7 @@ def workloads_of(ours: Ours, theirs: Theirs, options: argparse.Namespace) -> Wor
 
 def measure(workloads: Workloads, num_rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of every round; "bandwidth" has bytes per second. Every workload runs once before anything counts."""
-    memory = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
+    memory = probe_memory()
     measured: dict[str, dict[str, list[float]]] = {name: {"ours": [], "theirs": []} for name in workloads}
     measured["bandwidth"] = {"read": []}
     for number in range(num_rounds + 1):
@@ -198,19 +198,6 @@ def measure(workloads: Workloads, num_rounds: int) -> dict[str, dict[str, list[f
         measured["bandwidth"]["read"].append(read_bandwidth(memory))
     print(file=sys.stderr)
     return measured
-
-
-def read_bandwidth(memory: torch.Tensor) -> float:
-    """Bytes per second, best of three readings: a limit, so that the best counts."""
-    library, times = shared_library(), []
-    for _ in range(3):
-        started = time.perf_counter()
-        if library is None:
-            memory.sum()
-        else:
-            library.read_bytes(memory)
-        times.append(time.perf_counter() - started)
-    return memory.numel() * memory.element_size() / min(times)
 
 
 def report(measured: dict[str, dict[str, list[float]]], ours: Ours, options: argparse.Namespace) -> None:
