@@ -4,6 +4,9 @@
 
 Each expert computes what a plain layer would (kernels/linear.py, kernels/gated_activation.py): gate_up and activation
 are rounded to x.dtype. What down gives is not: it is weighted and added up in fp32, in order of j, and rounded once.
+
+On a GPU both products are one grouped GEMM over the rows in order of their expert (as in MegaBlocks, Gale et al. 2022,
+arXiv:2211.15841), whose tiles are counted from shapes alone: no step waits for the device.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ from torch import Tensor
 from kernels import gated_activation, linear
 from kernels.cpu.library import Library
 from kernels.gated_activation import ActivationKind
+from kernels.jit import jit, tl, triton
 from kernels.linear import PackedLinear
+
+ALIGNMENT_BYTES = 16  # of the widest load
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +33,7 @@ class PackedExperts:
     gate_up: tuple[PackedLinear, ...]  # [2 * I, H] each
     down: tuple[PackedLinear, ...]  # [H, I] each
     addresses: Tensor  # [4, E] int64, on their device: of gate_up, its bias, down, its bias; 0 where there is no bias
+    aligned: bool  # every address is a multiple of ALIGNMENT_BYTES
 
     @property
     def hidden_size(self) -> int:
@@ -67,7 +74,9 @@ def join_experts(gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear]) 
         for side in (gate_up, down)
         for tensors in ([part.weight for part in side], [part.bias for part in side])
     ]
-    return PackedExperts(tuple(gate_up), tuple(down), torch.tensor(addresses, device=down[0].weight.device))
+    table = torch.tensor(addresses)
+    aligned = not bool((table % ALIGNMENT_BYTES).any())
+    return PackedExperts(tuple(gate_up), tuple(down), table.to(down[0].weight.device), aligned)
 
 
 def reference(
@@ -88,6 +97,173 @@ def reference(
     return out.to(x.dtype)
 
 
+@jit
+def _expert_of(tile, first_tiles_ptr, num_experts):
+    """The last expert whose first tile is not after `tile`: the one that has it, where any does."""
+    low = 0
+    high = num_experts
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(first_tiles_ptr + middle) <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+# What changes from batch to batch is not specialised: a compilation in the middle of serving would take half a second.
+@jit(do_not_specialize=["num_experts"])
+def _product_kernel(
+    x_ptr,  # [rows, K], contiguous
+    addresses_ptr,  # [2, E] int64, of weights [N, K] of x's dtype and of biases [N]
+    slots_ptr,  # [R] int64, in order of their expert
+    starts_ptr,  # [E + 1] int64: the slots of expert e are [starts[e], starts[e + 1])
+    first_tiles_ptr,  # [E + 1] int64, in tiles of TILE_ROWS slots
+    out_ptr,  # [R, N], contiguous, written where the slot has an expert
+    num_experts,
+    N,
+    K,
+    SLOTS_PER_ROW: tl.constexpr,  # slot s reads row s // SLOTS_PER_ROW of x
+    HAS_BIAS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # bytes that every address is a multiple of
+    TILE_ROWS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """One program per tile of one expert's slots and TILE_N columns: out[s] = weight · x[s // SLOTS_PER_ROW] + bias."""
+    tile = tl.program_id(0)
+    if tile >= tl.load(first_tiles_ptr + num_experts):
+        return
+    expert = _expert_of(tile, first_tiles_ptr, num_experts)
+    first = tl.load(starts_ptr + expert) + (tile - tl.load(first_tiles_ptr + expert)) * TILE_ROWS
+    place = first + tl.arange(0, TILE_ROWS)
+    live = place < tl.load(starts_ptr + expert + 1)
+    slot = tl.load(slots_ptr + place, live, other=0)
+    column = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    in_n = column < N
+    weight_ptr = tl.load(addresses_ptr + expert).to(tl.pointer_type(x_ptr.dtype.element_ty))
+    weight_ptr = tl.multiple_of(weight_ptr, ALIGNMENT)
+    step = tl.arange(0, TILE_K)
+    row_ptr = x_ptr + (slot // SLOTS_PER_ROW)[:, None] * K + step[None, :]
+    panel_ptr = weight_ptr + column.to(tl.int64)[None, :] * K + step[:, None]
+    sums = tl.zeros((TILE_ROWS, TILE_N), tl.float32)
+    for k in range(0, K, TILE_K):
+        in_k = k + step < K
+        rows = tl.load(row_ptr + k, live[:, None] & in_k[None, :], other=0.0)
+        panel = tl.load(panel_ptr + k, in_k[:, None] & in_n[None, :], other=0.0)
+        sums = tl.dot(rows, panel, sums, input_precision="ieee")
+    if HAS_BIAS:
+        bias_ptr = tl.load(addresses_ptr + num_experts + expert).to(tl.pointer_type(x_ptr.dtype.element_ty))
+        sums += tl.load(bias_ptr + column, in_n, other=0.0).to(tl.float32)[None, :]
+    out = out_ptr + slot[:, None] * N + column[None, :]
+    tl.store(out, sums.to(out_ptr.dtype.element_ty), live[:, None] & in_n[None, :])
+
+
+@jit
+def _combine_kernel(
+    answers_ptr,  # [T, EXPERTS_PER_TOKEN, H] fp32, contiguous
+    expert_ids_ptr,  # [T, EXPERTS_PER_TOKEN] int64, contiguous
+    weights_ptr,  # [T, EXPERTS_PER_TOKEN] fp32, contiguous
+    out_ptr,  # [T, H], contiguous, written
+    hidden_size,
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token and BLOCK columns."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < hidden_size
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(EXPERTS_PER_TOKEN):
+        slot = token * EXPERTS_PER_TOKEN + j
+        if tl.load(expert_ids_ptr + slot) >= 0:
+            answer = tl.load(answers_ptr + slot * hidden_size + column, mask, other=0.0)
+            sums += tl.load(weights_ptr + slot) * answer
+    tl.store(out_ptr + token * hidden_size + column, sums.to(out_ptr.dtype.element_ty), mask)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Order:
+    """Slot t * experts_per_token + j is what token t asks of its j-th expert; those of one expert lie together."""
+
+    slots: Tensor  # [R] int64; those without an expert come last
+    starts: Tensor  # [E + 1] int64
+    first_tiles: Tensor  # [E + 1] int64
+    tile_rows: int
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles that any choice of experts can need."""
+        num_slots, num_experts = self.slots.numel(), self.starts.numel() - 1
+        return min(num_slots, num_slots // self.tile_rows + num_experts)
+
+
+def _ordered(expert_ids: Tensor, num_experts: int, tile_rows: int) -> _Order:
+    experts = torch.where(expert_ids < 0, num_experts, expert_ids).flatten()
+    ordered, slots = experts.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(num_experts + 1, device=experts.device))
+    tiles = (starts.diff() + tile_rows - 1) // tile_rows
+    return _Order(slots, starts, torch.nn.functional.pad(tiles.cumsum(0), (1, 0)), tile_rows)
+
+
+def _launch_product(
+    x: Tensor, experts: PackedExperts, side: tuple[PackedLinear, ...], order: _Order, slots_per_row: int, out: Tensor
+) -> None:
+    """out: [R, N], by slot."""
+    addresses = experts.addresses[:2] if side is experts.gate_up else experts.addresses[2:]
+    aligned = experts.aligned and side[0].k * x.element_size() % ALIGNMENT_BYTES == 0
+    # Tiles and warps are such that no shape of tests/kernels/test_compile.py spills registers.
+    if x.dtype == torch.float32:
+        tile_n, tile_k, num_warps = (32, 32, 4) if order.tile_rows <= 32 else (64, 32, 8)
+    elif order.tile_rows <= 16:
+        tile_n, tile_k, num_warps = 64, 128, 4
+    else:
+        tile_n, tile_k, num_warps = 128 if aligned else 64, 64, 8
+    _product_kernel[(order.most_tiles, triton.cdiv(side[0].n, tile_n))](
+        x,
+        addresses,
+        order.slots,
+        order.starts,
+        order.first_tiles,
+        out,
+        len(side),
+        side[0].n,
+        side[0].k,
+        slots_per_row,
+        side[0].bias is not None,
+        ALIGNMENT_BYTES if aligned else 1,
+        order.tile_rows,
+        tile_n,
+        tile_k,
+        num_warps=num_warps,
+        num_stages=3,
+    )
+
+
+def launch(
+    x: Tensor, experts: PackedExperts, expert_ids: Tensor, weights: Tensor, activation_kind: ActivationKind
+) -> Tensor:
+    num_tokens, experts_per_token = expert_ids.shape
+    num_slots, num_experts, hidden_size = expert_ids.numel(), len(experts.down), experts.hidden_size
+    out = x.new_empty(num_tokens, hidden_size)
+    if num_slots == 0:
+        return out.zero_()
+    expert_ids = expert_ids.contiguous()
+    rows_per_expert = num_slots // num_experts
+    tile_rows = 16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64
+    order = _ordered(expert_ids, num_experts, tile_rows)
+    gate_up = x.new_empty(num_slots, 2 * experts.intermediate_size)
+    _launch_product(x.contiguous(), experts, experts.gate_up, order, experts_per_token, gate_up)
+    activated = gated_activation.launch(gate_up, activation_kind)
+    answers = x.new_empty(num_slots, hidden_size, dtype=torch.float32)
+    _launch_product(activated, experts, experts.down, order, 1, answers)
+    block = min(triton.next_power_of_2(hidden_size), 1024)
+    _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
+        answers, expert_ids, weights.contiguous(), out, hidden_size, experts_per_token, block
+    )
+    return out
+
+
 def moe_mlp(
     x: Tensor, experts: PackedExperts, expert_ids: Tensor, weights: Tensor, activation_kind: ActivationKind
 ) -> Tensor:
@@ -96,6 +272,8 @@ def moe_mlp(
     assert x.shape[1] == experts.hidden_size
     assert x.dtype == experts.down[0].dtype
     assert weights.shape == expert_ids.shape
+    if x.is_cuda:
+        return launch(x, experts, expert_ids, weights, activation_kind)
     if experts.library is None:
         return reference(x, experts, expert_ids, weights, activation_kind)
     return experts.library.moe_mlp(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import library_for
+from kernels.jit import jit, tl, triton
 
 Scoring = Literal["softmax", "softmax_chosen", "sigmoid"]
 GroupScore = Literal["max", "top2"]
@@ -67,6 +68,131 @@ def _greatest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
+@jit
+def _open_groups(
+    keys,
+    expert,
+    NUM_GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS_PER_TOKEN: tl.constexpr,
+    TOP2: tl.constexpr,
+):
+    """Whether an expert may be chosen, by expert; its key and the sum of two are above -inf."""
+    group = tl.arange(0, GROUPS_PADDED)
+    worth = tl.full((GROUPS_PADDED,), float("-inf"), tl.float32)
+    for g in tl.static_range(NUM_GROUPS):
+        own = tl.where(expert // GROUP_SIZE == g, keys, float("-inf"))
+        best = tl.max(own, 0)
+        if TOP2:
+            best += tl.max(tl.where(expert == tl.argmax(own, 0), float("-inf"), own), 0)
+        worth = tl.where(group == g, best, worth)
+    may = expert < 0
+    for _ in tl.static_range(GROUPS_PER_TOKEN):
+        chosen = tl.argmax(worth, 0)
+        may |= expert // GROUP_SIZE == chosen
+        worth = tl.where(group == chosen, float("-inf"), worth)
+    return may
+
+
+@jit
+def _kernel(
+    logits_ptr,  # [T, E] fp32, contiguous
+    bias_ptr,  # [E] fp32, where HAS_BIAS
+    expert_ids_ptr,  # [T, EXPERTS_PER_TOKEN] int64, contiguous, written
+    weights_ptr,  # [T, EXPERTS_PER_TOKEN] fp32, contiguous, written
+    scale,
+    HAS_BIAS: tl.constexpr,
+    SCORING: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    EPS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,  # power of two, at least NUM_EXPERTS
+    EXPERTS_PER_TOKEN: tl.constexpr,
+    CHOSEN_PADDED: tl.constexpr,  # power of two, at least EXPERTS_PER_TOKEN
+    NUM_GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,  # power of two, at least NUM_GROUPS
+    GROUPS_PER_TOKEN: tl.constexpr,
+    TOP2: tl.constexpr,
+):
+    """One program per token. Of equal values tl.argmax takes the first."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS_PADDED)
+    real = expert < NUM_EXPERTS
+    scores = tl.load(logits_ptr + token * NUM_EXPERTS + expert, real, other=float("-inf"))
+    if SCORING == "softmax":
+        powers = tl.exp(scores - tl.max(scores, 0))
+        scores = powers / tl.sum(powers, 0)
+    elif SCORING == "sigmoid":
+        scores = 1.0 / (1.0 + tl.exp(-scores))
+    keys = scores
+    if HAS_BIAS:
+        keys += tl.load(bias_ptr + expert, real, other=0.0)
+    # What may not be chosen is below all that may, and a NaN above: it is chosen, and so is seen.
+    keys = tl.where(keys != keys, float("inf"), tl.maximum(keys, -1e38))
+    keys = tl.where(real, keys, float("-inf"))
+    if GROUPS_PER_TOKEN < NUM_GROUPS:
+        may = _open_groups(keys, expert, NUM_GROUPS, GROUPS_PADDED, NUM_EXPERTS // NUM_GROUPS, GROUPS_PER_TOKEN, TOP2)
+        keys = tl.where(may, keys, float("-inf"))
+
+    place = tl.arange(0, CHOSEN_PADDED)
+    expert_ids = tl.zeros((CHOSEN_PADDED,), tl.int64)
+    weights = tl.full((CHOSEN_PADDED,), float("-inf") if SCORING == "softmax_chosen" else 0.0, tl.float32)
+    for j in tl.static_range(EXPERTS_PER_TOKEN):
+        chosen = tl.argmax(keys, 0)
+        expert_ids = tl.where(place == j, chosen, expert_ids)
+        weights = tl.where(place == j, tl.sum(tl.where(expert == chosen, scores, 0.0), 0), weights)
+        keys = tl.where(expert == chosen, float("-inf"), keys)
+    if SCORING == "softmax_chosen":
+        powers = tl.exp(weights - tl.max(weights, 0))
+        weights = powers / tl.sum(powers, 0)
+    elif NORMALISE:
+        weights /= tl.sum(weights, 0) + EPS
+    out = token * EXPERTS_PER_TOKEN + place
+    tl.store(expert_ids_ptr + out, expert_ids, place < EXPERTS_PER_TOKEN)
+    tl.store(weights_ptr + out, weights * scale, place < EXPERTS_PER_TOKEN)
+
+
+def launch(
+    logits: Tensor,
+    *,
+    experts_per_token: int,
+    scoring: Scoring,
+    normalise: bool,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    group_score: GroupScore = "max",
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    expert_ids = logits.new_empty(num_tokens, experts_per_token, dtype=torch.int64)
+    weights = logits.new_empty(num_tokens, experts_per_token)
+    if num_tokens == 0:
+        return expert_ids, weights
+    _kernel[(num_tokens,)](
+        logits.contiguous(),
+        None if bias is None else bias.contiguous(),
+        expert_ids,
+        weights,
+        scale,
+        bias is not None,
+        scoring,
+        normalise,
+        NORMALISE_EPS,
+        num_experts,
+        triton.next_power_of_2(num_experts),
+        experts_per_token,
+        triton.next_power_of_2(experts_per_token),
+        num_groups,
+        triton.next_power_of_2(num_groups),
+        groups_per_token,
+        group_score == "top2",
+        num_warps=1 if num_experts <= 256 else 4,
+    )
+    return expert_ids, weights
+
+
 def moe_route(
     logits: Tensor,
     *,
@@ -90,7 +216,7 @@ def moe_route(
     assert 1 <= experts_per_token <= groups_per_token * group_size
     assert group_score == "max" or group_size >= 2
     library = library_for(logits)
-    run = reference if library is None else library.moe_route
+    run = launch if logits.is_cuda else reference if library is None else library.moe_route
     return run(
         logits,
         experts_per_token=experts_per_token,

@@ -13,11 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import gated_activation, paged_attention, rms_norm, rope_kv_write
+from kernels import gated_activation, moe_mlp, moe_route, paged_attention, rms_norm, rope_kv_write
+from kernels.cpu import library
 
 GUARD = 64
 TOLERANCES = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3)}  # about two roundings of the dtype
 DTYPES = list(TOLERANCES)
+
+
+def unwritten(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +32,7 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plain_new_empty = Tensor.new_empty
 
     def allocate(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        buffers.append(torch.full((shape.numel() + 2 * GUARD,), float("nan"), dtype=dtype))
+        buffers.append(torch.full((shape.numel() + 2 * GUARD,), unwritten(dtype), dtype=dtype))
         return buffers[-1][GUARD:-GUARD].view(shape)
 
     def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
@@ -42,8 +47,9 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     assert buffers
     for buffer in buffers:
-        assert buffer[:GUARD].isnan().all(), "written before the output"
-        assert buffer[-GUARD:].isnan().all(), "written after the output"
+        whole = buffer.isnan() if buffer.is_floating_point() else buffer == unwritten(buffer.dtype)
+        assert whole[:GUARD].all(), "written before the output"
+        assert whole[-GUARD:].all(), "written after the output"
 
 
 def in_poison(values: Tensor) -> Tensor:
@@ -146,6 +152,71 @@ def test_paged_attention(case: str, num_splits: int, dtype: torch.dtype) -> None
     assert_close(actual, paged_attention.reference(*arguments))
 
 
+ROUTES: dict[str, tuple[int, int, dict[str, Any]]] = {  # experts, per token
+    "two": (2, 1, {"scoring": "softmax", "normalise": True}),
+    "softmax": (60, 6, {"scoring": "softmax", "normalise": False, "scale": 16.0}),
+    "softmax_chosen": (33, 4, {"scoring": "softmax_chosen", "normalise": False}),
+    "groups": (40, 6, {"scoring": "softmax", "normalise": True, "num_groups": 8, "groups_per_token": 3}),
+    "groups by two": (
+        42,
+        5,
+        {"scoring": "sigmoid", "normalise": True, "num_groups": 6, "groups_per_token": 2, "group_score": "top2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("case", list(ROUTES))
+def test_moe_route(case: str, with_bias: bool) -> None:
+    num_experts, experts_per_token, options = ROUTES[case]
+    logits = in_poison(3 * torch.randn(6, num_experts))
+    logits[4] = 0.0
+    logits[5, num_experts // 2] = float("nan")
+    if with_bias:
+        options = {**options, "bias": in_poison(torch.randn(num_experts))}
+    expert_ids, weights = moe_route.launch(logits, experts_per_token=experts_per_token, **options)
+    expected_ids, expected = moe_route.reference(logits, experts_per_token=experts_per_token, **options)
+    assert torch.equal(expert_ids[:5], expected_ids[:5])
+    assert ((expert_ids[5] >= 0) & (expert_ids[5] < num_experts)).all()
+    assert weights[5].isnan().all()
+    assert_close(weights[:5], expected[:5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["silu", "swiglu_clamped"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "intermediate_size", "hidden_size", "experts_per_token", "with_bias"),
+    [(1, 1, 1, 1, 1, False), (9, 5, 33, 70, 3, True), (41, 2, 20, 40, 2, False), (70, 1, 16, 8, 1, True)],
+)
+def test_moe_mlp(
+    num_tokens: int,
+    num_experts: int,
+    intermediate_size: int,
+    hidden_size: int,
+    experts_per_token: int,
+    with_bias: bool,
+    kind: Any,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "shared_library", lambda: None)
+    gate_up = torch.randn(num_experts + 1, 2 * intermediate_size, hidden_size) / hidden_size**0.5
+    down = torch.randn(num_experts + 1, hidden_size, intermediate_size) / intermediate_size**0.5
+    gate_up[-1] = down[-1] = float("nan")  # an expert that nobody asks for
+    biases = [torch.randn(num_experts + 1, size) for size in (2 * intermediate_size, hidden_size)]
+    tensors = [in_poison(tensor.to(dtype)) for tensor in (gate_up, down, *(biases if with_bias else []))]
+    experts = moe_mlp.pack_experts(*tensors)
+    x = in_poison(torch.randn(num_tokens, hidden_size, dtype=dtype))
+    expert_ids = torch.randint(-1, num_experts, (num_tokens, experts_per_token))
+    weights = torch.rand(num_tokens, experts_per_token).masked_fill(expert_ids < 0, float("nan"))
+    expected = moe_mlp.reference(x, experts, expert_ids, weights, kind)
+    assert_close(moe_mlp.launch(x, experts, expert_ids, weights, kind), expected)
+
+
 def test_an_empty_batch_of_rows() -> None:
     assert gated_activation.launch(torch.empty(0, 8), "silu").shape == (0, 4)
     assert rms_norm.launch(torch.empty(0, 8), torch.ones(8), 1e-5)[0].shape == (0, 8)
+    assert moe_route.launch(torch.empty(0, 8), experts_per_token=2, scoring="softmax", normalise=True)[0].shape == (
+        0,
+        2,
+    )

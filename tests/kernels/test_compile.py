@@ -24,7 +24,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import native_specialize_impl  # noqa: E402
 
-from kernels import gated_activation, paged_attention, rms_norm, rope_kv_write  # noqa: E402
+from kernels import gated_activation, linear, moe_mlp, moe_route, paged_attention, rms_norm, rope_kv_write  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 
@@ -32,25 +32,27 @@ TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 
 
 class Recorder:
-    """Takes a launch in the kernel's place, and compiles it."""
+    """Takes launches in the kernel's place, and compiles them."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.arguments: tuple[Any, ...] | None = None
-        self.options: dict[str, Any] = {}
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         assert all(size > 0 for size in grid)
         return self._record
 
     def _record(self, *arguments: Any, **options: Any) -> None:
-        self.arguments, self.options = arguments, options
+        self.launches.append((arguments, options))
 
-    def compile(self, capability: int) -> Any:
+    def compile(self, capability: int) -> list[Any]:
+        assert self.launches
+        return [self._compile(capability, *launch) for launch in self.launches]
+
+    def _compile(self, capability: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """As JITFunction does at launch: a tensor or integer that 16 divides is specialised, so is the integer 1."""
-        assert self.arguments is not None
         signature, constants, attributes = {}, {}, {}
-        for index, (parameter, value) in enumerate(zip(self.kernel.params, self.arguments, strict=True)):
+        for index, (parameter, value) in enumerate(zip(self.kernel.params, arguments, strict=True)):
             kind, key = "constexpr", None
             if not parameter.is_constexpr:
                 kind, key = native_specialize_impl(CUDABackend, value, False, not parameter.do_not_specialize, True)
@@ -60,7 +62,7 @@ class Recorder:
             elif key is not None:
                 attributes[(index,)] = CUDABackend.parse_attr(key)
         source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def usage(ptx: str, target: str, folder: Path) -> dict[str, int]:
@@ -101,6 +103,27 @@ def launch_paged_attention(
     paged_attention.launch(q, keys, values, tables, starts, contexts, 0.125, num_splits=num_splits)
 
 
+def launch_moe_route(num_experts: int, num_groups: int, **options: Any) -> None:
+    bias = torch.zeros(num_experts) if num_groups > 1 else None
+    groups: dict[str, Any] = {"num_groups": num_groups, "groups_per_token": num_groups // 2} if num_groups > 1 else {}
+    moe_route.launch(torch.zeros(4, num_experts), experts_per_token=8, bias=bias, scale=2.5, **groups, **options)
+
+
+def launch_moe_mlp(
+    dtype: torch.dtype, num_experts: int, intermediate_size: int, hidden_size: int, num_tokens: int, with_bias: bool
+) -> None:
+    def packed(num_outputs: int, depth: int) -> linear.PackedLinear:
+        bias = torch.zeros(num_outputs, dtype=dtype) if with_bias else None
+        return linear.PackedLinear(torch.zeros(num_outputs, depth, dtype=dtype), bias, num_outputs, depth, dtype)
+
+    gate_up, down = packed(2 * intermediate_size, hidden_size), packed(hidden_size, intermediate_size)
+    experts = moe_mlp.join_experts([gate_up] * num_experts, [down] * num_experts)
+    expert_ids = torch.zeros(num_tokens, 4, dtype=torch.int64)
+    moe_mlp.launch(
+        torch.zeros(num_tokens, hidden_size, dtype=dtype), experts, expert_ids, torch.zeros(num_tokens, 4), "silu"
+    )
+
+
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
     "rms_norm bf16 576": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 576)),
@@ -125,6 +148,24 @@ CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
         "_attend_kernel",
         lambda: launch_paged_attention(BRAIN, 16, 8, 256, 99, 1),
     ),
+    "route softmax 128": (moe_route, "_kernel", lambda: launch_moe_route(128, 1, scoring="softmax", normalise=True)),
+    "route gpt-oss 32": (
+        moe_route,
+        "_kernel",
+        lambda: launch_moe_route(32, 1, scoring="softmax_chosen", normalise=False),
+    ),
+    "route v3 256": (
+        moe_route,
+        "_kernel",
+        lambda: launch_moe_route(256, 8, scoring="sigmoid", normalise=True, group_score="top2"),
+    ),
+    "experts bf16 decode": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(BRAIN, 128, 768, 2048, 4, False)),
+    "experts bf16 some rows": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(BRAIN, 8, 2880, 2880, 64, True)),
+    "experts bf16 chunk": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(BRAIN, 8, 768, 2048, 999, False)),
+    "experts fp16 chunk, odd": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(HALF, 8, 123, 431, 999, True)),
+    "experts fp32 decode": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(SINGLE, 8, 768, 2048, 4, False)),
+    "experts fp32 chunk": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(SINGLE, 8, 768, 2048, 999, True)),
+    "experts' sum": (moe_mlp, "_combine_kernel", lambda: launch_moe_mlp(BRAIN, 8, 768, 2048, 4, False)),
     "chunk fp32 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(SINGLE, 9, 3, 64, 99, 1)),
 }
 
@@ -133,14 +174,18 @@ CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_compiles_without_a_spill(case: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module, name, launch = CASES[case]
-    recorders = {kernel: Recorder(getattr(module, kernel)) for kernel in vars(module) if kernel.endswith("_kernel")}
-    for kernel, recorder in recorders.items():
-        monkeypatch.setattr(module, kernel, recorder)
+    recorders = {}
+    for used in {module for module, _, _ in CASES.values()}:
+        for kernel in [attribute for attribute in vars(used) if attribute.endswith("_kernel")]:
+            recorders[used, kernel] = Recorder(getattr(used, kernel))
+            monkeypatch.setattr(used, kernel, recorders[used, kernel])
     launch()
-    compiled = recorders[name].compile(capability)
-    assert f".target {TARGETS[capability]}" in compiled.asm["ptx"]
-    assert compiled.asm["cubin"]
-    used = usage(compiled.asm["ptx"], TARGETS[capability], tmp_path)
-    print(f"\n{case:28} {TARGETS[capability]:8} {used} shared_bytes {compiled.metadata.shared}")
-    assert used["spilled_bytes"] == 0
-    assert compiled.metadata.shared <= 99 * 1024, "does not fit the smallest of these GPUs' relatives (sm_86, sm_89)"
+    for compiled in recorders[module, name].compile(capability):
+        assert f".target {TARGETS[capability]}" in compiled.asm["ptx"]
+        assert compiled.asm["cubin"]
+        used_by = usage(compiled.asm["ptx"], TARGETS[capability], tmp_path)
+        print(f"\n{case:28} {TARGETS[capability]:8} {used_by} shared_bytes {compiled.metadata.shared}")
+        assert used_by["spilled_bytes"] == 0
+        assert compiled.metadata.shared <= 99 * 1024, (
+            "does not fit the smallest of these GPUs' relatives (sm_86, sm_89)"
+        )
