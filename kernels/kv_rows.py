@@ -34,3 +34,15 @@ def dequantise_rows(rows: Tensor) -> Tensor:
     assert rows.dtype in LARGEST_CODE
     codes, scale = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:]
     return codes.float() * scale.clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+
+def row_dims(key_blocks: Tensor, value_blocks: Tensor) -> tuple[int, int]:
+    """Elements of a key and of a value in blocks [..., D], row-quantised or not.
+
+    Where both begin at the same memory, a value is its key's first elements, and has its key's scale.
+    """
+    scale_bytes = SCALE_BYTES if key_blocks.dtype in LARGEST_CODE else 0
+    key_dim = key_blocks.shape[-1] - scale_bytes
+    if value_blocks.data_ptr() == key_blocks.data_ptr():
+        return key_dim, min(value_blocks.shape[-1], key_dim)
+    return key_dim, value_blocks.shape[-1] - scale_bytes

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.build import BuildFailed, build, default_cache, recipe
+from kernels.kv_rows import row_dims
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_KV_SUFFIX = {**_SUFFIX, torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # the last two row-quantised
+_NO_WINDOW = 1 << 31  # more than any position
 _ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")  # in the order of activation.h
 _SCORINGS = ("softmax", "softmax_chosen", "sigmoid")  # in the order of moe_route.cpp
 _P, _N, _F, _I, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int, ctypes.c_bool
@@ -37,7 +40,7 @@ class Library:
         self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _F, _I)
         self._gated_activation = self._by_dtype("gated_activation", _P, _P, _N, _N, _I, _I)
         self._rope_kv_write = self._by_two_dtypes("rope_kv_write", *[_P] * 8, *[_N] * 8, _I)
-        self._attention = self._by_two_dtypes("paged_attention", *[_P] * 7, *[_N] * 9, _F, _I)
+        self._attention = self._by_two_dtypes("paged_attention", *[_P] * 8, *[_N] * 11, _F, _F, _I, others=_KV_SUFFIX)
         self._moe_route = self._function("moe_route", *[_P] * 4, *[_N] * 5, _I, _B, _B, _F, _I)
         self._moe_mlp = self._by_dtype("moe_mlp", *[_P] * 5, *[_N] * 5, _I, _I, result=_B)
         self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
@@ -54,11 +57,13 @@ class Library:
             dtype: self._function(f"{name}_{suffix}", *arguments, result=result) for dtype, suffix in _SUFFIX.items()
         }
 
-    def _by_two_dtypes(self, name: str, *arguments: Any) -> dict[tuple[torch.dtype, torch.dtype], Any]:
+    def _by_two_dtypes(
+        self, name: str, *arguments: Any, others: dict[torch.dtype, str] = _SUFFIX
+    ) -> dict[tuple[torch.dtype, torch.dtype], Any]:
         return {
-            (one, other): self._function(f"{name}_{_SUFFIX[one]}_{_SUFFIX[other]}", *arguments)
+            (one, other): self._function(f"{name}_{_SUFFIX[one]}_{others[other]}", *arguments)
             for one in _SUFFIX
-            for other in _SUFFIX
+            for other in others
         }
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -191,16 +196,21 @@ class Library:
         query_starts: Tensor,
         context_lens: Tensor,
         scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """key_blocks and value_blocks have the same strides; a row of block_tables is dense."""
         assert block_tables.dtype == query_starts.dtype == context_lens.dtype == torch.int32
         assert block_tables.stride(1) == 1
         assert query_starts.is_contiguous()
         assert context_lens.is_contiguous()
-        num_tokens, num_heads, head_dim = q.shape
+        num_tokens, num_heads, _ = q.shape
         num_kv_heads, block_tokens = key_blocks.shape[1:3]
+        key_dim, value_dim = row_dims(key_blocks, value_blocks)
         q = q.contiguous()
-        out = q.new_empty(num_tokens, num_heads * head_dim)
+        out = q.new_empty(num_tokens, num_heads * value_dim)
         self._attention[q.dtype, key_blocks.dtype](
             q.data_ptr(),
             key_blocks.data_ptr(),
@@ -208,15 +218,19 @@ class Library:
             block_tables.data_ptr(),
             query_starts.data_ptr(),
             context_lens.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
             context_lens.shape[0],
             num_heads,
             num_kv_heads,
-            head_dim,
+            key_dim,
+            value_dim,
             block_tokens,
             block_tables.stride(0),
             *key_blocks.stride()[:3],
+            _NO_WINDOW if window is None else window,
             scale,
+            softcap or 0.0,
             torch.get_num_threads(),
         )
         return out
@@ -309,9 +323,14 @@ def shared_library() -> Library | None:
         return None
 
 
-def library_for(x: Tensor, *others: Tensor) -> Library | None:
-    """What computes on tensors of this kind in the place of a reference: None for another device or dtype."""
+def library_for(x: Tensor, *others: Tensor, blocks: Tensor | None = None) -> Library | None:
+    """What computes on tensors of this kind in the place of a reference: None for another device or dtype.
+
+    `blocks` are of the KV memory, which may be row-quantised.
+    """
     if not x.is_cpu or any(tensor.dtype not in _SUFFIX for tensor in (x, *others)):
+        return None
+    if blocks is not None and blocks.dtype not in _KV_SUFFIX:
         return None
     return shared_library()
 

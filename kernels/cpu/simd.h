@@ -147,4 +147,19 @@ inline Floats exp2_of(Floats x) {
     return power * (Floats)((exponent + 127) << 23);
 }
 
+// To 2 ulp. Cephes' tanhf: its polynomial below 0.625, 1 - 2 / (e^2x + 1) above.
+inline Floats tanh_of(Floats x) {
+    constexpr float TWICE_LOG2_E = 2.88539008177792682f;
+    const Words sign = (Words)x & 0x80000000u;
+    const Floats size = (Floats)((Words)x ^ sign), square = size * size;
+    Floats series = splat(-5.70498872745e-3f);
+    series = fma(series, square, splat(2.06390887954e-2f));
+    series = fma(series, square, splat(-5.37397155531e-2f));
+    series = fma(series, square, splat(1.33314422036e-1f));
+    series = fma(series, square, splat(-3.33332819422e-1f));
+    const Floats small = fma(series * square, size, size);
+    const Floats large = 1.0f - 2.0f / (exp2_of(size * TWICE_LOG2_E) + 1.0f);
+    return (Floats)((Words)(size < 0.625f ? small : large) | sign);
+}
+
 }  // namespace legato

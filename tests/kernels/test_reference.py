@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paged_sequences import Heads, Options, PagedSequences
 from torch import Tensor
 
 from kernels import gated_activation, linear, paged_attention, rms_norm, rope_kv_write
@@ -88,35 +89,32 @@ def test_rope_kv_write(run: Callable[..., Tensor], dtype: torch.dtype) -> None:
     assert int(memory.isfinite().sum()) == 2 * num_tokens * num_kv_heads * head_dim, "wrote beside its slots"
 
 
+ATTENTION_CASES = {  # heads, dtype of the blocks where it is not the queries', options
+    "grouped": (Heads(9, 3, 64), None, Options()),
+    "one KV head": (Heads(4, 1, 20), None, Options()),
+    "window": (Heads(4, 2, 20), None, Options(window=9)),
+    "softcap": (Heads(4, 2, 20), None, Options(softcap=2.0)),
+    "sinks": (Heads(4, 2, 20), None, Options(sinks=True)),
+    "narrow values": (Heads(4, 2, 24, 16), None, Options()),
+    "latent": (Heads(16, 1, 36, 32, True), None, Options(window=17, softcap=2.0, sinks=True)),
+    "int8": (Heads(6, 2, 24, 16), torch.int8, Options(window=17, softcap=2.0, sinks=True)),
+    "int8 latent": (Heads(16, 1, 36, 32, True), torch.int8, Options()),
+    "fp8": (Heads(6, 3, 20), torch.float8_e4m3fn, Options(window=1)),
+    "fp8 latent": (Heads(16, 1, 36, 32, True), torch.float8_e4m3fn, Options(sinks=True)),
+}
+
+
 @pytest.mark.parametrize("run", [paged_attention.reference, paged_attention.paged_attention])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_tokens"), [(9, 3, 64, 16), (4, 1, 20, 7)])
-def test_paged_attention(
-    run: Callable[..., Tensor], num_heads: int, num_kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype
-) -> None:
-    lengths = [(1, 40), (6, 6), (1, 1), (18, 43)]  # queries, context
-    spare = torch.randperm(64).tolist()
-    tables = torch.full((len(lengths), 64), 2**30, dtype=torch.int32)
-    memory = torch.full((64, 2, 2, num_kv_heads, block_tokens, head_dim), float("nan"), dtype=dtype)
-    q = torch.randn(sum(queries for queries, _ in lengths), num_heads, head_dim).to(dtype)
-    starts = np.cumsum([0, *(queries for queries, _ in lengths)])
-    expected = np.empty((len(q), num_heads, head_dim))
-    for row, (num_queries, context) in enumerate(lengths):
-        keys, values = torch.randn(2, context, num_kv_heads, head_dim).to(dtype)
-        for n in range(context):
-            if n % block_tokens == 0:
-                tables[row, n // block_tokens] = spare.pop()
-            memory[tables[row, n // block_tokens], 1, :, :, n % block_tokens] = torch.stack([keys[n], values[n]])
-        for j in range(num_queries):
-            seen = context - num_queries + j + 1
-            for head in range(num_heads):
-                kv_head = head // (num_heads // num_kv_heads)
-                weights = np.exp(wide(keys[:seen, kv_head]) @ wide(q[starts[row] + j, head]) * 0.2)
-                expected[starts[row] + j, head] = weights @ wide(values[:seen, kv_head]) / weights.sum()
-    contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
-    starts_tensor = torch.from_numpy(starts).int()
-    out = run(q, memory[:, 1, 0], memory[:, 1, 1], tables, starts_tensor, contexts, 0.2)
-    assert_close(out, expected.reshape(len(q), -1))
+@pytest.mark.parametrize("block_tokens", [7, 16])
+@pytest.mark.parametrize("case", list(ATTENTION_CASES))
+def test_paged_attention(run: Callable[..., Tensor], case: str, block_tokens: int, dtype: torch.dtype) -> None:
+    heads, kv_dtype, options = ATTENTION_CASES[case]
+    sequences = PagedSequences(heads, [40, 6, 1, 43], dtype, kv_dtype or dtype, block_tokens)
+    spans = [(0, 39, 40), (1, 0, 6), (2, 0, 1), (3, 25, 43)]
+    arguments, keywords = sequences.call(spans, options)
+    expected = np.concatenate([sequences.expected(span, options)[0] for span in spans])
+    assert_close(run(*arguments, **keywords), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
