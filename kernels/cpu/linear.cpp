@@ -1,23 +1,8 @@
 // Linear layers on packed weights, the packing, and the embedding that reads rows out of the packed form.
 #include "linear.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace legato {
 namespace {
-
-// Weights are read once per step, front to back: large pages spare the walks through page tables.
-void prefer_large_pages(void *memory, size_t num_bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t LARGE = 2 << 20;
-    const uintptr_t begin = ((uintptr_t)memory + LARGE - 1) / LARGE * LARGE, end = ((uintptr_t)memory + num_bytes) / LARGE * LARGE;
-    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);  // a wish: a kernel may refuse it
-#else
-    (void)memory, (void)num_bytes;
-#endif
-}
 
 template <class T>
 void pack(const T *weight, T *packed, ptrdiff_t num_outputs, ptrdiff_t depth, int threads) {

@@ -1,17 +1,12 @@
-// The product of some rows with a packed weight, cut to fit caches and threads.
+// The product of some rows with a packed weight.
 #pragma once
 
 #include <memory>
 
+#include "blocking.h"
 #include "pool.h"
-#include "product.h"
 
 namespace legato {
-
-constexpr ptrdiff_t BLOCK_BYTES = 384 << 10;  // of the rows that pass over a panel: they stay in a core's own cache
-constexpr ptrdiff_t MIN_BLOCK_ROWS = 96;
-constexpr ptrdiff_t ALIAS_BYTES = 2048;  // rows a multiple of it apart fall into few sets of the first cache
-constexpr ptrdiff_t PARALLEL_BYTES = 64 << 10;  // below, calling for help takes longer than the product
 
 template <class T, class Out>
 struct Linear {
@@ -39,8 +34,7 @@ struct Linear {
     }
 
     void panels(ptrdiff_t begin, ptrdiff_t end) const {
-        ptrdiff_t block_rows = BLOCK_BYTES / (depth * (ptrdiff_t)sizeof(T)) / MAX_ROWS * MAX_ROWS;
-        if (block_rows < MIN_BLOCK_ROWS) block_rows = MIN_BLOCK_ROWS;
+        const ptrdiff_t block_rows = rows_of_a_block(depth * (ptrdiff_t)sizeof(T));
         const bool spread = num_rows > 4 && depth * sizeof(T) % ALIAS_BYTES == 0;
         const ptrdiff_t stride = spread ? depth + 64 / (ptrdiff_t)sizeof(T) : depth;
         std::unique_ptr<T[]> copy;

@@ -1,7 +1,9 @@
 // kernels/moe_mlp.py: rows are put in order of their expert, each expert multiplies its own as a linear layer would, and
 // every token adds up what its experts say.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "activation.h"
@@ -12,6 +14,7 @@ namespace legato {
 namespace {
 
 constexpr ptrdiff_t PARALLEL_ELEMENTS = 16 << 10;
+constexpr ptrdiff_t LARGE_PAGE = 2 << 20;
 
 // What one expert's two products need, as library.py lays it out: [NUM_PARTS][num_experts] addresses.
 enum Part { GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS };
@@ -73,6 +76,32 @@ struct Order {
     }
 };
 
+// Working memory of a call, by ordered row. Its first touch is most of what it costs: large pages where it is large.
+template <class T>
+struct Scratch {
+    struct Free {
+        void operator()(char *memory) const { free(memory); }
+    };
+    std::unique_ptr<char, Free> memory;
+    T *in;         // [num_rows, hidden]
+    T *gate_up;    // [num_rows, 2 * intermediate]
+    T *activated;  // [num_rows, intermediate]
+    float *down;   // [num_rows, hidden]
+
+    Scratch(ptrdiff_t num_rows, ptrdiff_t hidden, ptrdiff_t intermediate) {
+        const ptrdiff_t elements = num_rows * (hidden + 3 * intermediate);
+        const ptrdiff_t num_bytes = num_rows * hidden * sizeof(float) + elements * sizeof(T);
+        const ptrdiff_t alignment = num_bytes < 4 * LARGE_PAGE ? 64 : LARGE_PAGE;
+        memory.reset((char *)aligned_alloc(alignment, round_up(num_bytes + 1, alignment)));
+        if (!memory) throw std::bad_alloc();
+        prefer_large_pages(memory.get(), num_bytes);
+        down = (float *)memory.get();
+        in = (T *)(down + num_rows * hidden);
+        gate_up = in + num_rows * hidden;
+        activated = gate_up + num_rows * 2 * intermediate;
+    }
+};
+
 template <class T>
 struct MoeMlp {
     const T *x;                   // [num_tokens, hidden], contiguous
@@ -112,23 +141,21 @@ struct MoeMlp {
     void run(const Order &order, int threads) const {
         const ptrdiff_t num_rows = order.num_rows();
         if (num_rows * hidden * intermediate < PARALLEL_ELEMENTS) threads = 1;
-        const std::unique_ptr<T[]> in(new T[num_rows * hidden]), gate_up(new T[num_rows * 2 * intermediate]),
-            activated(new T[num_rows * intermediate]);
-        const std::unique_ptr<float[]> down(new float[num_rows * hidden]);
+        const Scratch<T> scratch(num_rows, hidden, intermediate);
         const int helpers = num_rows * hidden < PARALLEL_ELEMENTS ? 1 : threads;  // with what is not a product
         in_ranges(helpers, num_rows, [&](ptrdiff_t begin, ptrdiff_t end) {
             for (ptrdiff_t row = begin; row < end; ++row)
-                memcpy(&in[row * hidden], x + order.token_of_row[row] * hidden, hidden * sizeof(T));
+                memcpy(scratch.in + row * hidden, x + order.token_of_row[row] * hidden, hidden * sizeof(T));
         });
-        product(order, GATE_UP, GATE_UP_BIAS, in.get(), gate_up.get(), 2 * intermediate, hidden, threads);
+        product(order, GATE_UP, GATE_UP_BIAS, scratch.in, scratch.gate_up, 2 * intermediate, hidden, threads);
         const auto activate = activation_of<T>(activation);
         in_ranges(helpers, num_rows, [&](ptrdiff_t begin, ptrdiff_t end) {
             for (ptrdiff_t row = begin; row < end; ++row)
-                activate(&gate_up[row * 2 * intermediate], &activated[row * intermediate], intermediate);
+                activate(scratch.gate_up + row * 2 * intermediate, scratch.activated + row * intermediate, intermediate);
         });
-        product(order, DOWN, DOWN_BIAS, activated.get(), down.get(), hidden, intermediate, threads);
+        product(order, DOWN, DOWN_BIAS, scratch.activated, scratch.down, hidden, intermediate, threads);
         in_ranges(helpers, num_tokens, [&](ptrdiff_t begin, ptrdiff_t end) {
-            for (ptrdiff_t token = begin; token < end; ++token) combine(order, down.get(), token);
+            for (ptrdiff_t token = begin; token < end; ++token) combine(order, scratch.down, token);
         });
     }
 };
