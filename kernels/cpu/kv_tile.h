@@ -51,19 +51,31 @@ inline Floats decoded(const Fp8 *, Words codes) {
     return (Floats)((codes & 0x7f) << 20 | (codes & 0x80) << 24) * UP;
 }
 
-template <class Code>
-inline Words codes_at(const Code *from, ptrdiff_t left) {
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-    Bytes bytes = {};
-    memcpy(&bytes, from, left < LANES ? left : LANES);
+// Each byte as a word. GCC turns __builtin_convertvector into six instructions where there is one.
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+inline Words words_of(Bytes bytes) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+#else
     return __builtin_convertvector(bytes, Words);
+#endif
 }
 
 // [0, LANES) elements of a row, of which `left` are there, as fp32.
 inline Floats elements(const float *from, ptrdiff_t left) { return load(from, left); }
 inline Floats elements(const Bf16 *from, ptrdiff_t left) { return load(from, left); }
-inline Floats elements(const Int8 *from, ptrdiff_t left) { return decoded(from, codes_at(from, left)); }
-inline Floats elements(const Fp8 *from, ptrdiff_t left) { return decoded(from, codes_at(from, left)); }
+template <class Code>
+inline Floats elements(const Code *from, ptrdiff_t left) {
+    static_assert(ROW_QUANTISED<Code>);
+    Bytes bytes = {};
+    if (left >= LANES)
+        memcpy(&bytes, from, sizeof bytes);
+    else
+        memcpy(&bytes, from, left);
+    return decoded(from, words_of(bytes));
+}
 
 // LANES words of a key as its panel holds it: an fp32 element, or a pair of bf16 elements. `left` elements are there.
 template <class KV>
