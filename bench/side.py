@@ -31,7 +31,7 @@ class Side:
     def __init__(
         self, name: str, python: Path, program: str, environment: dict[str, str], log: Path, load: dict[str, Any]
     ) -> None:
-        """Raises SideFailed when it does not load, OSError when `python` cannot be run."""
+        """`python`, `log`: absolute. Raises SideFailed when it does not load, OSError when `python` cannot be run."""
         self.name, self._log = name, log
         with log.open("wb") as errors:
             self._process = subprocess.Popen(

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_gguf import write_gguf
 from tiny_llama import Shape, load_reference, make_llama
+
+from bench import peers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,3 +35,17 @@ def test_a_run_leaves_a_table_and_a_line(tmp_path: Path) -> None:
     same, prompts = found["first_token_agreement"]["transformers"]
     assert prompts == 2 * (1 + 3 + 1)
     assert same >= 8, "two of ten may part by the rounding of bfloat16"
+
+
+def test_an_interpreter_may_be_given_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.peers", "--vllm-python", "bin/python"])
+    python = peers.parse_arguments().vllm_python
+    assert python == tmp_path / "bin" / "python"
+    environment = peers.vllm_environment(python, 1)
+    assert str(tmp_path / "lib" / "libiomp5.so") in environment["LD_PRELOAD"].split(":")
+    assert len(environment["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == 1
