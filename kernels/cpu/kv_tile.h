@@ -3,21 +3,13 @@
 // go to the scores and the weights.
 #pragma once
 
+#include "kv_rows.h"
 #include "product.h"
 
 namespace legato {
 
 constexpr int TILE = 64;  // positions
 static_assert(TILE % PANEL == 0, "a tile is a whole number of panels");
-
-struct Int8 {
-    int8_t code;
-};
-struct Fp8 {
-    uint8_t code;  // E4M3
-};
-template <class KV>
-constexpr bool ROW_QUANTISED = sizeof(KV) == 1;
 
 #if defined(__AVX512F__)
 #define LEGATO_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
@@ -52,7 +44,6 @@ inline Floats decoded(const Fp8 *, Words codes) {
 }
 
 // Each byte as a word. GCC turns __builtin_convertvector into six instructions where there is one.
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 inline Words words_of(Bytes bytes) {
 #if defined(__AVX512F__)
     return (Words)_mm512_cvtepu8_epi32((__m128i)bytes);

@@ -39,7 +39,9 @@ class Library:
         self._embedding = self._by_dtype("embedding", _P, _P, _P, _N, _N, _N, result=ctypes.c_bool)
         self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _F, _I)
         self._gated_activation = self._by_dtype("gated_activation", _P, _P, _N, _N, _I, _I)
-        self._rope_kv_write = self._by_two_dtypes("rope_kv_write", *[_P] * 8, *[_N] * 8, _I)
+        self._rope_kv_write = self._by_two_dtypes(
+            "rope_kv_write", *[_P] * 10, *[_N] * 10, _F, _F, _I, others=_KV_SUFFIX
+        )
         self._attention = self._by_two_dtypes("paged_attention", *[_P] * 8, *[_N] * 11, _F, _F, _I, others=_KV_SUFFIX)
         self._moe_route = self._function("moe_route", *[_P] * 4, *[_N] * 5, _I, _B, _B, _F, _I)
         self._moe_mlp = self._by_dtype("moe_mlp", *[_P] * 5, *[_N] * 5, _I, _I, result=_B)
@@ -154,8 +156,14 @@ class Library:
         positions: Tensor,
         slots: Tensor,
         key_blocks: Tensor,
-        value_blocks: Tensor,
+        value_blocks: Tensor | None,
         num_heads: int,
+        *,
+        rotary_offset: int = 0,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+        norm_eps: float = 0.0,
+        norm_offset: float = 0.0,
     ) -> Tensor:
         """key_blocks and value_blocks have the same strides."""
         assert cos.dtype == sin.dtype == torch.float32
@@ -164,8 +172,11 @@ class Library:
         assert sin.is_contiguous()
         assert positions.is_contiguous()
         assert slots.is_contiguous()
-        num_tokens = qkv.shape[0]
-        _, num_kv_heads, block_tokens, head_dim = key_blocks.shape
+        for norm in (query_norm, key_norm):
+            assert norm is None or (norm.dtype == qkv.dtype and norm.is_contiguous())
+        num_tokens, row = qkv.shape
+        _, num_kv_heads, block_tokens, _ = key_blocks.shape
+        head_dim = row // (num_heads + num_kv_heads * (1 if value_blocks is None else 2))
         qkv = qkv.contiguous()
         q = qkv.new_empty(num_tokens, num_heads, head_dim)
         self._rope_kv_write[qkv.dtype, key_blocks.dtype](
@@ -174,15 +185,21 @@ class Library:
             sin.data_ptr(),
             positions.data_ptr(),
             slots.data_ptr(),
+            None if query_norm is None else query_norm.data_ptr(),
+            None if key_norm is None else key_norm.data_ptr(),
             key_blocks.data_ptr(),
-            value_blocks.data_ptr(),
+            None if value_blocks is None else value_blocks.data_ptr(),
             q.data_ptr(),
             num_tokens,
             num_heads,
             num_kv_heads,
             head_dim,
+            rotary_offset,
+            2 * cos.shape[1],
             block_tokens,
             *key_blocks.stride()[:3],
+            norm_eps,
+            norm_offset,
             torch.get_num_threads(),
         )
         return q

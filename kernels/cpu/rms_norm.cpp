@@ -1,8 +1,6 @@
 // kernels/rms_norm.py: stream = x + residual, rounded; normed = (offset + weight) * stream / sqrt(mean(stream^2) + eps).
-#include <cmath>
-
+#include "norm.h"
 #include "pool.h"
-#include "simd.h"
 
 namespace legato {
 namespace {
@@ -21,10 +19,7 @@ void row(const T *x, const T *weight, const T *residual, T *normed, T *stream, p
         }
         squares = fma(value, value, squares);
     }
-    const float scale = 1.0f / std::sqrt(sum_of(squares) / (float)size + eps);
-    const T *from = residual ? stream : x;
-    for (ptrdiff_t i = 0; i < size; i += LANES)
-        store(normed + i, load(from + i, size - i) * scale * (load(weight + i, size - i) + offset), size - i);
+    scale_row(residual ? stream : x, inverse_rms(squares, size, eps), weight, offset, normed, size);
 }
 
 template <class T>

@@ -11,10 +11,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from rope_inputs import CASES, QUANTISED, Inputs, rows_at_the_ends
 from torch import Tensor
 
 from kernels import gated_activation, moe_mlp, moe_route, paged_attention, rms_norm, rope_kv_write
 from kernels.cpu import library
+from kernels.kv_rows import SCALE_BYTES, dequantise_rows, quantise_rows
 
 GUARD = 64
 TOLERANCES = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3)}  # about two roundings of the dtype
@@ -89,33 +91,50 @@ def test_gated_activation(
     assert_close(gated_activation.launch(gate_up, kind), gated_activation.reference(gate_up, kind))
 
 
+def poisoned(case: str, dtype: torch.dtype, kv_dtype: torch.dtype) -> Inputs:
+    inputs = Inputs(CASES[case], 3, dtype, kv_dtype)
+    inputs.qkv, inputs.cos, inputs.sin = (in_poison(each) for each in (inputs.qkv, inputs.cos, inputs.sin))
+    for name, norm in inputs.norms.items():
+        if norm is not None:
+            inputs.options[name] = in_poison(norm)
+    return inputs
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "block_tokens"),
-    [(1, 1, 1, 2, 1), (5, 9, 3, 64, 16), (3, 6, 2, 20, 7), (2, 40, 8, 128, 4)],
-)
-def test_rope_kv_write(
-    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype
-) -> None:
-    num_blocks, num_layers, num_positions = 4, 2, 50
-    qkv = in_poison(torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype))
-    angles = torch.outer(torch.arange(num_positions).float(), torch.rand(head_dim // 2))
-    positions = torch.randint(num_positions, (num_tokens,))
-    slots = torch.randperm(num_blocks * block_tokens)[:num_tokens]
-    if num_tokens == 1:
-        slots = torch.tensor([num_blocks * block_tokens - 1])
-    shape = (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim)
-    memory = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)]
-    queries = [
-        run(
-            qkv, in_poison(angles.cos()), in_poison(angles.sin()), positions, slots, kv[:, 1, 0], kv[:, 1, 1], num_heads
-        )
-        for run, kv in zip((rope_kv_write.launch, rope_kv_write.reference), memory, strict=True)
-    ]
-    assert_close(*queries)
-    assert int(memory[1].isfinite().sum()) == 2 * num_tokens * num_kv_heads * head_dim
-    rtol, atol = TOLERANCES[dtype]  # slots that nobody wrote, and the other layer, are NaN on both sides
-    torch.testing.assert_close(*memory, rtol=rtol, atol=atol, equal_nan=True)
+@pytest.mark.parametrize("case", CASES)
+def test_rope_kv_write(case: str, dtype: torch.dtype) -> None:
+    ours, theirs = (poisoned(case, dtype, dtype) for _ in range(2))
+    assert_close(ours.run(rope_kv_write.launch), theirs.run(rope_kv_write.reference))
+    for one, other in zip(ours.written(), theirs.written(), strict=True):
+        if one is not None:
+            assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", QUANTISED.values(), ids=QUANTISED)
+@pytest.mark.parametrize("case", CASES)
+def test_row_quantised_write(case: str, kv_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """The bits of `quantise_rows` on what blocks of the activations' dtype get."""
+    exact, quantised = (poisoned(case, dtype, stored) for stored in (dtype, kv_dtype))
+    assert torch.equal(exact.run(rope_kv_write.launch), quantised.run(rope_kv_write.launch))
+    for plain, row in zip(exact.written(), quantised.written(), strict=True):
+        if plain is not None:
+            assert torch.equal(row.view(torch.uint8), quantise_rows(plain, kv_dtype).view(torch.uint8))
+
+
+@pytest.mark.parametrize("kv_dtype", QUANTISED.values(), ids=QUANTISED)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # infinity · 0, in lanes that do not turn
+def test_codes_at_the_ends(kv_dtype: torch.dtype) -> None:
+    rows = rows_at_the_ends(60, 19)
+    rows[8, 3], rows[9, 3] = float("nan"), -float("inf")
+    blocks = torch.zeros(12, 1, 5, 19 + SCALE_BYTES, dtype=torch.uint8).view(kv_dtype)
+    no_turn, index = torch.empty(1, 0), torch.arange(60)
+    queries = torch.zeros(60, 19)
+    rope_kv_write.launch(torch.cat((queries, rows), 1), no_turn, no_turn, 0 * index, index, blocks, None, 1)
+    found, expected = blocks.view(60, -1), quantise_rows(rows, kv_dtype)
+    finite = rows.isfinite().all(-1)
+    assert torch.equal(found[finite].view(torch.uint8), expected[finite].view(torch.uint8))
+    assert not dequantise_rows(found[8:10]).isfinite().any()
 
 
 ATTENTION_CASES = {  # lengths of (queries, context), heads, KV heads, head_dim, block_tokens

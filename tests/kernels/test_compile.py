@@ -25,6 +25,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import native_specialize_impl  # noqa: E402
 
 from kernels import gated_activation, linear, moe_mlp, moe_route, paged_attention, rms_norm, rope_kv_write  # noqa: E402
+from kernels.kv_rows import SCALE_BYTES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 
@@ -86,11 +87,25 @@ def launch_gated_activation(
     gated_activation.launch(torch.zeros(4, 2 * intermediate_size, dtype=dtype), kind)
 
 
-def launch_rope_kv_write(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    memory = torch.zeros(2, 2, 2, num_kv_heads, 16, head_dim, dtype=dtype)
-    qkv = torch.zeros(4, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
-    angles, index = torch.zeros(8, head_dim // 2), torch.zeros(4, dtype=torch.int64)
-    rope_kv_write.launch(qkv, angles, angles, index, index, memory[:, 1, 0], memory[:, 1, 1], num_heads)
+def launch_rope_kv_write(
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    has_values: bool = True,
+    has_norms: bool = False,
+    kv_dtype: torch.dtype | None = None,
+) -> None:
+    row = head_dim if kv_dtype is None else head_dim + SCALE_BYTES
+    memory = torch.zeros(2, 2, 2, num_kv_heads, 16, row, dtype=kv_dtype or dtype)
+    qkv = torch.zeros(4, (num_heads + (1 + has_values) * num_kv_heads) * head_dim, dtype=dtype)
+    angles, index = torch.zeros(8, (rotary_dim or head_dim) // 2), torch.zeros(4, dtype=torch.int64)
+    values, norm = memory[:, 1, 1] if has_values else None, qkv[0, :head_dim] if has_norms else None
+    options = {"rotary_offset": rotary_offset, "query_norm": norm, "key_norm": norm, "norm_eps": 1e-6}
+    rope_kv_write.launch(qkv, angles, angles, index, index, memory[:, 1, 0], values, num_heads, **options)
 
 
 def launch_paged_attention(
@@ -134,6 +149,38 @@ CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
     "swiglu bf16 2880": (gated_activation, "_kernel", lambda: launch_gated_activation(BRAIN, 2880, "swiglu_clamped")),
     "rope_kv_write bf16 9/3 64": (rope_kv_write, "_kernel", lambda: launch_rope_kv_write(BRAIN, 9, 3, 64)),
     "rope_kv_write bf16 64/8 128": (rope_kv_write, "_kernel", lambda: launch_rope_kv_write(BRAIN, 64, 8, 128)),
+    "rope_kv_write bf16 24/8 128 partial": (
+        rope_kv_write,
+        "_kernel",
+        lambda: launch_rope_kv_write(BRAIN, 24, 8, 128, rotary_dim=96),
+    ),
+    "rope_kv_write bf16 8/4 256 normed": (
+        rope_kv_write,
+        "_kernel",
+        lambda: launch_rope_kv_write(BRAIN, 8, 4, 256, has_norms=True),
+    ),
+    "rope_kv_write bf16 32/8 128 normed int8": (
+        rope_kv_write,
+        "_kernel",
+        lambda: launch_rope_kv_write(BRAIN, 32, 8, 128, has_norms=True, kv_dtype=torch.int8),
+    ),
+    "rope_kv_write bf16 64/8 64 fp8": (
+        rope_kv_write,
+        "_kernel",
+        lambda: launch_rope_kv_write(BRAIN, 64, 8, 64, kv_dtype=torch.float8_e4m3fn),
+    ),
+    "rope_kv_write bf16 latent": (
+        rope_kv_write,
+        "_kernel",
+        lambda: launch_rope_kv_write(BRAIN, 128, 1, 576, rotary_dim=64, rotary_offset=512, has_values=False),
+    ),
+    "rope_kv_write bf16 latent fp8": (
+        rope_kv_write,
+        "_kernel",
+        lambda: launch_rope_kv_write(
+            BRAIN, 16, 1, 576, rotary_dim=64, rotary_offset=512, has_values=False, kv_dtype=torch.float8_e4m3fn
+        ),
+    ),
     "decode bf16 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(BRAIN, 9, 3, 64, 4, 1)),
     "decode bf16 64/8 128 split": (
         paged_attention,

@@ -1,4 +1,4 @@
-"""RMSNorm, the gate, and rotation with the write of keys and values, against NumPy in float64."""
+"""RMSNorm and the gate against NumPy in float64."""
 
 from __future__ import annotations
 
@@ -96,41 +96,6 @@ def test_a_clamped_swiglu_at_its_limits(library: Library) -> None:
     assert torch.equal(limits, beyond)
     np.testing.assert_allclose(wide(limits), 7 / (1 + np.exp(-1.702 * 7)) * np.array([[8, -6, 8]]), rtol=1e-6)
     assert library.gated_activation(torch.tensor([[-50.0, 1.0]]), "swiglu_clamped").abs() < 1e-30
-
-
-@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16], ids=["kv_fp32", "kv_bf16"])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (2, 1, 6), (4, 4, 80)])
-@pytest.mark.usefixtures("guarded", "one_thread")
-def test_rope_kv_write(
-    library: Library, dtype: torch.dtype, kv_dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
-) -> None:
-    half, block_tokens, num_blocks = head_dim // 2, 5, 30
-    angle = np.outer(np.arange(200), 10000.0 ** (-np.arange(half) / half))
-    cos, sin = torch.tensor(np.cos(angle)).float(), torch.tensor(np.sin(angle)).float()
-    for rows in (1, 7, 123):
-        qkv = drawn(rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
-        generator = torch.Generator().manual_seed(rows)
-        positions = torch.randint(0, 200, (rows,), generator=generator)
-        slots = torch.randperm(num_blocks * block_tokens, generator=generator)[:rows]
-        memory = torch.full((num_blocks, 2, 2, num_kv_heads, block_tokens, head_dim), 9.0, dtype=kv_dtype)
-        q = library.rope_kv_write(qkv, cos, sin, positions, slots, memory[:, 1, 0], memory[:, 1, 1], num_heads)
-
-        heads = wide(qkv).reshape(rows, -1, head_dim)
-        low, high = heads[..., :half], heads[..., half:]
-        c, s = wide(cos[positions])[:, None], wide(sin[positions])[:, None]
-        turned = np.concatenate((low * c - high * s, high * c + low * s), axis=-1)
-        terms = np.abs(np.concatenate((low, high), axis=-1)) + np.abs(np.concatenate((high, low), axis=-1))
-        assert_rounded(q, turned[:, :num_heads], terms[:, :num_heads])
-        place = (slots // block_tokens, 1, slice(None), slice(None), slots % block_tokens)
-        written = memory[place].transpose(1, 2)  # [rows, heads, 2, head_dim]
-        narrowest = written.float().to(torch.bfloat16) if torch.bfloat16 in (dtype, kv_dtype) else written
-        keys = turned[:, num_heads : num_heads + num_kv_heads]
-        # A key is rounded to the activations' dtype, then to the blocks': the narrower of them decides.
-        assert_rounded(narrowest[:, :, 0], keys, terms[:, num_heads : num_heads + num_kv_heads])
-        values = qkv.view(rows, -1, head_dim)[:, num_heads + num_kv_heads :]
-        assert torch.equal(written[:, :, 1], values.to(kv_dtype))
-        memory[place] = 9.0
-        assert (memory == 9.0).all(), "written outside the slots"
 
 
 @pytest.mark.usefixtures("one_thread")

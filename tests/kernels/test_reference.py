@@ -13,7 +13,7 @@ import torch
 from paged_sequences import Heads, Options, PagedSequences
 from torch import Tensor
 
-from kernels import gated_activation, linear, paged_attention, rms_norm, rope_kv_write
+from kernels import gated_activation, linear, paged_attention, rms_norm
 
 TOLERANCES = {torch.float32: (2e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 8e-3)}
 DTYPES = list(TOLERANCES)
@@ -62,31 +62,6 @@ def test_gated_activation(run: Callable[..., Tensor], dtype: torch.dtype) -> Non
     assert_close(run(gate_up, "gelu_tanh"), 0.5 * gate * (1 + tanh) * up)
     gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
     assert_close(run(gate_up, "swiglu_clamped"), (up + 1) * gate / (1 + np.exp(-1.702 * gate)))
-
-
-@pytest.mark.parametrize("run", [rope_kv_write.reference, rope_kv_write.rope_kv_write])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_kv_write(run: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    num_tokens, num_heads, num_kv_heads, head_dim, block_tokens, num_blocks = 11, 6, 2, 20, 7, 3
-    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
-    angles = torch.outer(torch.arange(40).float(), torch.rand(head_dim // 2))
-    positions = torch.randint(40, (num_tokens,))
-    slots = torch.randperm(num_blocks * block_tokens)[:num_tokens]
-    memory = torch.full((num_blocks, 2, 2, num_kv_heads, block_tokens, head_dim), float("nan"), dtype=dtype)
-    queries = run(
-        qkv.flatten(1), angles.cos(), angles.sin(), positions, slots, memory[:, 1, 0], memory[:, 1, 1], num_heads
-    )
-
-    # As a complex number of angle α turns (x[i], x[i + D / 2]).
-    pairs = wide(qkv[..., : head_dim // 2]) + 1j * wide(qkv[..., head_dim // 2 :])
-    turned = pairs * np.exp(1j * wide(angles)[positions])[:, None]
-    rotated = np.concatenate([turned.real, turned.imag], axis=-1)
-    assert_close(queries, rotated[:, :num_heads])
-    for token, slot in enumerate(slots.tolist()):
-        key, value = memory[slot // block_tokens, 1, :, :, slot % block_tokens]
-        assert_close(key, rotated[token, num_heads : num_heads + num_kv_heads])
-        assert torch.equal(value, qkv[token, num_heads + num_kv_heads :])
-    assert int(memory.isfinite().sum()) == 2 * num_tokens * num_kv_heads * head_dim, "wrote beside its slots"
 
 
 ATTENTION_CASES = {  # heads, dtype of the blocks where it is not the queries', options
