@@ -1,8 +1,8 @@
 """Which bytes go where: from the layouts of two ranks and their block tables to pieces of two memories. Pure.
 
-KV memory is block-major (spec/layout.py): the byte of (block, layer, key/value, head, slot) lies at
+KV memory is block-major (spec/layout.py): the byte of (block, layer, plane, head, slot) lies at
 
-    block · block_bytes + ((layer · 2 + key/value) · num_kv_heads + head) · run_bytes + slot · row_bytes
+    block · block_bytes + ((layer · planes + plane) · num_kv_heads + head) · run_bytes + slot · row_bytes
 
 A *segment* is a run of tokens within one block on both sides; a *unit* is a run of bytes within a block that is
 contiguous on both sides. Pieces = segments × units, neighbours merged: with equal layouts a whole block becomes one
@@ -61,7 +61,7 @@ def plan_transfer(
 
     Both block tables begin at token 0 of the sequence. Offsets are bytes into the two KV memories. An empty list when
     the ranks have no layer or no head in common. Raises InvalidConfiguration for ranks that no copy converts (other
-    dtype or head_dim), InvalidParameter for a block table that is too short or names a target block twice.
+    dtype, head_dim or planes), InvalidParameter for a block table that is too short or names a target block twice.
     """
     _check_convertible(source.layout, target.layout)
     if num_tokens <= 0 or first_token < 0:
@@ -76,7 +76,7 @@ def plan_transfer(
         raise InvalidParameter("names a block twice", field="target_blocks")
 
     starts, lengths = _segments(first_token, end_token, source.layout.block_tokens, target.layout.block_tokens)
-    row_bytes = source.layout.head_dim * source.layout.dtype.itemsize_bytes
+    row_bytes = source.layout.row_bytes
     source_bases = _bases(starts, source_table, source.layout, row_bytes)
     target_bases = _bases(starts, target_table, target.layout, row_bytes)
     whole = (lengths == source.layout.block_tokens) & (lengths == target.layout.block_tokens)
@@ -90,7 +90,7 @@ def plan_transfer(
 
 
 def _check_convertible(source: KVLayout, target: KVLayout) -> None:
-    for field in ("dtype", "head_dim"):
+    for field in ("dtype", "head_dim", "planes"):
         ours, theirs = getattr(source, field), getattr(target, field)
         if ours != theirs:
             raise InvalidConfiguration(f"KV {field} differs between the ranks: {ours} and {theirs}", field=field)
@@ -135,10 +135,13 @@ def _units(source: RankKV, target: RankKV, *, whole_blocks: bool) -> tuple[Offse
     heads = _common(source.heads, target.heads)
     heads_of_a_unit = max(len(heads), 1) if whole_blocks else 1
     first_heads = numpy.arange(heads.start, heads.stop, heads_of_a_unit, dtype=numpy.int64)
-    planes = numpy.arange(2 * layers.start, 2 * layers.stop, dtype=numpy.int64)  # layer · 2 + key/value
+    each = source.layout.planes
+    planes = numpy.arange(each * layers.start, each * layers.stop, dtype=numpy.int64)  # layer · planes + plane
 
     def offsets(rank: RankKV) -> Offsets:
-        runs = (planes - 2 * rank.layers.start)[:, None] * rank.layout.num_kv_heads + (first_heads - rank.heads.start)
+        runs = (planes - each * rank.layers.start)[:, None] * rank.layout.num_kv_heads + (
+            first_heads - rank.heads.start
+        )
         flat: Offsets = (runs * rank.layout.run_bytes).reshape(-1)
         return flat
 

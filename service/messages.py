@@ -62,6 +62,7 @@ def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
         head_dim=layout.head_dim,
         block_tokens=layout.block_tokens,
         dtype=layout.dtype.value,
+        planes=layout.planes,
     )
 
 
@@ -76,6 +77,7 @@ def layout_from_proto(message: worker_pb2.KVLayout) -> KVLayout:
         head_dim=message.head_dim,
         block_tokens=message.block_tokens,
         dtype=Dtype.parse(message.dtype),
+        planes=message.planes or 2,
     )
 
 

@@ -11,10 +11,16 @@ class Dtype(enum.Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    FLOAT8_E4M3 = "float8_e4m3"  # of KV alone: one scale a row
+    INT8 = "int8"  # of KV alone: one scale a row
 
     @property
     def itemsize_bytes(self) -> int:
-        return 4 if self is Dtype.FLOAT32 else 2
+        return {Dtype.FLOAT32: 4, Dtype.FLOAT8_E4M3: 1, Dtype.INT8: 1}.get(self, 2)
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.itemsize_bytes == 1
 
     @classmethod
     def parse(cls, name: str) -> Dtype:

@@ -1,18 +1,23 @@
-"""How the KV memory of a worker lies."""
+"""How a worker is laid out over ranks, and how the KV memory of a rank lies."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Literal
 
 from spec.dtype import Dtype
+from spec.errors import InvalidConfiguration
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The KV memory of one rank: [num_blocks, num_layers, 2 (key, value), num_kv_heads, block_tokens, head_dim].
+    """The KV memory of one rank: [num_blocks, num_layers, planes, num_kv_heads, block_tokens, row].
 
-    Block-major, so that a block of all layers is one contiguous piece of memory, and goes to a peer of the same layout
-    as one write. A head's tokens within a block are contiguous too: the unit that survives a change of tp and pp.
+    Planes are key and value, or the one latent row of multi-head latent attention. Block-major, so that a block of all
+    layers is one contiguous piece of memory, and goes to a peer of the same layout as one write. A head's tokens within
+    a block are contiguous too: the unit that survives a change of tp and pp. A row is head_dim elements; in a quantised
+    dtype a float32, the row's scale, follows them.
     """
 
     num_layers: int
@@ -20,10 +25,20 @@ class KVLayout:
     head_dim: int
     block_tokens: int
     dtype: Dtype
+    planes: int = 2
+
+    @property
+    def row_elements(self) -> int:
+        return self.head_dim + (SCALE_BYTES if self.dtype.is_quantised else 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """One head of one token in one plane."""
+        return self.row_elements * self.dtype.itemsize_bytes
 
     @property
     def token_bytes(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize_bytes
+        return self.num_layers * self.planes * self.num_kv_heads * self.row_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -31,17 +46,84 @@ class KVLayout:
 
     @property
     def run_bytes(self) -> int:
-        """One head's tokens in one block and layer: [block_tokens, head_dim]."""
-        return self.block_tokens * self.head_dim * self.dtype.itemsize_bytes
+        """One head's tokens in one block, layer and plane."""
+        return self.block_tokens * self.row_bytes
 
     @property
     def layout_id(self) -> str:
+        planes = "" if self.planes == 2 else f"/p{self.planes}"
         return (
-            f"blocks/l{self.num_layers}/h{self.num_kv_heads}/d{self.head_dim}/t{self.block_tokens}/{self.dtype.value}"
+            f"blocks/l{self.num_layers}{planes}/h{self.num_kv_heads}/d{self.head_dim}/t{self.block_tokens}"
+            f"/{self.dtype.value}"
         )
 
     def shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
-        return (num_blocks, self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim)
+        return (num_blocks, self.num_layers, self.planes, self.num_kv_heads, self.block_tokens, self.row_elements)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
+
+
+SCALE_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """A worker of tp · pp · dp ranks. Rank (stage, group, index) is number (stage · dp + group) · tp + index.
+
+    tp  tensor parallel: heads, MLP and vocabulary are cut among the ranks of a group
+    pp  pipeline stages, each a run of layers
+    dp  groups of a stage that hold the attention's weights each, and KV of sequences of their own
+    ep  parts into which the tp · dp ranks of a stage are cut, each with experts of its own; the ranks of a part share
+        each of its experts, cut along the intermediate size
+
+    `mlp` "gathered": a rank of a group brings the whole MLP weights of a layer together for a share of the tokens, in
+    place of all tokens with a share of the weights (weight-gathered, Pope et al. 2022, arXiv:2211.05102, section 3.2);
+    only in steps of at least `gathered_tokens` tokens, where it moves less.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    mlp: Literal["stationary", "gathered"] = "stationary"
+    gathered_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "ep"):
+            if getattr(self, name) < 1:
+                raise InvalidConfiguration(f"{name} must be at least 1, is {getattr(self, name)}")
+        if self.stage_ranks % self.ep:
+            raise InvalidConfiguration(
+                f"ep {self.ep} does not divide the {self.stage_ranks} ranks (tp {self.tp} x dp {self.dp}) of a stage"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> ParallelLayout:
+        """From "tp2", "pp2-tp2", "ep4·tp2·dp2"; what is not named is 1. Raises InvalidConfiguration."""
+        found: dict[str, int] = {}
+        for part in re.split(r"[\s,·x*_-]+", text.strip().lower()):
+            match = re.fullmatch(r"(tp|pp|dp|ep)=?(\d{1,5})", part)
+            if match is None or match[1] in found:
+                raise InvalidConfiguration(
+                    f'layout {text!r} is none; write for example "tp2", "pp2-tp2", "ep4-tp2-dp2"'
+                )
+            found[match[1]] = int(match[2])
+        return cls(**found)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        named = [f"{name}{getattr(self, name)}" for name in ("pp", "dp", "tp", "ep") if getattr(self, name) > 1]
+        return "-".join(named) or "tp1"
+
+    @property
+    def stage_ranks(self) -> int:
+        return self.tp * self.dp
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.dp * self.pp
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share each expert."""
+        return self.stage_ranks // self.ep

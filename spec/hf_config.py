@@ -1,0 +1,381 @@
+"""ModelSpec from a Hugging Face `config.json`. A family is a row of HF_FAMILIES: a function of what is its own.
+
+A row returns the fields of ModelSpec in which the family differs from a plain Llama; what all share is read in
+`model_from_hf`. Configurations of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters) are read alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spec.errors import InvalidModel, UnsupportedModel
+from spec.model import LatentSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec
+
+Config = Mapping[str, Any]
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def model_from_hf(config: Config) -> ModelSpec:
+    """Raises UnsupportedModel for a family or option no row knows, InvalidModel for a key that is missing or does not
+    fit."""
+    family = config.get("model_type")
+    if family not in HF_FAMILIES:
+        known = ", ".join(sorted(HF_FAMILIES))
+        raise UnsupportedModel(f"model_type {family!r} is not known; known are {known}", family=family)
+    if "text_config" in config:  # of a model that sees images too: its text part is served
+        config = {**config, **config["text_config"], "model_type": family}
+    try:
+        spec = _read(str(family), config)
+    except KeyError as missing:
+        raise InvalidModel(f"config.json has no {missing.args[0]!r}") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InvalidModel(f"config.json holds a value that does not fit: {error}") from None
+    spec.check()
+    return spec
+
+
+def _read(family: str, config: Config) -> ModelSpec:
+    hidden_size, num_heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or hidden_size // num_heads)
+    fields: dict[str, Any] = {
+        "family": family,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "num_kv_heads": int(config.get("num_key_value_heads") or num_heads),
+        "head_dim": head_dim,
+        "intermediate_size": int(config["intermediate_size"]),
+        "vocab_size": int(config["vocab_size"]),
+        "max_context_tokens": int(config["max_position_embeddings"]),
+        "rms_norm_eps": float(config["rms_norm_eps"]),
+        "layers": (LayerSpec(window=_window(config)),) * int(config["num_hidden_layers"]),
+        "ropes": (_rope(config, _rope_parameters(config)),),
+        "rotary_dim": int(head_dim * _partial(config)),
+        "attention_scale": head_dim**-0.5,
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_ids": _as_ids(config.get("eos_token_id")),
+    }
+    fields |= HF_FAMILIES[family](config)
+    if fields.get("activation", "silu") == "silu" and config.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not known to family {family}, only silu")
+    return ModelSpec(**fields)
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+def _llama(config: Config) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", False))
+    return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return {}
+
+
+def _mixtral(config: Config) -> dict[str, Any]:
+    moe = MoeSpec(
+        num_experts=int(config["num_local_experts"]),
+        experts_per_token=int(config["num_experts_per_tok"]),
+        intermediate_size=int(config["intermediate_size"]),
+    )
+    return {"moe": moe, "layers": _layers(config, window=_window(config), is_moe=True)}
+
+
+def _qwen2(config: Config) -> dict[str, Any]:
+    return {"qkv_bias": True, "layers": _qwen_layers(config)}
+
+
+def _qwen3(config: Config) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", False))
+    return {"qkv_bias": bias, "output_bias": bias, "qk_norm": True, "layers": _qwen_layers(config)}
+
+
+def _qwen3_moe(config: Config) -> dict[str, Any]:
+    num_layers, step = int(config["num_hidden_layers"]), int(config.get("decoder_sparse_step", 1))
+    dense = set(config.get("mlp_only_layers") or ())
+    window = _window(config) if config.get("use_sliding_window") else None
+    layers = [LayerSpec(window, 0, i not in dense and (i + 1) % step == 0) for i in range(num_layers)]
+    moe = MoeSpec(
+        num_experts=int(config.get("num_experts") or config["num_local_experts"]),
+        experts_per_token=int(config["num_experts_per_tok"]),
+        intermediate_size=int(config["moe_intermediate_size"]),
+        normalise=bool(config.get("norm_topk_prob", False)),
+    )
+    return _qwen3(config) | {"moe": moe, "layers": tuple(layers)}
+
+
+def _gemma(config: Config) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common."""
+    if config.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise UnsupportedModel(f"hidden_activation {config['hidden_activation']!r} is not known to Gemma")
+    bias = bool(config.get("attention_bias", False))
+    return {
+        "activation": "gelu_tanh",
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "embedding_scale": math.sqrt(int(config["hidden_size"])),
+        "attention_scale": float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "attention_softcap": _optional(config.get("attn_logit_softcapping")),
+        "logits_softcap": _optional(config.get("final_logit_softcapping")),
+    }
+
+
+def _gemma2(config: Config) -> dict[str, Any]:
+    softcaps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # where the file is silent
+    return _gemma({**softcaps, **config}) | {"layers": _sliding_layers(config, lambda index: index % 2 == 0)}
+
+
+def _gemma3(config: Config) -> dict[str, Any]:
+    pattern = int(config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6)
+    layers = _sliding_layers(config, lambda index: (index + 1) % pattern != 0, local_rope=True)
+    parameters = config.get("rope_parameters") or {}
+    # transformers 4 has keys of their own for these two
+    whole = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
+    local = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
+    whole, local = parameters.get("full_attention", whole), parameters.get("sliding_attention", local)
+    return _gemma(config) | {"layers": layers, "qk_norm": True, "ropes": (_rope(config, whole), _rope(config, local))}
+
+
+def _gpt_oss(config: Config) -> dict[str, Any]:
+    for key, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
+        if float(config.get(key, value)) != value:
+            raise UnsupportedModel(f"{key} {config[key]} is not known to family gpt_oss, only {value}")
+    moe = MoeSpec(
+        num_experts=int(config["num_local_experts"]),
+        experts_per_token=int(config.get("num_experts_per_tok") or config["experts_per_token"]),
+        intermediate_size=int(config["intermediate_size"]),
+        scoring="softmax_chosen",
+        router_bias=True,
+        expert_bias=True,
+    )
+    bias = bool(config.get("attention_bias", True))
+    return {
+        "activation": "swiglu_clamped",
+        "moe": moe,
+        "layers": _sliding_layers(config, lambda index: index % 2 == 0, is_moe=True),
+        "sinks": True,
+        "qkv_bias": bias,
+        "output_bias": bias,
+    }
+
+
+def _deepseek_v2(config: Config) -> dict[str, Any]:
+    method = config.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy") or config.get("norm_topk_prob"):
+        raise UnsupportedModel(f"topk_method {method!r} with norm_topk_prob is not known to family deepseek_v2")
+    grouped = method == "group_limited_greedy"
+    return _deepseek(
+        config,
+        scoring="softmax",
+        normalise=False,
+        num_groups=int(config["n_group"]) if grouped else 1,
+        groups_per_token=int(config["topk_group"]) if grouped else 1,
+    )
+
+
+def _deepseek_v3(config: Config) -> dict[str, Any]:
+    return _deepseek(
+        config,
+        scoring="sigmoid",
+        normalise=bool(config.get("norm_topk_prob", True)),
+        num_groups=int(config["n_group"]),
+        groups_per_token=int(config["topk_group"]),
+        group_score="top2",
+        selection_bias=True,
+    )
+
+
+def _deepseek(config: Config, **routing: Any) -> dict[str, Any]:
+    if config.get("attention_bias"):
+        raise UnsupportedModel("attention_bias is not known to the DeepSeek families")
+    if not config.get("rope_interleave", True):
+        raise UnsupportedModel("rope_interleave false is not known to the DeepSeek families")
+    rank = config.get("q_lora_rank")
+    latent = LatentSpec(
+        query_rank=None if rank is None else int(rank),
+        kv_rank=int(config["kv_lora_rank"]),
+        plain_dim=int(config["qk_nope_head_dim"]),
+        rope_dim=int(config["qk_rope_head_dim"]),
+        value_dim=int(config["v_head_dim"]),
+    )
+    moe = MoeSpec(
+        num_experts=int(config["n_routed_experts"]),
+        experts_per_token=int(config["num_experts_per_tok"]),
+        intermediate_size=int(config["moe_intermediate_size"]),
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        shared_intermediate_size=int(config["moe_intermediate_size"]) * int(config.get("n_shared_experts") or 0),
+        **routing,
+    )
+    first_moe = int(config.get("first_k_dense_replace") or 0)
+    if int(config.get("moe_layer_freq", 1)) != 1:
+        raise UnsupportedModel(
+            f"moe_layer_freq {config['moe_layer_freq']} is not known to the DeepSeek families, only 1"
+        )
+    parameters = _rope_parameters(config)
+    magnitude = 1.0
+    if _rope_kind(parameters) != "default" and parameters.get("mscale_all_dim"):
+        magnitude = _yarn_magnitude(float(parameters["factor"]), float(parameters["mscale_all_dim"]))
+    return {
+        "latent": latent,
+        "moe": moe,
+        "num_kv_heads": 1,
+        "head_dim": latent.kv_rank + latent.rope_dim,
+        "rotary_dim": latent.rope_dim,
+        "attention_scale": (latent.plain_dim + latent.rope_dim) ** -0.5 * magnitude**2,
+        "layers": tuple(LayerSpec(is_moe=index >= first_moe) for index in range(int(config["num_hidden_layers"]))),
+    }
+
+
+HF_FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _plain,
+    "mixtral": _mixtral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gemma3_text": _gemma3,
+    "phi3": _plain,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
+}
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _window(config: Config) -> int | None:
+    window = config.get("sliding_window")
+    return None if window is None else int(window)
+
+
+def _layers(config: Config, **options: Any) -> tuple[LayerSpec, ...]:
+    return (LayerSpec(**options),) * int(config["num_hidden_layers"])
+
+
+def _sliding_layers(
+    config: Config, slides: Callable[[int], bool], *, local_rope: bool = False, is_moe: bool = False
+) -> tuple[LayerSpec, ...]:
+    """As `layer_types` says, or where it is not there, layers for whose index `slides` is true."""
+    kinds, window = config.get("layer_types"), _window(config)
+    layers = []
+    for index in range(int(config["num_hidden_layers"])):
+        sliding = kinds[index] == "sliding_attention" if kinds else slides(index)
+        layers.append(LayerSpec(window if sliding else None, int(sliding and local_rope), is_moe))
+    return tuple(layers)
+
+
+def _qwen_layers(config: Config) -> tuple[LayerSpec, ...]:
+    if not config.get("use_sliding_window"):
+        return _layers(config)
+    first = int(config.get("max_window_layers", 0))
+    return _sliding_layers(config, lambda index: index >= first)
+
+
+# ---- rotary embedding ------------------------------------------------------------------------------------------------
+
+
+def _rope_parameters(config: Config) -> Config:
+    """Theta and scaling in one; transformers 5 writes them so, 4 as two keys."""
+    parameters = config.get("rope_parameters") or {}
+    return {"rope_theta": config.get("rope_theta") or 10000.0, **parameters, **(config.get("rope_scaling") or {})}
+
+
+def _rope_kind(parameters: Config) -> str:
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    if kind not in ROPE_KINDS:
+        known = ", ".join(ROPE_KINDS)
+        raise UnsupportedModel(f"rope_scaling type {kind!r} is not known; known are {known}", rope_type=kind)
+    return kind
+
+
+def _partial(config: Config) -> float:
+    partial = config.get("partial_rotary_factor") or (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    return 1.0 if partial is None else float(partial)
+
+
+def _rope(config: Config, parameters: Config) -> RopeSpec:
+    theta, kind = float(parameters.get("rope_theta") or 10000.0), _rope_kind(parameters)
+    if kind == "linear":
+        return RopeSpec(theta, "linear", float(parameters["factor"]))
+    if kind == "llama3":
+        return RopeSpec(
+            theta,
+            "llama3",
+            float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
+        )
+    if kind == "yarn":
+        return _yarn(theta, parameters)
+    if kind == "longrope":
+        return _longrope(theta, config, parameters)
+    return RopeSpec(theta)
+
+
+def _yarn(theta: float, parameters: Config) -> RopeSpec:
+    factor, attention_factor = float(parameters["factor"]), parameters.get("attention_factor")
+    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if attention_factor is None:
+        attention_factor = _yarn_magnitude(factor, 1.0)
+        if mscale and all_dim:
+            attention_factor = _yarn_magnitude(factor, float(mscale)) / _yarn_magnitude(factor, float(all_dim))
+    return RopeSpec(
+        theta,
+        "yarn",
+        factor,
+        original_max_positions=int(parameters["original_max_position_embeddings"]),
+        beta_fast=float(parameters.get("beta_fast") or 32.0),
+        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        truncate=bool(parameters.get("truncate", True)),
+        attention_factor=float(attention_factor),
+    )
+
+
+def _yarn_magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _longrope(theta: float, config: Config, parameters: Config) -> RopeSpec:
+    """One set of divisors for the whole model: the long ones where its context is longer than the original.
+
+    transformers takes the short ones for sequences that are still short, and so changes the positions of keys that are
+    cached already; KV that is shared, chunked and handed over has to be a function of the tokens alone."""
+    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    longest = int(config["max_position_embeddings"])
+    original = longest if original is None else int(original)
+    factor = float(parameters.get("factor") or longest / original)
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+    divisors = parameters["long_factor" if longest > original else "short_factor"]
+    return RopeSpec(
+        theta,
+        "longrope",
+        factor,
+        original_max_positions=original,
+        attention_factor=float(attention_factor),
+        divisors=tuple(float(divisor) for divisor in divisors),
+    )
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
