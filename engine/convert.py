@@ -63,7 +63,7 @@ def convert_gguf(
 
 
 def hf_config(spec: ModelSpec, dtype: Dtype) -> dict[str, Any]:
-    """What `ModelSpec.from_hf` reads back, as the config.json that every version of transformers takes."""
+    """What `spec.hf_config.model_from_hf` reads back, as the config.json that every version of transformers takes."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": spec.family,
@@ -77,10 +77,10 @@ def hf_config(spec: ModelSpec, dtype: Dtype) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.max_context_tokens,
         "rms_norm_eps": spec.rms_norm_eps,
-        "rope_theta": spec.rope.theta,
-        "rope_scaling": _rope_scaling(spec.rope),
+        "rope_theta": spec.ropes[0].theta,
+        "rope_scaling": _rope_scaling(spec.ropes[0]),
         "tie_word_embeddings": spec.tie_embeddings,
-        "attention_bias": spec.attention_bias,
+        "attention_bias": spec.qkv_bias,
         "mlp_bias": spec.mlp_bias,
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": _eos(spec),

@@ -1,86 +1,147 @@
-"""One decoder for every family that ModelSpec describes: pre-norm attention and gated MLP around a residual stream.
+"""One decoder for every family that ModelSpec describes: attention and feed-forward parts around a residual stream.
 
 Nothing here depends on how many rows a step has or whose they are: with kernels that compute a row alone, a token's
-hidden state is the same in any batch and for any cut of its prompt into chunks.
+hidden state is the same in any batch and for any cut of its prompt into chunks. Nor is there a rank in it: what it
+holds was cut by the sharding table, and the sums over the cuts are `groups`'.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from engine import attention
+from engine.feed_forward import Experts, dense, gathers, weight_gathered
+from engine.groups import Groups
 from engine.kv_memory import KVMemory
+from engine.projection import Segments
 from engine.rope import tables
-from engine.weights import LayerWeights, ModelWeights
-from kernels.gated_activation import gated_activation
+from engine.step import StepTensors
+from engine.weights import LatentWeights, LayerWeights, MlpWeights, ModelWeights, MoeWeights
 from kernels.linear import embedding, linear
-from kernels.paged_attention import paged_attention
 from kernels.rms_norm import rms_norm
-from kernels.rope_kv_write import rope_kv_write
 from spec.model import ModelSpec
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class StepTensors:
-    """The tokens of a step, T of S sequences one after the other, on the decoder's device."""
-
-    token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64, index in the sequence
-    slots: Tensor  # [T] int64, block · block_tokens + offset, where the token's KV goes
-    block_tables: Tensor  # [S, M] int32, padded on the right
-    query_starts: Tensor  # [S + 1] int32, rising from 0 to T
-    context_lens: Tensor  # [S] int32, tokens in the KV memory including this step's
-    wanted_rows: Tensor | None  # [W] int64, rows whose hidden state is asked for; None: all of them, in order
+from spec.shard import RankShard, Replicas
 
 
 class Decoder:
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, kv: KVMemory, device: torch.device) -> None:
-        self.spec, self.weights, self.kv = spec, weights, kv
-        cos, sin = tables(spec.rope, spec.head_dim, spec.max_context_tokens)
-        self._cos, self._sin = cos.to(device), sin.to(device)
-        self._scale = spec.head_dim**-0.5
+    """The layers of one rank."""
 
-    def forward(self, step: StepTensors, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Final hidden states of the wanted rows, [W, hidden], normed; the KV of every row is written on the way.
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: RankShard,
+        weights: ModelWeights,
+        kv: KVMemory,
+        groups: Groups,
+        device: torch.device,
+        dtype: torch.dtype,
+        replicas: Replicas | None = None,
+    ) -> None:
+        self.spec, self.shard, self.weights, self.kv, self.groups = spec, shard, weights, kv, groups
+        self._device, self._dtype = device, dtype
+        made = [tables(rope, spec.rotary_dim, spec.max_context_tokens) for rope in spec.ropes]
+        self._tables = [(cos.to(device), sin.to(device)) for cos, sin in made]
+        self.experts = Experts(spec, shard, groups, device, replicas) if spec.moe is not None else None
+        self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
-        `on_layer(i)` is called when the write of layer i's KV is issued: done on the CPU, on a GPU queued on the
+    def forward(self, step: StepTensors, on_layer: Callable[[int], None] | None = None) -> Tensor | None:
+        """In the last stage the final hidden states of the wanted rows, [W, hidden], normed; None in the others, whose
+        rows have gone on to the next. The KV of every row is written on the way.
+
+        `on_layer(i)` is called when the write of the rank's layer i is issued: done on the CPU, on a GPU queued on the
         current stream.
         """
-        eps, layers = self.spec.rms_norm_eps, self.weights.layers
-        hidden = embedding(step.token_ids, self.weights.embedding)
-        normed, stream = rms_norm(hidden, layers[0].attention_norm, eps)
+        layers = self.weights.layers
+        stream = self._embed(step) if self.shard.is_first_stage else self._received(step)
+        normed = self._norm(stream, layers[0].attention_norm)
         for index, layer in enumerate(layers):
-            queries = self._queries(normed, layer, index, step)
-            if on_layer is not None:
-                on_layer(index)
-            attended = self._attention(queries, index, step)
-            last = index + 1 == len(layers)
-            if last and step.wanted_rows is not None:  # nothing reads the other rows any more
-                attended, stream = attended[step.wanted_rows], stream[step.wanted_rows]
-            output = linear(attended, layer.attention_output)
-            normed, stream = rms_norm(output, layer.mlp_norm, eps, stream)
-            output = linear(gated_activation(linear(normed, layer.gate_up), "silu"), layer.down)
-            next_norm = self.weights.final_norm if last else layers[index + 1].attention_norm
-            normed, stream = rms_norm(output, next_norm, eps, stream)
-        return normed
+            rows = step.wanted_rows if self.shard.is_last_stage and index + 1 == len(layers) else None
+            output = self.groups.sum(self._attend(normed, layer, index, step, rows, on_layer))
+            if rows is not None:  # nothing reads the other rows any more
+                stream = stream[rows]
+            normed, stream = self._join(output, layer.attention_post_norm, layer.mlp_norm, stream)
+            segments = step.adapters if rows is None else step.wanted_adapters
+            output = self._feed_forward(normed, layer, index, segments)
+            following = layers[index + 1].attention_norm if index + 1 < len(layers) else self.weights.final_norm
+            normed, stream = self._join(output, layer.mlp_post_norm, following, stream)
+        if self.shard.is_last_stage:
+            return normed
+        self.groups.send(stream)
+        return None
+
+    def follow(self) -> None:
+        """A step in which this rank's group has no row, and other groups may have some for the experts here."""
+        if self.experts is None or self.shard.layout.dp == 1:
+            return
+        nothing = torch.empty(0, self.spec.hidden_size, dtype=self._dtype, device=self._device)
+        for index, layer in enumerate(self.weights.layers):
+            if isinstance(layer.mlp, MoeWeights):
+                self.experts.forward(nothing, layer.mlp, index)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[W, hidden] -> [W, vocab] float32."""
-        return linear(hidden, self.weights.head, wide=True)
+        """[W, hidden] -> [W, the rank's vocabulary] float32."""
+        assert self.weights.head is not None
+        found = linear(hidden, self.weights.head, wide=True)
+        softcap = self.spec.logits_softcap
+        return found if softcap is None else torch.tanh(found / softcap) * softcap
 
-    def _queries(self, normed: Tensor, layer: LayerWeights, index: int, step: StepTensors) -> Tensor:
-        """[T, hidden] -> [T, num_heads, head_dim]; writes the keys and values of these rows."""
-        qkv, (key_blocks, value_blocks) = linear(normed, layer.qkv), self.kv.layer(index)
-        return rope_kv_write(
-            qkv, self._cos, self._sin, step.positions, step.slots, key_blocks, value_blocks, self.spec.num_heads
-        )
+    def _embed(self, step: StepTensors) -> Tensor:
+        assert self.weights.embedding is not None
+        own = self.shard.vocab
+        token_ids = step.token_ids
+        if len(own) < self.spec.vocab_size:
+            token_ids = (token_ids - own.start).clamp(0, len(own) - 1)
+        hidden = embedding(token_ids, self.weights.embedding)
+        if len(own) < self.spec.vocab_size:
+            elsewhere = (step.token_ids < own.start) | (step.token_ids >= own.stop)
+            hidden = self.groups.sum(hidden.masked_fill_(elsewhere[:, None], 0.0))
+        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
-    def _attention(self, queries: Tensor, index: int, step: StepTensors) -> Tensor:
-        """[T, num_heads, head_dim] -> [T, num_heads · head_dim]"""
-        key_blocks, value_blocks = self.kv.layer(index)
-        return paged_attention(
-            queries, key_blocks, value_blocks, step.block_tables, step.query_starts, step.context_lens, self._scale
-        )
+    def _received(self, step: StepTensors) -> Tensor:
+        stream = torch.empty(step.positions.shape[0], self.spec.hidden_size, dtype=self._dtype, device=self._device)
+        return self.groups.receive(stream)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.spec.rms_norm_eps, offset=self.spec.norm_offset)[0]
+
+    def _join(
+        self, output: Tensor, post_norm: Tensor | None, norm: Tensor | None, stream: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(what the next part reads, the stream with `output` in it); the first is empty after a stage's last layer."""
+        if post_norm is not None:
+            output = self._norm(output, post_norm)
+        if norm is None:
+            return output, stream + output
+        return rms_norm(output, norm, self.spec.rms_norm_eps, stream, offset=self.spec.norm_offset)
+
+    def _attend(
+        self,
+        normed: Tensor,
+        layer: LayerWeights,
+        index: int,
+        step: StepTensors,
+        rows: Tensor | None,
+        on_layer: Callable[[int], None] | None,
+    ) -> Tensor:
+        weights, described = layer.attention, self.spec.layers[self.shard.layers[index]]
+        rope_tables = self._tables[described.rope]
+        if isinstance(weights, LatentWeights):
+            queries = attention.latent_queries(normed, weights, self.spec, self.kv, index, rope_tables, step)
+            if on_layer is not None:
+                on_layer(index)
+            return attention.latent_output(queries, weights, self.spec, self.kv, index, step, rows)
+        queries = attention.grouped_queries(normed, weights, self.spec, self.kv, index, rope_tables, step)
+        if on_layer is not None:
+            on_layer(index)
+        return attention.grouped_output(queries, weights, self.spec, described, self.kv, index, step, rows)
+
+    def _feed_forward(self, normed: Tensor, layer: LayerWeights, index: int, segments: Segments) -> Tensor:
+        if isinstance(layer.mlp, MlpWeights):
+            if gathers(self.shard, normed.shape[0]) and not segments:
+                return weight_gathered(normed, layer.mlp, self.spec.activation, self.groups)
+            return self.groups.sum(dense(normed, layer.mlp, self.spec.activation, segments))
+        assert self.experts is not None
+        return self.experts.forward(normed, layer.mlp, index)

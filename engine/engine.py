@@ -4,43 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.decoder import Decoder, StepTensors
+from engine.adapters import AdapterFiles
+from engine.decoder import Decoder
+from engine.groups import Groups
 from engine.kv_memory import TORCH_DTYPES, KVMemory
 from engine.model_base import ModelFiles
+from engine.projection import Segments
 from engine.sampling import draw, token_logprobs
+from engine.step import StepTensors
 from engine.weights import load_weights
 from scheduler.plan import Draw, Slice, StepPlan, StepResult, TokenLogprobs
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration
-from spec.layout import KVLayout
+from spec.layout import KVLayout, ParallelLayout
 from spec.model import ModelSpec
 from spec.sampling import SamplingParams
+from spec.shard import RankShard, Replicas, shard_of, split
 
 PROMPT_ROWS_AT_ONCE = 64  # whose logits exist at the same time when log-probabilities of a prompt are asked for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantized ones included; the KV
-    memory has it too. device "auto": the GPU where there is one. threads: of the CPU; None leaves torch's number.
+    """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantised ones included. kv_dtype
+    "auto": the same. device "auto": the GPU where there is one. threads: of the CPU; None leaves torch's number.
     """
 
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
     block_tokens: int = 16
+    kv_dtype: str = "auto"
 
     def dtype_for(self, spec: ModelSpec) -> Dtype:
         """Raises InvalidConfiguration for a name that is no dtype."""
         if self.dtype != "auto":
-            return Dtype.parse(self.dtype)
+            dtype = Dtype.parse(self.dtype)
+            if dtype.is_quantised:
+                raise InvalidConfiguration(f"dtype {self.dtype} is for the KV memory; computed is in a float dtype")
+            return dtype
         return Dtype.FLOAT32 if spec.stored_dtype is Dtype.FLOAT32 else Dtype.BFLOAT16
+
+    def kv_dtype_for(self, spec: ModelSpec) -> Dtype:
+        """Raises InvalidConfiguration for a name that is no dtype."""
+        return self.dtype_for(spec) if self.kv_dtype == "auto" else Dtype.parse(self.kv_dtype)
 
     def torch_device(self) -> torch.device:
         """Raises InvalidConfiguration for a device that is unknown or not in this machine."""
@@ -58,15 +72,20 @@ class EngineOptions:
         return device
 
 
-def kv_layout_for(spec: ModelSpec, options: EngineOptions) -> KVLayout:
+def kv_layout_for(spec: ModelSpec, options: EngineOptions, shard: RankShard | None = None) -> KVLayout:
     """What an Engine with these options will use: a transport registers the memory before the Engine is built."""
     if options.block_tokens < 1:
         raise InvalidConfiguration(f"block_tokens must be at least 1, is {options.block_tokens}")
-    return spec.kv_layout(options.block_tokens, options.dtype_for(spec))
+    shard = shard or shard_of(spec, ParallelLayout(), 0)
+    return shard.kv_layout(spec, options.block_tokens, options.kv_dtype_for(spec))
 
 
 class Engine:
-    """Not thread-safe: one step at a time. `kv_buffer`, where given, must outlive the engine."""
+    """Not thread-safe: one step at a time. `kv_buffer`, where given, must outlive the engine.
+
+    `groups`, where given, is this rank among the others of its worker, who all execute the same steps in one order.
+    `replicas`: those with which `groups.shard` was made.
+    """
 
     def __init__(
         self,
@@ -75,29 +94,41 @@ class Engine:
         num_blocks: int,
         kv_buffer: memoryview | None = None,
         progress: Callable[[float], None] | None = None,
+        groups: Groups | None = None,
+        replicas: Replicas | None = None,
+        adapters: Mapping[str, AdapterFiles] | None = None,
     ) -> None:
         self.spec, self.device, self.dtype = files.spec, options.torch_device(), options.dtype_for(files.spec)
         if options.threads is not None:
             if options.threads < 1:
                 raise InvalidConfiguration(f"threads must be at least 1, is {options.threads}")
             torch.set_num_threads(options.threads)
-        self.kv = KVMemory(kv_layout_for(self.spec, options), num_blocks, self.device, kv_buffer)
-        weights = load_weights(files, TORCH_DTYPES[self.dtype], self.device, progress)
-        self.decoder = Decoder(self.spec, weights, self.kv, self.device)
+        self.groups = groups or Groups(shard_of(self.spec, ParallelLayout(), 0), self.device)
+        self.shard, dtype = self.groups.shard, TORCH_DTYPES[self.dtype]
+        value_dim = None if self.spec.latent is None else self.spec.latent.kv_rank
+        layout = kv_layout_for(self.spec, options, self.shard)
+        self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim)
+        weights = load_weights(files, self.shard, dtype, self.device, progress, adapters)
+        self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Writes the KV of every slice's tokens into its blocks and draws where a slice says so.
 
         `on_layer(i)` is called during the step, on this thread, when layer i's KV is written (see Decoder.forward). An
-        exception of it ends the step; the KV of the slices is then undefined.
+        exception of it ends the step; the KV of the slices is then undefined. Only a rank of the last stage has a
+        result; in the others nothing is drawn. A plan without slices is a rank's share of a step in which its group
+        has no sequence. Raises WorkerLost when the ranks lose each other.
         """
         if not plan.slices:
+            self.decoder.follow()
             return StepResult((), ())
         wanted, num_drawn = _wanted_rows(plan.slices)
         hidden = self.decoder.forward(self._step_tensors(plan.slices, wanted), on_layer)
+        if hidden is None:
+            return StepResult((None,) * len(plan.slices), ((),) * len(plan.slices))
         draws = [piece.draw for piece in plan.slices if piece.draw is not None]
-        drawn = iter(draw(self.decoder.logits(hidden[:num_drawn]), draws) if draws else ())
+        drawn = iter(draw(self._logits(hidden[:num_drawn]), draws) if draws else ())
         prompt_logprobs = self._prompt_logprobs(plan.slices, hidden[num_drawn:])
         return StepResult(tuple(None if piece.draw is None else next(drawn) for piece in plan.slices), prompt_logprobs)
 
@@ -143,7 +174,31 @@ class Engine:
             query_starts=self._on_device(query_starts.astype(np.int32)),
             context_lens=self._on_device(ends.astype(np.int32)),
             wanted_rows=None if wanted is None else self._on_device(np.asarray(wanted, np.int64)),
+            **self._adapter_rows(slices, sequence, wanted),
         )
+
+    def _adapter_rows(
+        self, slices: tuple[Slice, ...], sequence: NDArray[np.int64], wanted: list[int] | None
+    ) -> dict[str, Segments]:
+        """`sequence`: the slice of each row."""
+        if not any(piece.adapter for piece in slices):
+            return {}
+        each = np.asarray([piece.adapter for piece in slices])[sequence]
+
+        def segments(of_row: NDArray[np.str_]) -> Segments:
+            names: Iterable[str] = sorted({str(name) for name in of_row if name})
+            return tuple((name, self._on_device(np.flatnonzero(of_row == name))) for name in names)
+
+        return {"adapters": segments(each), "wanted_adapters": segments(each if wanted is None else each[wanted])}
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[W, hidden] -> [W, vocab] float32."""
+        own = self.decoder.logits(hidden)
+        tp = self.shard.layout.tp
+        if tp == 1:
+            return own
+        sizes = [len(split(self.spec.vocab_size, tp, index)) for index in range(tp)]
+        return torch.cat(self.groups.gather(own.T.contiguous(), sizes)).T.contiguous()
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -154,7 +209,7 @@ class Engine:
         found: list[TokenLogprobs] = []
         asked = [(t, piece.prompt_logprobs or 0) for piece in slices for t in _targets(piece)]
         for start in range(0, len(asked), PROMPT_ROWS_AT_ONCE):
-            rows = self.decoder.logits(hidden[start : start + PROMPT_ROWS_AT_ONCE]).cpu().numpy()
+            rows = self._logits(hidden[start : start + PROMPT_ROWS_AT_ONCE]).cpu().numpy()
             pairs = zip(rows, asked[start : start + PROMPT_ROWS_AT_ONCE], strict=True)
             found.extend(token_logprobs(row, target, num_top) for row, (target, num_top) in pairs)
         each = iter(found)

@@ -18,7 +18,8 @@ from engine.rope import llama3_divisors
 from spec.dtype import Dtype
 from spec.errors import InvalidModel, UnsupportedModel
 from spec.gguf import GgufTensor, read_header
-from spec.model import ModelSpec, RopeSpec
+from spec.gguf_config import model_from_gguf
+from spec.model import RopeSpec
 
 _READABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 TYPES = {GGMLQuantizationType[name].value: GGMLQuantizationType[name] for name in _READABLE}
@@ -44,11 +45,11 @@ class GgufFile(ModelFiles):
         self.path = path
         header = read_header(path)
         self._data_offset, self._by_gguf_name = header.data_offset, header.tensors
-        self.spec = ModelSpec.from_gguf(header.metadata, header.tensors)
+        self.spec = model_from_gguf(header.metadata, header.tensors)
         self._tensors = {_hf_name(name): tensor for name, tensor in header.tensors.items() if name != ROPE_DIVISORS}
         for tensor in header.tensors.values():
             self._check_data(tensor)
-        self.spec = dataclasses.replace(self.spec, stored_dtype=self._stored_dtype(), rope=self._rope())
+        self.spec = dataclasses.replace(self.spec, stored_dtype=self._stored_dtype(), ropes=(self._rope(),))
 
     @property
     def names(self) -> frozenset[str]:
@@ -99,7 +100,7 @@ class GgufFile(ModelFiles):
     def _rope(self) -> RopeSpec:
         """GGUF keeps the scaling of Llama 3.1 and later as one divisor per frequency; the rule that made them is found
         again, since a folder written from this file has to name it. Raises UnsupportedModel for any other divisors."""
-        rope, tensor = self.spec.rope, self._by_gguf_name.get(ROPE_DIVISORS)
+        rope, tensor = self.spec.ropes[0], self._by_gguf_name.get(ROPE_DIVISORS)
         if tensor is None:
             return rope
         divisors = self._dequantized(tensor, torch.float64).numpy()

@@ -18,6 +18,7 @@ from engine.families import tensor_shapes
 from engine.model_base import ModelFiles, update_with_sample
 from spec.dtype import Dtype
 from spec.errors import InvalidModel, UnsupportedModel
+from spec.hf_config import model_from_hf
 from spec.model import ModelSpec
 
 _STORED_DTYPES = {"F32": Dtype.FLOAT32, "BF16": Dtype.BFLOAT16, "F16": Dtype.FLOAT16}
@@ -38,11 +39,14 @@ class HuggingFaceFolder(ModelFiles):
         if "quantization_config" in config:
             method = config["quantization_config"].get("quant_method")
             raise UnsupportedModel(f"{path} is quantized ({method}); weights in float32, bfloat16 or float16 are read")
-        self.spec = self._with_generation_config(ModelSpec.from_hf(config))
+        self.spec = self._with_generation_config(model_from_hf(config))
         self._shards = _shards(path)
         self._entries: dict[str, _Entry] = {}
         for shard in self._shards:
             self._entries.update(_safetensors_entries(shard))
+        # A model that sees images too holds its text part under a name of its own.
+        self._stored_names = {_text_name(name): name for name in self._entries}
+        self._entries = {name: self._entries[stored] for name, stored in self._stored_names.items()}
         embedding = self._entries.get(next(iter(tensor_shapes(self.spec))))
         if embedding is not None and embedding.stored is not None:
             self.spec = dataclasses.replace(self.spec, stored_dtype=embedding.stored)
@@ -77,7 +81,7 @@ class HuggingFaceFolder(ModelFiles):
             )
         try:  # opened anew for each tensor: the mapping of a whole shard would stay resident beside the packed weights
             with safe_open(entry.file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(self._stored_names[name])
         except (SafetensorError, OSError) as error:
             raise InvalidModel(f"{entry.file} cannot be read: {error}", file=entry.file, tensor=name) from None
         return tensor if dtype is None else tensor.to(dtype)
@@ -90,6 +94,11 @@ class HuggingFaceFolder(ModelFiles):
                 (header_bytes,) = struct.unpack("<Q", file.read(8))
             update_with_sample(digest, shard, 8 + header_bytes)
         return digest.hexdigest()
+
+
+def _text_name(stored: str) -> str:
+    """Of a tensor of the text part of a model that sees images too: without the part's name."""
+    return stored.replace("model.language_model.", "model.").removeprefix("language_model.")
 
 
 def _read_json(path: Path, context: str) -> tuple[bytes, dict[str, Any]]:

@@ -9,18 +9,31 @@ from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, OutOfBlocks
 from spec.layout import KVLayout
 
-TORCH_DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT16: torch.float16}
+TORCH_DTYPES = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.FLOAT16: torch.float16,
+    Dtype.FLOAT8_E4M3: torch.float8_e4m3fn,
+    Dtype.INT8: torch.int8,
+}
 
 
 class KVMemory:
-    """`tensor` is [num_blocks, num_layers, 2 (key, value), num_kv_heads, block_tokens, head_dim]; see KVLayout.
+    """`tensor` is [num_blocks, num_layers, planes, num_kv_heads, block_tokens, row]; see KVLayout.
+
+    `value_dim`: where there is one plane (multi-head latent attention), so many elements of its rows are the values.
 
     A given buffer stays its owner's; it must outlive this object and be at least num_blocks · layout.block_bytes long.
     Blocks are not cleared: whoever takes one writes a position before reading it.
     """
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, device: torch.device, buffer: memoryview | None = None
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device,
+        buffer: memoryview | None = None,
+        value_dim: int | None = None,
     ) -> None:
         if num_blocks < 1:
             raise InvalidConfiguration(f"KV memory needs at least 1 block, was given {num_blocks}")
@@ -30,10 +43,15 @@ class KVMemory:
             self.tensor = _allocated(shape, dtype, device, num_blocks * layout.block_bytes)
         else:
             self.tensor = _over(buffer, num_blocks * layout.block_bytes, dtype, device).view(shape)
-        self._layers = [(self.tensor[:, i, 0], self.tensor[:, i, 1]) for i in range(layout.num_layers)]
+        self._layers = [(self.tensor[:, i, 0], self._values(i, value_dim)) for i in range(layout.num_layers)]
+
+    def _values(self, index: int, value_dim: int | None) -> Tensor:
+        if self.layout.planes == 2:
+            return self.tensor[:, index, 1]
+        return self.tensor[:, index, 0, :, :, :value_dim]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """(key_blocks, value_blocks), strided views [num_blocks, num_kv_heads, block_tokens, head_dim]."""
+        """(key_blocks, value_blocks), strided views [num_blocks, num_kv_heads, block_tokens, row]; see KVLayout."""
         return self._layers[index]
 
 

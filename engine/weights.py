@@ -1,48 +1,104 @@
-"""Weights from files to what the decoder reads: projections fused and packed, each source freed before the next one."""
+"""Weights from files to what the decoder reads: a rank's part of each, projections fused and packed.
+
+Each source is freed before the next one is read.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from engine.families import FAMILIES, Weight
+from engine.adapters import AdapterFiles
+from engine.families import FAMILIES, Moe, Weight
 from engine.model_base import ModelFiles
+from engine.projection import Projection
+from engine.sharding import Cutter
 from kernels.linear import PackedLinear, pack
+from kernels.moe_mlp import PackedExperts, pack_experts
+from spec.model import LatentSpec
+from spec.shard import RankShard
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AttentionWeights:
+    """Hq and Hkv are the rank's."""
+
+    qkv: Projection  # [(Hq + 2 · Hkv) · head_dim, hidden]
+    output: Projection  # [hidden, Hq · head_dim]
+    query_norm: Tensor | None  # [head_dim]
+    key_norm: Tensor | None  # [head_dim]
+    sinks: Tensor | None  # [Hq] float32
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class LatentWeights:
+    """Multi-head latent attention in absorbed form. The rotated dimensions are in rotate-half order."""
+
+    down: PackedLinear  # [queries or their rank, then kv_rank + rope_dim; hidden]
+    query_norm: Tensor | None  # [query_rank]
+    query_up: PackedLinear | None  # [Hq · (plain_dim + rope_dim), query_rank]; None: `down` gives the queries
+    norm: Tensor  # [kv_rank]
+    key_up: Tensor  # [Hq, plain_dim, kv_rank]
+    value_up: Tensor  # [Hq, kv_rank, value_dim]
+    output: Projection  # [hidden, Hq · value_dim]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class MlpWeights:
+    gate_up: Projection  # [2 · the rank's intermediate, hidden]
+    down: Projection  # [hidden, the rank's intermediate]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class MoeWeights:
+    router: Tensor  # [num_experts, hidden] float32
+    router_bias: Tensor | None  # [num_experts] float32
+    selection_bias: Tensor | None  # [num_experts] float32
+    experts: PackedExperts  # the resident ones, in the order of RankShard.experts
+    shared: MlpWeights | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
     attention_norm: Tensor  # [hidden]
-    qkv: PackedLinear  # [(num_heads + 2 · num_kv_heads) · head_dim, hidden]
-    attention_output: PackedLinear  # [hidden, num_heads · head_dim]
+    attention: AttentionWeights | LatentWeights
+    attention_post_norm: Tensor | None  # [hidden]
     mlp_norm: Tensor  # [hidden]
-    gate_up: PackedLinear  # [2 · intermediate, hidden]
-    down: PackedLinear  # [hidden, intermediate]
+    mlp: MlpWeights | MoeWeights
+    mlp_post_norm: Tensor | None  # [hidden]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class ModelWeights:
-    embedding: PackedLinear  # [vocab, hidden]
+    """Of one rank: `embedding` of the first stage, `final_norm` and `head` of the last."""
+
+    embedding: PackedLinear | None  # [the rank's vocabulary, hidden]
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor  # [hidden]
-    head: PackedLinear  # [vocab, hidden]; the embedding itself where they are tied
+    final_norm: Tensor | None  # [hidden]
+    head: PackedLinear | None  # [the rank's vocabulary, hidden]; the embedding itself where they are tied
 
 
 def load_weights(
     files: ModelFiles,
+    shard: RankShard,
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[float], None] | None = None,
+    adapters: Mapping[str, AdapterFiles] | None = None,
 ) -> ModelWeights:
     """Reads each tensor once. `progress` hears the fraction done, rising from above 0 to 1.
 
-    Peak memory above the packed weights is about twice the largest projection. Raises what ModelFiles.tensor does.
+    Peak memory above the packed weights is about twice the largest projection, or the experts of one layer. Raises what
+    ModelFiles.tensor does.
     """
-    spec, family = files.spec, FAMILIES[files.spec.family]
-    total, done = spec.num_layers + 2, 0
+    loader = _Loader(files, shard, dtype, device, adapters or {})
+    family = FAMILIES[files.spec.family]
+    total, done = len(shard.layers) + 2, 0
 
     def advance() -> None:
         nonlocal done
@@ -50,34 +106,173 @@ def load_weights(
         if progress is not None:
             progress(done / total)
 
-    def vector(weight: Weight, layer: int = 0) -> Tensor:
-        return _fused([files.tensor(f"{weight.name.format(layer=layer)}.weight", dtype)], device)
-
-    def packed(*parts: Weight, layer: int = 0) -> PackedLinear:
-        names = [part.name.format(layer=layer) for part in parts]
-        has_bias = parts[0].bias is not None and getattr(spec, parts[0].bias)
-        bias = _fused([files.tensor(f"{name}.bias", dtype) for name in names], device) if has_bias else None
-        return pack(_fused([files.tensor(f"{name}.weight", dtype) for name in names], device), bias)
-
-    embedding = packed(family.embedding)
+    embedding = loader.linear((family.embedding,)) if shard.is_first_stage else None
     advance()
     layers = []
-    for index in range(spec.num_layers):
-        layers.append(
-            LayerWeights(
-                attention_norm=vector(family.attention_norm, index),
-                qkv=packed(family.query, family.key, family.value, layer=index),
-                attention_output=packed(family.attention_output, layer=index),
-                mlp_norm=vector(family.mlp_norm, index),
-                gate_up=packed(family.gate, family.up, layer=index),
-                down=packed(family.down, layer=index),
-            )
-        )
+    for index in shard.layers:
+        layers.append(loader.layer(index))
         advance()
-    final_norm = vector(family.final_norm)
-    head = embedding if spec.tie_embeddings else packed(family.head)
+    final_norm = head = None
+    if shard.is_last_stage:
+        final_norm = loader.vector(family.final_norm)
+        tied = files.spec.tie_embeddings
+        head = embedding if tied and embedding else loader.linear((family.embedding if tied else family.head,))
     advance()
+    _trim()
     return ModelWeights(embedding, tuple(layers), final_norm, head)
+
+
+class _Loader:
+    def __init__(
+        self,
+        files: ModelFiles,
+        shard: RankShard,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Mapping[str, AdapterFiles],
+    ) -> None:
+        self._files, self._shard, self._dtype, self._device, self._adapters = files, shard, dtype, device, adapters
+        self._spec, self._family = files.spec, FAMILIES[files.spec.family]
+        self._cutter = Cutter(files.spec, shard)
+
+    # ---- single tensors ----------------------------------------------------------------------------------------------
+
+    def matrix(self, weight: Weight, layer: int = 0, expert: int = 0) -> Tensor:
+        """The rank's part, in the dtype of computation; may lie in the mapping of its file still."""
+        stored = self._files.tensor(weight.tensor_name(layer, expert))
+        return self._cutter.cut(stored, weight.shape).to(self._dtype)
+
+    def vector(self, weight: Weight, layer: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        stored = self._files.tensor(weight.tensor_name(layer))
+        return self._cutter.cut(stored, weight.shape).to(self._device, dtype or self._dtype, copy=True)
+
+    def _optional(self, weight: Weight | None, layer: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        return None if weight is None else self.vector(weight, layer, dtype)
+
+    def bias(self, weight: Weight, layer: int = 0, expert: int = 0) -> Tensor | None:
+        if not weight.has_bias(self._spec):
+            return None
+        words = (weight.shape[0], weight.shape[2]) if len(weight.shape) == 3 else weight.shape[:1]
+        found = self._cutter.cut(self._files.tensor(weight.bias_name(layer, expert)), words).to(self._dtype)
+        return found if self._cutter.owns_bias(weight) else torch.zeros_like(found)
+
+    def linear(self, weights: Sequence[Weight], layer: int = 0) -> PackedLinear:
+        """The weights one after the other along their rows."""
+        biases = [bias for weight in weights if (bias := self.bias(weight, layer)) is not None]
+        bias = _fused(biases, self._device) if biases else None
+        return pack(_fused([self.matrix(weight, layer) for weight in weights], self._device), bias)
+
+    def projection(self, weights: Sequence[Weight], layer: int) -> Projection:
+        adapters = {}
+        for name, files in self._adapters.items():
+            pair = files.low_rank(weights, layer, self._cutter, self._dtype, self._device)
+            if pair is not None:
+                adapters[name] = pair
+        return Projection(self.linear(weights, layer), adapters)
+
+    # ---- parts of a layer --------------------------------------------------------------------------------------------
+
+    def layer(self, index: int) -> LayerWeights:
+        family, is_moe = self._family, self._spec.layers[index].is_moe
+        return LayerWeights(
+            attention_norm=self.vector(family.attention_norm, index),
+            attention=self._attention(index) if self._spec.latent is None else self._latent(self._spec.latent, index),
+            attention_post_norm=self._optional(family.attention_post_norm, index),
+            mlp_norm=self.vector(family.mlp_norm, index),
+            mlp=self._moe(index) if is_moe else self._mlp(family.gate_up, family.down, index),
+            mlp_post_norm=self._optional(family.mlp_post_norm, index),
+        )
+
+    def _attention(self, index: int) -> AttentionWeights:
+        family = self._family
+        return AttentionWeights(
+            qkv=self.projection(family.qkv, index),
+            output=self.projection((family.output,), index),
+            query_norm=self._optional(family.query_norm, index),
+            key_norm=self._optional(family.key_norm, index),
+            sinks=self._optional(family.sinks, index, torch.float32),
+        )
+
+    def _latent(self, latent: LatentSpec, index: int) -> LatentWeights:
+        names = self._family.latent
+        assert names is not None
+        through_rank = latent.query_rank is not None
+        queries = self.matrix(names.query_up if through_rank else names.query, index)
+        queries = _halves(queries, latent.plain_dim + latent.rope_dim, latent.rope_dim)
+        row = _halves(self.matrix(names.down, index), latent.kv_rank + latent.rope_dim, latent.rope_dim)
+        first = self.matrix(names.query_down, index) if through_rank else queries
+        up = self.matrix(names.up, index).to(self._device)
+        per_head = up.view(-1, latent.plain_dim + latent.value_dim, latent.kv_rank)
+        key_up, value_up = torch.split(per_head, [latent.plain_dim, latent.value_dim], dim=1)
+        return LatentWeights(
+            down=pack(_fused([first, row], self._device)),
+            query_norm=self.vector(names.query_norm, index) if through_rank else None,
+            query_up=pack(_fused([queries], self._device)) if through_rank else None,
+            norm=self.vector(names.norm, index),
+            key_up=key_up.contiguous(),
+            value_up=value_up.transpose(1, 2).contiguous(),
+            output=Projection(self.linear((self._family.output,), index)),
+        )
+
+    def _mlp(self, gate_up: Sequence[Weight], down: Weight, index: int) -> MlpWeights:
+        return MlpWeights(self.projection(gate_up, index), self.projection((down,), index))
+
+    def _moe(self, index: int) -> MoeWeights:
+        names, moe = self._family.moe, self._spec.moe
+        assert names is not None and moe is not None
+        router_bias = self.bias(names.router, index)
+        shared = None
+        if moe.shared_intermediate_size and names.shared_down is not None:
+            shared = MlpWeights(
+                Projection(self.linear(names.shared_gate_up, index)),
+                Projection(self.linear((names.shared_down,), index)),
+            )
+        return MoeWeights(
+            router=self.vector(names.router, index, torch.float32),
+            router_bias=None if router_bias is None else router_bias.to(self._device, torch.float32),
+            selection_bias=self._optional(names.selection_bias, index, torch.float32) if moe.selection_bias else None,
+            experts=self._stacked_experts(names, index) if names.stacked else self._experts(names, index),
+            shared=shared,
+        )
+
+    def _experts(self, names: Moe, index: int) -> PackedExperts:
+        experts = self._shard.experts[index - self._shard.layers.start]
+        each = [
+            _fused([self.matrix(part, index, expert) for part in names.gate_up], self._device) for expert in experts
+        ]
+        down = [self.matrix(names.down, index, expert).to(self._device) for expert in experts]
+        return pack_experts(torch.stack(each), torch.stack(down))
+
+    def _stacked_experts(self, names: Moe, index: int) -> PackedExperts:
+        resident = torch.tensor(self._shard.experts[index - self._shard.layers.start])
+        (gate_up,) = names.gate_up
+
+        def own(stored: Tensor | None) -> Tensor:
+            assert stored is not None
+            return stored[resident].to(self._device)
+
+        pairs = own(self.matrix(gate_up, index)).transpose(1, 2)
+        pair_bias = own(self.bias(gate_up, index))
+        return pack_experts(
+            torch.cat((pairs[:, ::2], pairs[:, 1::2]), dim=1),
+            own(self.matrix(names.down, index)).transpose(1, 2).contiguous(),
+            torch.cat((pair_bias[:, ::2], pair_bias[:, 1::2]), dim=1),
+            own(self.bias(names.down, index)),
+        )
+
+
+def _trim() -> None:
+    """What was freed on the way goes back to the system: glibc would keep up to the largest projection."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _halves(rows: Tensor, head_rows: int, rotary_dim: int) -> Tensor:
+    """[heads · head_rows, K]: the last `rotary_dim` rows of each head from pairs (x0, x1), (x2, x3), … into two halves
+    (x0, x2, …, x1, x3, …). Queries and keys are sorted alike, so that their products stay."""
+    heads = rows.view(-1, head_rows, rows.shape[1])
+    plain, turned = torch.split(heads, [head_rows - rotary_dim, rotary_dim], dim=1)
+    return torch.cat((plain, turned[:, ::2], turned[:, 1::2]), dim=1).reshape(rows.shape)
 
 
 def _fused(parts: list[Tensor], device: torch.device) -> Tensor:

@@ -33,6 +33,7 @@ class Slice:
     # as far as they are still prompt. `targets` are those tokens.
     prompt_logprobs: int | None = None
     prompt_targets: tuple[int, ...] = ()
+    adapter: str = ""  # "": the base model
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

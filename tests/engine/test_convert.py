@@ -18,7 +18,8 @@ from engine.engine import Engine, EngineOptions
 from engine.model_files import open_model
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, InvalidModel
-from spec.model import ModelSpec, RopeSpec
+from spec.hf_config import model_from_hf
+from spec.model import RopeSpec
 
 TOKENS = list(range(3, 60))
 
@@ -104,9 +105,9 @@ def test_targets(quantized: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_configuration_is_read_back(shape: Shape, tmp_path: Path) -> None:
     spec = open_model(make_llama(tmp_path, shape)).spec
-    assert ModelSpec.from_hf(hf_config(spec, Dtype.FLOAT32)).rope == spec.rope
-    assert isinstance(spec.rope, RopeSpec)
-    back = ModelSpec.from_hf(hf_config(spec, Dtype.FLOAT32))
+    assert model_from_hf(hf_config(spec, Dtype.FLOAT32)).ropes[0] == spec.ropes[0]
+    assert isinstance(spec.ropes[0], RopeSpec)
+    back = model_from_hf(hf_config(spec, Dtype.FLOAT32))
     assert back.kv_layout(16, Dtype.FLOAT32) == spec.kv_layout(16, Dtype.FLOAT32)
     assert (back.eos_token_ids, back.tie_embeddings, back.rms_norm_eps) == (
         spec.eos_token_ids,

@@ -86,7 +86,7 @@ def test_divisors_of_llama3_are_recognized(
     rope = RopeSpec(500000.0, "llama3", factor, 1.0, 4.0, 8192)
     divisors = llama3_divisors(rope, SHAPE.head_dim).astype(np.float32)
     path = write_gguf(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": divisors})
-    assert open_model(path).spec.rope == rope
+    assert open_model(path).spec.ropes[0] == rope
 
 
 def test_other_divisors_are_refused(model: Any, tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import Shape, make_llama
+from tiny_models import make_model
+
+from engine.model_files import open_model
 
 # What the kernel counts for this process, after a small model made every import and every one-time allocation.
 LOAD = """
@@ -33,6 +36,62 @@ status = open("/proc/self/status").read()  # getrusage() would count the parent'
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"before": before, "after": resident(), "peak": peak, "weights": large.spec.num_parameters * 2}))
 """
+
+
+# One rank: what the kernel counts for its weights, in pages that are in memory and no file's.
+LOAD_RANK = """
+import gc, json, sys, torch
+from engine.model_files import open_model
+from engine.weights import load_weights
+from spec.layout import ParallelLayout
+from spec.shard import shard_of
+
+torch.set_num_threads(1)
+folder, layout, rank = sys.argv[1], ParallelLayout.parse(sys.argv[2]), int(sys.argv[3])
+
+def anonymous():
+    gc.collect()
+    status = open("/proc/self/status").read()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+cpu = torch.device("cpu")
+small = open_model(sys.argv[4])
+load_weights(small, shard_of(small.spec, ParallelLayout(), 0), torch.bfloat16, cpu)
+files = open_model(folder)
+shard = shard_of(files.spec, layout, rank)
+before = anonymous()
+weights = load_weights(files, shard, torch.bfloat16, cpu)
+print(json.dumps(anonymous() - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("name", "layout", "shares"),
+    [("llama3", "tp2", [0.5, 0.5]), ("llama3", "pp2", [0.5, 0.5]), ("mixtral", "dp2-ep2", [0.5, 0.5])],
+)
+def test_a_rank_holds_its_share_of_the_weights_to_three_percent(
+    tmp_path: Path, name: str, layout: str, shares: list[float]
+) -> None:
+    """Embedding and head are small here, and what dp holds twice too: half of the weights is each rank's share."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 4, "head_dim": 64, "vocab_size": 512, "num_attention_heads": 16}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 8192 if name == "llama3" else 4096}
+    small, large = make_model(tmp_path / "small", name), make_model(tmp_path / "large", name, **sizes)
+    _as_bfloat16(large)
+    for rank, share in enumerate(shares):
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD_RANK, str(large), layout, str(rank), str(small)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        spec = open_model(large).spec
+        attention = spec.num_layers * spec.attention_parameters
+        own = spec.num_parameters - attention
+        expected = 2 * (share * own + attention * (1.0 if "dp" in layout else share))
+        assert expected > 100e6, "large beside what an allocator rounds up"
+        assert json.loads(done.stdout) == pytest.approx(expected, rel=0.03), (layout, rank)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

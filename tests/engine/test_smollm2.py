@@ -68,6 +68,11 @@ def test_logits_and_answer(engine: Engine, oracle: Any, question: tuple[int, ...
 def test_configuration(gguf_path: Path) -> None:
     spec = open_model(gguf_path).spec
     assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (30, 576, 9, 3, 64)
-    assert (spec.vocab_size, spec.max_context_tokens, spec.rope.theta, spec.tie_embeddings) == (49152, 8192, 1e5, True)
+    assert (spec.vocab_size, spec.max_context_tokens, spec.ropes[0].theta, spec.tie_embeddings) == (
+        49152,
+        8192,
+        1e5,
+        True,
+    )
     assert (spec.rms_norm_eps, spec.bos_token_id, spec.eos_token_ids) == (1e-5, 1, (2,))
     assert EngineOptions().dtype_for(spec) is Dtype.BFLOAT16

@@ -20,6 +20,7 @@ class Running:
     blocks: tuple[int, ...]
     num_prompt: int  # after these, a step computes one token, as a decode does
     computed: int = 0
+    adapter: str = ""
     logprobs: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # row -> [vocab]
 
 
@@ -48,7 +49,7 @@ class Stepper:
             last = Draw(greedy, end, running.num_prompt, ()) if end >= running.num_prompt else None
             piece = tuple(running.token_ids[start:end])
             table = running.blocks[: self.engine.kv.layout.blocks_for(end)]
-            slices.append(Slice(running.name, piece, start, table, last, vocab, targets))
+            slices.append(Slice(running.name, piece, start, table, last, vocab, targets, running.adapter))
         result = self.engine.execute(StepPlan(0, tuple(slices)))
         for (running, count), drawn, prompt in zip(shares, result.drawn, result.prompt_logprobs, strict=True):
             rows = prompt if drawn is None or drawn.logprobs is None else (*prompt, drawn.logprobs)

@@ -1,0 +1,134 @@
+"""The two kinds of attention, over the paged KV memory of a rank. Both return partial sums where heads are cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.kv_memory import KVMemory
+from engine.step import StepTensors
+from engine.weights import AttentionWeights, LatentWeights
+from kernels.linear import linear
+from kernels.paged_attention import paged_attention
+from kernels.rms_norm import rms_norm
+from kernels.rope_kv_write import rope_kv_write
+from spec.model import LayerSpec, ModelSpec
+
+Tables = tuple[Tensor, Tensor]  # cos, sin of one RopeSpec
+
+
+def grouped_queries(
+    normed: Tensor,
+    weights: AttentionWeights,
+    spec: ModelSpec,
+    kv: KVMemory,
+    index: int,
+    tables: Tables,
+    step: StepTensors,
+) -> Tensor:
+    """Writes keys and values of the step's rows into layer `index` of the rank; returns the queries, [T, Hq, D]."""
+    key_blocks, value_blocks = kv.layer(index)
+    return rope_kv_write(
+        weights.qkv(normed, step.adapters),
+        *tables,
+        step.positions,
+        step.slots,
+        key_blocks,
+        value_blocks,
+        weights.output.base.k // spec.head_dim,
+        query_norm=weights.query_norm,
+        key_norm=weights.key_norm,
+        norm_eps=spec.rms_norm_eps,
+        norm_offset=spec.norm_offset,
+    )
+
+
+def grouped_output(
+    queries: Tensor,
+    weights: AttentionWeights,
+    spec: ModelSpec,
+    layer: LayerSpec,
+    kv: KVMemory,
+    index: int,
+    step: StepTensors,
+    rows: Tensor | None,
+) -> Tensor:
+    """[T, Hq, D] -> [T or rows, hidden]; `rows`: the rows that are still wanted."""
+    key_blocks, value_blocks = kv.layer(index)
+    attended = paged_attention(
+        queries,
+        key_blocks,
+        value_blocks,
+        step.block_tables,
+        step.query_starts,
+        step.context_lens,
+        spec.attention_scale,
+        window=layer.window,
+        softcap=spec.attention_softcap,
+        sinks=weights.sinks,
+    )
+    if rows is None:
+        return weights.output(attended, step.adapters)
+    return weights.output(attended[rows], step.wanted_adapters)
+
+
+def latent_queries(
+    normed: Tensor, weights: LatentWeights, spec: ModelSpec, kv: KVMemory, index: int, tables: Tables, step: StepTensors
+) -> Tensor:
+    """Multi-head latent attention in absorbed form (DeepSeek-V2, arXiv:2405.04434, section 2.1): a head's query times
+    its key projection is a query over the latent itself, so that all heads attend to one cached row.
+
+    Writes that row; returns the queries over it, [T, Hq, kv_rank + rope_dim]."""
+    latent = spec.latent
+    assert latent is not None
+    num_rows, num_heads = normed.shape[0], weights.key_up.shape[0]
+    row_dim = latent.kv_rank + latent.rope_dim
+    down = linear(normed, weights.down)
+    first, row = torch.split(down, [down.shape[1] - row_dim, row_dim], dim=1)
+    if weights.query_up is not None:
+        assert weights.query_norm is not None
+        first = linear(rms_norm(first.contiguous(), weights.query_norm, spec.rms_norm_eps)[0], weights.query_up)
+    per_head = first.view(num_rows, num_heads, -1)
+    plain, turned = torch.split(per_head, [latent.plain_dim, latent.rope_dim], dim=2)
+    joined = normed.new_empty(num_rows, num_heads + 1, row_dim)
+    joined[:, :num_heads, : latent.kv_rank] = torch.einsum("thp,hpk->thk", plain, weights.key_up)
+    joined[:, :num_heads, latent.kv_rank :] = turned
+    joined[:, num_heads, : latent.kv_rank] = rms_norm(
+        row[:, : latent.kv_rank].contiguous(), weights.norm, spec.rms_norm_eps
+    )[0]
+    joined[:, num_heads, latent.kv_rank :] = row[:, latent.kv_rank :]
+    return rope_kv_write(
+        joined.flatten(1),
+        *tables,
+        step.positions,
+        step.slots,
+        kv.layer(index)[0],
+        None,
+        num_heads,
+        rotary_offset=latent.kv_rank,
+    )
+
+
+def latent_output(
+    queries: Tensor,
+    weights: LatentWeights,
+    spec: ModelSpec,
+    kv: KVMemory,
+    index: int,
+    step: StepTensors,
+    rows: Tensor | None,
+) -> Tensor:
+    """[T, Hq, kv_rank + rope_dim] -> [T or rows, hidden]"""
+    row_blocks, latent_blocks = kv.layer(index)
+    attended = paged_attention(
+        queries,
+        row_blocks,
+        latent_blocks,
+        step.block_tables,
+        step.query_starts,
+        step.context_lens,
+        spec.attention_scale,
+    )
+    attended = attended if rows is None else attended[rows]
+    per_head = attended.view(attended.shape[0], weights.value_up.shape[0], -1)
+    return weights.output(torch.einsum("thk,hkv->thv", per_head, weights.value_up).flatten(1))

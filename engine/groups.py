@@ -1,0 +1,132 @@
+"""The ranks of a worker, joined by torch.distributed: NCCL on GPUs, Gloo on a CPU.
+
+A rank alone has none of it, and every operation here is then the identity. All operations of a rank are issued by one
+thread, in the same order on every rank: the order of the steps that the driver sends.
+
+A peer that dies closes its connections, and what waits for it raises at once; `timeout_s` bounds what is left (a peer
+that is stopped, a network that swallows packets). Either becomes WorkerLost: the worker ends, and comes back whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spec.errors import WorkerLost
+from spec.shard import RankShard
+
+
+class Groups:
+    """`tensor` are the tp ranks of this rank's group, `stage` all ranks of its stage; None where it is alone there."""
+
+    def __init__(
+        self,
+        shard: RankShard,
+        device: torch.device,
+        tensor: dist.ProcessGroup | None = None,
+        stage: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.shard, self._device = shard, device
+        self._tensor, self._stage = tensor, stage
+        self._sends: list[tuple[dist.Work, Tensor]] = []  # a tensor lives until it has left
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of the group's tensors, in place of x."""
+        if self._tensor is not None and x.numel():
+            with _typed():
+                dist.all_reduce(x, group=self._tensor)
+        return x
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """The tensors of the group's ranks by index, of which the first dimension is `sizes[index]`."""
+        if self._tensor is None:
+            return [x]
+        most = max(sizes)
+        padded = x.new_zeros(most, *x.shape[1:])
+        padded[: x.shape[0]] = x
+        out = x.new_empty(len(sizes) * most, *x.shape[1:])
+        with _typed():
+            dist.all_gather_single(out, padded, group=self._tensor)
+        return [out[index * most : index * most + size] for index, size in enumerate(sizes)]
+
+    def broadcast(self, x: Tensor, index: int) -> None:
+        """Of the group's rank `index`, into x."""
+        assert self._tensor is not None
+        with _typed():
+            dist.broadcast(x, group=self._tensor, group_src=index)
+
+    def exchange(self, rows: Tensor, counts: Sequence[int], received: Sequence[int]) -> Tensor:
+        """All to all in the stage: `rows` holds counts[r] rows for rank r, one after the other, and what comes back
+        received[r] of each."""
+        assert self._stage is not None
+        out = rows.new_empty(sum(received), *rows.shape[1:])
+        with _typed():
+            dist.all_to_all_single(out, rows.contiguous(), list(received), list(counts), group=self._stage)
+        return out
+
+    def exchange_counts(self, counts: Sequence[int]) -> list[int]:
+        """counts[r] rows will go to rank r of the stage; returns how many come from each."""
+        assert self._stage is not None
+        out = torch.empty(len(counts), dtype=torch.int64, device=self._device)
+        with _typed():
+            dist.all_to_all_single(out, torch.tensor(counts, device=self._device), group=self._stage)
+        found: list[int] = out.tolist()
+        return found
+
+    def send(self, hidden: Tensor) -> None:
+        """To the same place in the next stage; returns before it has arrived."""
+        with _typed():
+            self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
+            work = dist.isend(hidden, self.shard.rank + self.shard.layout.stage_ranks)
+            assert work is not None
+            self._sends.append((work, hidden))
+
+    def receive(self, hidden: Tensor) -> Tensor:
+        """From the same place in the stage before, into `hidden`."""
+        with _typed():
+            dist.recv(hidden, self.shard.rank - self.shard.layout.stage_ranks)
+        return hidden
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(shard: RankShard, address: str, device: torch.device, timeout_s: float = 60.0) -> Groups:
+    """Called by every rank at once; returns when all are there. `address` is host:port at which rank 0 listens.
+
+    Raises WorkerLost when they are not within `timeout_s`."""
+    layout = shard.layout
+    if layout.num_ranks == 1:
+        return Groups(shard, device)
+    with _typed():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}",
+            rank=shard.rank,
+            world_size=layout.num_ranks,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        tensor = stage = None
+        for first in range(0, layout.num_ranks, layout.tp) if layout.tp > 1 else ():
+            group = dist.new_group(list(range(first, first + layout.tp)))
+            if first <= shard.rank < first + layout.tp:
+                tensor = group
+        for first in range(0, layout.num_ranks, layout.stage_ranks) if layout.stage_ranks > 1 else ():
+            group = dist.new_group(list(range(first, first + layout.stage_ranks)))
+            if first <= shard.rank < first + layout.stage_ranks:
+                stage = group
+        return Groups(shard, device, tensor, stage)
+
+
+@contextlib.contextmanager
+def _typed() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # torch raises these for a peer that is gone and for a timeout
+        raise WorkerLost(f"the ranks of this worker have lost each other: {error}") from error

@@ -1,0 +1,55 @@
+"""Every family against transformers in float32, to 1e-4 relative (P1): whole, in chunks, and in mixed steps."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from stepper import Stepper, rows_of, worst_difference
+from tiny_llama import load_reference, reference_of
+from tiny_models import MODELS, make_model
+
+from engine.engine import Engine, EngineOptions
+from engine.model_files import open_model
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, object]:
+    folder = make_model(tmp_path_factory.mktemp(request.param), request.param)
+    return folder, load_reference(folder)
+
+
+def engine_on(folder: Path, block_tokens: int = 5) -> Engine:
+    return Engine(open_model(folder), EngineOptions(device="cpu", block_tokens=block_tokens), 300)
+
+
+def prompt(length: int, vocab: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(vocab) for _ in range(length)]
+
+
+def test_whole_and_in_chunks(model: tuple[Path, object]) -> None:
+    folder, oracle = model
+    engine = engine_on(folder)
+    token_ids = prompt(77, engine.spec.vocab_size)
+    expected = reference_of(oracle, token_ids)
+    stepper = Stepper(engine)
+    for chunk in (None, 33, 7):
+        assert worst_difference(stepper.run(token_ids, chunk), expected) < TOLERANCE, f"chunk {chunk}"
+
+
+def test_in_mixed_steps(model: tuple[Path, object]) -> None:
+    folder, oracle = model
+    engine = engine_on(folder, block_tokens=16)
+    generator = random.Random(1)
+    stepper = Stepper(engine)
+    # longer than the original context of longrope, at which transformers changes its mind about positions
+    running = [stepper.add(f"s{i}", prompt(40 + 7 * i, engine.spec.vocab_size, i), 30 + i) for i in range(4)]
+    while pending := [each for each in running if each.computed < len(each.token_ids)]:
+        taken = generator.sample(pending, generator.randrange(1, len(pending) + 1))
+        stepper.step([(each, max(1, min(11, each.num_prompt - each.computed))) for each in taken])
+    for each in running:
+        assert worst_difference(rows_of(each), reference_of(oracle, each.token_ids)) < TOLERANCE, each.name

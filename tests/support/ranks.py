@@ -1,0 +1,151 @@
+"""Engines over several processes, driven as one: every rank executes its group's share of each plan.
+
+Processes are forked from a server that has the engine imported, so that a layout is up in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import dataclasses
+import multiprocessing
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+from spec.layout import ParallelLayout
+from spec.shard import RankShard, Replicas, shard_of
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["engine.engine", "engine.model_files", "torch.distributed"])
+LIMIT_S = 120.0
+
+
+def _proxy(content: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(content)
+
+
+copyreg.pickle(MappingProxyType, lambda proxy: (_proxy, (dict(proxy),)))  # SamplingParams.logit_bias
+
+
+class RankedEngine:
+    """What tests/support/stepper.py needs of an Engine. A sequence's group is drawn from its name."""
+
+    def __init__(self, connections: list[Any], processes: list[Any], shards: list[RankShard], described: Any) -> None:
+        self.connections, self.processes, self.shards = connections, processes, shards
+        self.spec, num_blocks, layout = described
+        self.kv = SimpleNamespace(num_blocks=num_blocks, layout=layout)
+
+    def execute(self, plan: Any) -> Any:
+        layout = self.shards[0].layout
+        groups = [sum(map(ord, piece.sequence_id)) % layout.dp for piece in plan.slices]
+        for connection, shard in zip(self.connections, self.shards, strict=True):
+            own = tuple(piece for piece, group in zip(plan.slices, groups, strict=True) if group == shard.group)
+            connection.send(dataclasses.replace(plan, slices=own))
+        answers = [self.answer(connection) for connection in self.connections]
+        drawn: list[Any] = [None] * len(groups)
+        prompt: list[Any] = [()] * len(groups)
+        for shard, result in zip(self.shards, answers, strict=True):
+            if not shard.is_last_stage or shard.index:
+                continue
+            places = [place for place, group in enumerate(groups) if group == shard.group]
+            for place, one, rows in zip(places, result.drawn, result.prompt_logprobs, strict=True):
+                drawn[place], prompt[place] = one, rows
+        return dataclasses.replace(answers[0], drawn=tuple(drawn), prompt_logprobs=tuple(prompt))
+
+    def answer(self, connection: Any) -> Any:
+        assert connection.poll(LIMIT_S), "a rank does not answer"
+        found = connection.recv()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def ranked_engine(
+    folder: Path,
+    layout: ParallelLayout,
+    num_blocks: int = 300,
+    replicas: Replicas | None = None,
+    adapters: dict[str, Path] | None = None,
+    **options: Any,
+) -> Iterator[RankedEngine]:
+    """`options` are those of EngineOptions."""
+    address = f"127.0.0.1:{free_port()}"
+    connections, processes = [], []
+    try:
+        for rank in range(layout.num_ranks):
+            here, there = _CONTEXT.Pipe()
+            arguments = (there, str(folder), layout, rank, address, num_blocks, replicas, adapters or {}, options)
+            process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            connections.append(here)
+            processes.append(process)
+        described = [_first(connection) for connection in connections]
+        spec = described[0][0]
+        shards = [shard_of(spec, layout, rank, replicas=replicas) for rank in range(layout.num_ranks)]
+        yield RankedEngine(connections, processes, shards, described[0])
+    finally:
+        for connection in connections:
+            connection.close()  # the rank ends
+        for process in processes:
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+
+
+def _first(connection: Any) -> Any:
+    assert connection.poll(LIMIT_S), "a rank does not start"
+    found = connection.recv()
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _rank(
+    connection: Any,
+    folder: str,
+    layout: ParallelLayout,
+    rank: int,
+    address: str,
+    num_blocks: int,
+    replicas: Replicas | None,
+    adapters: dict[str, Path],
+    options: dict[str, Any],
+) -> None:
+    import torch
+
+    from engine.adapters import AdapterFiles
+    from engine.engine import Engine, EngineOptions
+    from engine.groups import join
+    from engine.model_files import open_model
+
+    torch.set_num_threads(1)
+    try:
+        files = open_model(folder)
+        shard = shard_of(files.spec, layout, rank, replicas=replicas)
+        groups = join(shard, address, torch.device("cpu"), timeout_s=60.0)
+        loaded = {name: AdapterFiles(path, files.spec) for name, path in adapters.items()}
+        chosen = EngineOptions(device="cpu", **options)
+        engine = Engine(files, chosen, num_blocks, groups=groups, replicas=replicas, adapters=loaded)
+        connection.send((files.spec, num_blocks, engine.kv.layout))
+    except BaseException as error:
+        connection.send(error)
+        return
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            plan = connection.recv()
+            try:
+                connection.send(engine.execute(plan))
+            except BaseException as error:
+                connection.send(error)
+    groups.close()
