@@ -271,7 +271,7 @@ def moe_mlp(
     and adds nothing; weights: [T, k] float32. Returns [T, H] in x.dtype."""
     assert x.shape[1] == experts.hidden_size
     assert x.dtype == experts.down[0].dtype
-    assert weights.shape == expert_ids.shape
+    assert weights.shape == expert_ids.shape == (x.shape[0], expert_ids.shape[1])
     if x.is_cuda:
         return launch(x, experts, expert_ids, weights, activation_kind)
     if experts.library is None:
