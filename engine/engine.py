@@ -17,8 +17,8 @@ from engine.groups import Groups
 from engine.kv_memory import TORCH_DTYPES, KVMemory
 from engine.model_base import ModelFiles
 from engine.projection import Segments
-from engine.sampling import draw, token_logprobs
 from engine.step import StepTensors
+from engine.vocabulary_parallel import Sampler
 from engine.weights import load_weights
 from scheduler.plan import Draw, Slice, StepPlan, StepResult, TokenLogprobs
 from spec.dtype import Dtype
@@ -26,7 +26,7 @@ from spec.errors import InvalidConfiguration
 from spec.layout import KVLayout, ParallelLayout
 from spec.model import ModelSpec
 from spec.sampling import SamplingParams
-from spec.shard import RankShard, Replicas, shard_of, split
+from spec.shard import RankShard, Replicas, shard_of
 
 PROMPT_ROWS_AT_ONCE = 64  # whose logits exist at the same time when log-probabilities of a prompt are asked for
 
@@ -110,6 +110,7 @@ class Engine:
         self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim)
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
+        self._sampler = Sampler(self.groups, self.spec.vocab_size)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
@@ -128,7 +129,7 @@ class Engine:
         if hidden is None:
             return StepResult((None,) * len(plan.slices), ((),) * len(plan.slices))
         draws = [piece.draw for piece in plan.slices if piece.draw is not None]
-        drawn = iter(draw(self._logits(hidden[:num_drawn]), draws) if draws else ())
+        drawn = iter(self._sampler.draw(self.decoder.logits(hidden[:num_drawn]), draws) if draws else ())
         prompt_logprobs = self._prompt_logprobs(plan.slices, hidden[num_drawn:])
         return StepResult(tuple(None if piece.draw is None else next(drawn) for piece in plan.slices), prompt_logprobs)
 
@@ -191,15 +192,6 @@ class Engine:
 
         return {"adapters": segments(each), "wanted_adapters": segments(each if wanted is None else each[wanted])}
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[W, hidden] -> [W, vocab] float32."""
-        own = self.decoder.logits(hidden)
-        tp = self.shard.layout.tp
-        if tp == 1:
-            return own
-        sizes = [len(split(self.spec.vocab_size, tp, index)) for index in range(tp)]
-        return torch.cat(self.groups.gather(own.T.contiguous(), sizes)).T.contiguous()
-
     def _on_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
@@ -209,9 +201,8 @@ class Engine:
         found: list[TokenLogprobs] = []
         asked = [(t, piece.prompt_logprobs or 0) for piece in slices for t in _targets(piece)]
         for start in range(0, len(asked), PROMPT_ROWS_AT_ONCE):
-            rows = self._logits(hidden[start : start + PROMPT_ROWS_AT_ONCE]).cpu().numpy()
-            pairs = zip(rows, asked[start : start + PROMPT_ROWS_AT_ONCE], strict=True)
-            found.extend(token_logprobs(row, target, num_top) for row, (target, num_top) in pairs)
+            end = start + PROMPT_ROWS_AT_ONCE
+            found.extend(self._sampler.token_logprobs(self.decoder.logits(hidden[start:end]), asked[start:end]))
         each = iter(found)
         return tuple(tuple(itertools.islice(each, len(_targets(piece)))) for piece in slices)
 

@@ -30,7 +30,7 @@ from scheduler.plan import NO_TOKEN, Draw, Drawn, TokenLogprobs
 from spec.sampling import SamplingParams
 
 Floats = NDArray[np.float64]
-_GROUP = 256  # tokens summed as one when the cumulative distribution is searched
+GROUP = 256  # tokens summed as one when the cumulative distribution is searched
 
 
 def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
@@ -40,10 +40,12 @@ def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     """
     if not draws:
         return []
-    if not any(_needs_row(each) for each in draws):
+    if not any(needs_row(each) for each in draws):
+        token_ids, best = argmax(logits)
+        found: list[int] = np.where(np.isfinite(best), token_ids, NO_TOKEN).tolist()
         return [
-            Drawn(token_id if token_id == NO_TOKEN else _forced(each, token_id))
-            for each, token_id in zip(draws, _argmax(logits), strict=True)
+            Drawn(token_id if token_id == NO_TOKEN else forced(each, token_id))
+            for each, token_id in zip(draws, found, strict=True)
         ]
     rows = logits.cpu().numpy()
     return [_draw_row(row, each) for row, each in zip(rows, draws, strict=True)]
@@ -54,101 +56,127 @@ def token_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> 
     wide = logits.astype(np.float64)
     wide -= wide.max()
     logprobs = wide - math.log(np.exp(wide).sum())
-    top = _likeliest(logits, num_top)
+    top = likeliest(logits, num_top)
     return TokenLogprobs(
         float(logprobs[token_id]), tuple(zip(top.tolist(), logprobs[top].tolist(), strict=True)) if num_top else ()
     )
 
 
-def _needs_row(each: Draw) -> bool:
+def needs_row(each: Draw) -> bool:
+    """Whether the greatest logit alone does not tell."""
     params = each.params
     return bool(params.temperature != 0.0 or params.logprobs is not None or params.has_penalties or params.logit_bias)
 
 
-def _argmax(logits: torch.Tensor) -> list[int]:
+def argmax(logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """logits: [W, V]. (index, value) of each row's greatest, the first of equal ones; of a NaN where there is one."""
     if logits.device.type == "cpu":  # ten times faster than torch here
         rows = logits.numpy()
-        token_ids = rows.argmax(axis=1)
-        best = rows[np.arange(token_ids.size), token_ids]
-    else:
-        values, indices = logits.max(dim=1)
-        token_ids, best = indices.cpu().numpy(), values.cpu().numpy()
-    found: list[int] = np.where(np.isfinite(best), token_ids, NO_TOKEN).tolist()
-    return found
+        indices = rows.argmax(axis=1)
+        return indices, rows[np.arange(indices.size), indices]
+    values, places = logits.max(dim=1)
+    return places.cpu().numpy(), values.cpu().numpy()
 
 
-def _forced(each: Draw, token_id: int) -> int:
-    index, forced = each.position - each.prompt_tokens, each.params.forced_token_ids
+def forced(each: Draw, token_id: int) -> int:
+    """`token_id`, or what teacher forcing puts in its place."""
+    index, given = each.position - each.prompt_tokens, each.params.forced_token_ids
     assert index >= 0
-    return forced[index] if index < len(forced) else token_id
+    return given[index] if index < len(given) else token_id
 
 
 def _draw_row(logits: NDArray[np.float32], each: Draw) -> Drawn:
     params = each.params
-    scores = _penalized(logits, each)
+    scores = penalized(logits, each)
     best = int(scores.argmax())
     if not math.isfinite(scores[best]):
         return Drawn(NO_TOKEN)
     token_id = best if params.temperature == 0.0 else _sample(scores, params, uniform(params.seed, each.position))
-    token_id = _forced(each, token_id)
+    token_id = forced(each, token_id)
     logprobs = None if params.logprobs is None else token_logprobs(logits, token_id, params.logprobs)
     return Drawn(token_id, logprobs)
 
 
-def _penalized(logits: NDArray[np.float32], each: Draw) -> Floats:
-    """[vocab] float64: bias and penalties applied. `logits` stays as it is."""
+def penalized(logits: NDArray[np.float32], each: Draw, first_id: int = 0) -> Floats:
+    """[V] float64: bias and penalties applied to tokens [first_id, first_id + V). `logits` stays as it is."""
     params, scores = each.params, logits.astype(np.float64)
     if params.logit_bias:
-        scores[np.fromiter(params.logit_bias.keys(), np.int64)] += np.fromiter(params.logit_bias.values(), np.float64)
+        ids = np.fromiter(params.logit_bias.keys(), np.int64) - first_id
+        here = (ids >= 0) & (ids < scores.size)
+        scores[ids[here]] += np.fromiter(params.logit_bias.values(), np.float64)[here]
     if not params.has_penalties:
         return scores
-    history = np.asarray(each.history, np.int64)
+    history = np.asarray(each.history, np.int64) - first_id
+    here = (history >= 0) & (history < scores.size)
     if params.repetition_penalty != 1.0:
-        seen = np.unique(history)
+        seen = np.unique(history[here])
         values = scores[seen]
         scores[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if len(history) > each.prompt_tokens:
-        ids, counts = np.unique(history[each.prompt_tokens :], return_counts=True)
+    output = history[each.prompt_tokens :][here[each.prompt_tokens :]]
+    if output.size:
+        ids, counts = np.unique(output, return_counts=True)
         scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
     return scores
 
 
 def _sample(scores: Floats, params: SamplingParams, u: float) -> int:
     """The token at which the cumulative distribution of what the filters leave first exceeds u."""
-    ids: NDArray[np.int64] | None = None  # None: all tokens
     if 0 < params.top_k < scores.size:
-        ids = np.sort(_likeliest(scores, params.top_k))
-        scores = scores[ids]
+        return sample_likeliest(scores, None, params, u)
     weights = np.exp((scores - scores.max()) / params.temperature)
-    kept = _kept(weights, params)
+    return sample_weights(weights, None, params, u)
+
+
+def sample_likeliest(scores: Floats, ids: NDArray[np.int64] | None, params: SamplingParams, u: float) -> int:
+    """Of the top_k of [n] scores with token ids `ids`, rising (None: 0 to n - 1)."""
+    chosen = np.sort(likeliest(scores, params.top_k))
+    weights = np.exp((scores[chosen] - scores[chosen].max()) / params.temperature)
+    return sample_weights(weights, chosen if ids is None else ids[chosen], params, u)
+
+
+def sample_weights(
+    weights: Floats,
+    ids: NDArray[np.int64] | None,
+    params: SamplingParams,
+    u: float,
+    whole: tuple[float, int] | None = None,
+) -> int:
+    """Of [n] weights whose greatest is 1, by top-p, min-p and u; `ids` as above. `whole`: sum and number of all
+    weights, where these are only such as can pass the filters."""
+    kept = _kept(weights, params, whole)
     if kept is not None:
         weights, ids = weights[kept], kept if ids is None else ids[kept]
     index = _inverse_cumulative(weights, u)
     return index if ids is None else int(ids[index])
 
 
-def _kept(weights: Floats, params: SamplingParams) -> NDArray[np.int64] | None:
-    """Indices, rising, that top-p and min-p leave of [n] weights whose greatest is 1; None when neither is asked."""
+def _kept(weights: Floats, params: SamplingParams, whole: tuple[float, int] | None) -> NDArray[np.int64] | None:
+    """Indices, rising, that top-p and min-p leave of [n] weights; None when neither is asked."""
     if params.top_p >= 1.0 and params.min_p <= 0.0:
         return None
-    kept = np.arange(weights.size) if params.top_p >= 1.0 else _nucleus(weights, params.top_p)
+    if params.top_p >= 1.0:
+        kept = np.arange(weights.size)
+    else:
+        kept = _nucleus(weights, params.top_p, whole or (float(np.cumsum(group_sums(weights))[-1]), weights.size))
     return kept[weights[kept] >= params.min_p]
 
 
-def _nucleus(weights: Floats, top_p: float) -> NDArray[np.int64]:
-    """Indices, rising, of the fewest greatest weights whose sum reaches top_p of all; ties go to the lower index.
+def least_nucleus_weight(top_p: float, whole: tuple[float, int]) -> float:
+    """Of n weights those below (1 - top_p) / n of their sum are not in the nucleus: all of them together are less than
+    1 - top_p of it."""
+    total, size = whole
+    return total * (1.0 - top_p) / size
 
-    Weights below (1 - top_p) / n of the sum cannot be among them, all of those together being less than 1 - top_p; so
-    only the others are sorted.
-    """
-    total = weights.sum()
-    candidates = np.flatnonzero(weights >= total * (1.0 - top_p) / weights.size)
+
+def _nucleus(weights: Floats, top_p: float, whole: tuple[float, int]) -> NDArray[np.int64]:
+    """Indices, rising, of the fewest greatest weights whose sum reaches top_p of all; ties go to the lower index."""
+    candidates = np.flatnonzero(weights >= least_nucleus_weight(top_p, whole))
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    reached = int(np.searchsorted(np.cumsum(weights[order]), top_p * total)) + 1
+    reached = int(np.searchsorted(np.cumsum(weights[order]), top_p * whole[0])) + 1
     return np.sort(order[:reached])
 
 
-def _likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     """The `count` greatest, likeliest first; ties go to the lower id, in the choice as in the order."""
     if count == 0:
         return np.empty(0, np.int64)
@@ -162,15 +190,29 @@ def _likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     return ids[np.argsort(-scores[ids], kind="stable")]
 
 
-def _inverse_cumulative(weights: Floats, u: float) -> int:
-    """The first index whose cumulative weight exceeds u · sum, for u in [0, 1). Summed by groups first, then in one."""
-    starts = np.arange(0, weights.size, _GROUP)
-    cumulative = np.cumsum(np.add.reduceat(weights, starts))
+def group_sums(weights: Floats) -> Floats:
+    """Of GROUP neighbours each, the last of what is left."""
+    return np.add.reduceat(weights, np.arange(0, weights.size, GROUP))
+
+
+def find_group(sums: Floats, u: float) -> tuple[int, float, float]:
+    """In which of [groups] the cumulative weight first exceeds u · sum, for u in [0, 1): (group, the cumulative weight
+    before it, u · sum)."""
+    cumulative = np.cumsum(sums)
     target = u * cumulative[-1]
-    group = min(int(np.searchsorted(cumulative, target, side="right")), starts.size - 1)
-    before = cumulative[group - 1] if group else 0.0
-    inside = np.cumsum(weights[starts[group] : starts[group] + _GROUP]) + before
-    index = int(np.searchsorted(inside, target, side="right"))
-    if index == inside.size:  # the two sums round differently: the group's last token that can be drawn at all
-        index = int(np.flatnonzero(weights[starts[group] : starts[group] + _GROUP])[-1])
-    return int(starts[group]) + index
+    group = min(int(np.searchsorted(cumulative, target, side="right")), sums.size - 1)
+    return group, float(cumulative[group - 1]) if group else 0.0, float(target)
+
+
+def find_in_group(weights: Floats, before: float, target: float) -> int:
+    """weights: [GROUP or less] of the group that find_group named. The index at which the target is exceeded."""
+    index = int(np.searchsorted(np.cumsum(weights) + before, target, side="right"))
+    if index == weights.size:  # the two sums round differently: the group's last token that can be drawn at all
+        index = int(np.flatnonzero(weights)[-1])
+    return index
+
+
+def _inverse_cumulative(weights: Floats, u: float) -> int:
+    """The first index whose cumulative weight exceeds u · sum. Summed by groups first, then in one."""
+    group, before, target = find_group(group_sums(weights), u)
+    return group * GROUP + find_in_group(weights[group * GROUP : (group + 1) * GROUP], before, target)
