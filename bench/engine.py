@@ -118,7 +118,7 @@ class Ours:
             end = start + len(token_ids)
             slices.append(Slice(str(row), token_ids, start, table, Draw(greedy, end, min(end, 1), ())))
         result = self.engine.execute(StepPlan(0, tuple(slices)))
-        return [each.token_id for each in result.drawn if each is not None]
+        return [drawn.token_id for each in result.drawn for drawn in each]
 
 
 class Clock(StoppingCriteria):

@@ -93,9 +93,8 @@ class EngineAlone:
         for _ in range(self._tokens):
             end = start + len(token_ids)
             piece = Slice("bench", token_ids, start, self._table, Draw(greedy, end, len(prompt), ()))
-            drawn = self._engine.execute(StepPlan(0, (piece,))).drawn[0]
+            (drawn,) = self._engine.execute(StepPlan(0, (piece,))).drawn[0]
             times.append(time.perf_counter())
-            assert drawn is not None
             token_ids, start = (drawn.token_id,), end
         return statistics.median(after - before for before, after in itertools.pairwise(times))
 

@@ -17,6 +17,7 @@ from engine.groups import Groups
 from engine.kv_memory import TORCH_DTYPES, KVMemory
 from engine.model_base import ModelFiles
 from engine.projection import Segments
+from engine.speculation import DraftModel, draws_of, verified
 from engine.step import StepTensors
 from engine.vocabulary_parallel import Sampler
 from engine.weights import load_weights
@@ -97,6 +98,7 @@ class Engine:
         groups: Groups | None = None,
         replicas: Replicas | None = None,
         adapters: Mapping[str, AdapterFiles] | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.spec, self.device, self.dtype = files.spec, options.torch_device(), options.dtype_for(files.spec)
         if options.threads is not None:
@@ -110,6 +112,7 @@ class Engine:
         self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim)
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
+        self._draft_model = draft_model
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
 
     @torch.inference_mode()
@@ -124,14 +127,19 @@ class Engine:
         if not plan.slices:
             self.decoder.follow()
             return StepResult((), ())
-        wanted, num_drawn = _wanted_rows(plan.slices)
-        hidden = self.decoder.forward(self._step_tensors(plan.slices, wanted), on_layer)
+        slices = plan.slices if self._draft_model is None else self._draft_model.guess(plan.slices)
+        wanted, num_drawn = _wanted_rows(slices)
+        hidden = self.decoder.forward(self._step_tensors(slices, wanted), on_layer)
         if hidden is None:
-            return StepResult((None,) * len(plan.slices), ((),) * len(plan.slices))
-        draws = [piece.draw for piece in plan.slices if piece.draw is not None]
-        drawn = iter(self._sampler.draw(self.decoder.logits(hidden[:num_drawn]), draws) if draws else ())
-        prompt_logprobs = self._prompt_logprobs(plan.slices, hidden[num_drawn:])
-        return StepResult(tuple(None if piece.draw is None else next(drawn) for piece in plan.slices), prompt_logprobs)
+            return StepResult(((),) * len(slices), ((),) * len(slices))
+        draws = [draws_of(piece) for piece in slices]
+        flat = list(itertools.chain.from_iterable(draws))
+        found = iter(self._sampler.draw(self.decoder.logits(hidden[:num_drawn]), flat) if flat else ())
+        drawn = tuple(
+            verified(piece.guessed_token_ids, list(itertools.islice(found, len(each))))
+            for piece, each in zip(slices, draws, strict=True)
+        )
+        return StepResult(drawn, self._prompt_logprobs(slices, hidden[num_drawn:]))
 
     def warm_up(self) -> None:
         """A small chunk and a decode step, so that the first request pays for no one-time set-up. Writes into the first
@@ -146,7 +154,8 @@ class Engine:
     def _step_tensors(self, slices: tuple[Slice, ...], wanted: list[int] | None) -> StepTensors:
         """One pass over the slices, then whole arrays. See StepTensors for shapes."""
         block_tokens = self.kv.layout.block_tokens
-        counts = np.fromiter((len(piece.token_ids) for piece in slices), np.int64, len(slices))
+        tokens = [(*piece.token_ids, *piece.guessed_token_ids) for piece in slices]
+        counts = np.fromiter(map(len, tokens), np.int64, len(slices))
         starts = np.fromiter((piece.start for piece in slices), np.int64, len(slices))
         ends = starts + counts
         query_starts = np.zeros(len(slices) + 1, np.int64)
@@ -160,7 +169,7 @@ class Engine:
         positions = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], counts)
         sequence = np.repeat(np.arange(len(slices)), counts)
         slots = tables[sequence, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
-        token_ids = np.fromiter(itertools.chain.from_iterable(p.token_ids for p in slices), np.int64, num_tokens)
+        token_ids = np.fromiter(itertools.chain.from_iterable(tokens), np.int64, num_tokens)
         assert counts.min() > 0
         assert ends.max() <= self.spec.max_context_tokens
         assert tables.min() >= 0
@@ -212,17 +221,18 @@ def _targets(piece: Slice) -> tuple[int, ...]:
 
 
 def _wanted_rows(slices: tuple[Slice, ...]) -> tuple[list[int] | None, int]:
-    """Rows of the step that go through the head: first those that draw, then those whose prompt log-probabilities are
-    asked for. (None, n) when these are all n rows in order, as in a step of decodes alone."""
+    """Rows of the step that go through the head: first those that draw, guesses too, then those whose prompt
+    log-probabilities are asked for. (None, n) when these are all n rows in order, as in a step of decodes alone."""
     drawing: list[int] = []
     prompt: list[int] = []
     row = 0
     for piece in slices:
         if _targets(piece):
             prompt.extend(range(row, row + len(piece.prompt_targets)))
-        row += len(piece.token_ids)
+        last_known = row + len(piece.token_ids) - 1
+        row = last_known + 1 + len(piece.guessed_token_ids)
         if piece.draw is not None:
-            drawing.append(row - 1)
+            drawing.extend(range(last_known, row))
     if not prompt and len(drawing) == row:
         return None, row
     return drawing + prompt, len(drawing)

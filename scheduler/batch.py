@@ -1,7 +1,8 @@
 """Inflight batching with chunked prefill: what every step computes, and who gives way when blocks run out.
 
     plan    1. running sequences, oldest first, get blocks for all their known tokens; the youngest are preempted for it
-            2. those that owe one token (decodes), then those that owe more (chunks), within `max_step_tokens`
+            2. those that owe one token (decodes), then those that owe more (chunks), within `max_step_tokens`; guesses
+               at the tokens behind a decode take only what a token for every possible sequence leaves of it
             3. then the waiting, in order of arrival, while there is budget, a place and room; preempted ones first
     commit  KV that was computed becomes prefix content, tokens that were drawn become known, what is finished ends
 
@@ -20,6 +21,7 @@ from scheduler.holdings import Holdings
 from scheduler.lifetime import Stage
 from scheduler.plan import NO_TOKEN, Drawn, Slice, StepPlan, StepResult
 from scheduler.sequence import Sequence
+from scheduler.speculation import Guesser, draft_computed_after
 from spec import errors
 
 __all__ = ["Computed", "Event", "Failed", "Finish", "Load", "Preempted", "Scheduler", "SchedulerConfig", "Tokens"]
@@ -35,6 +37,7 @@ class Scheduler(Holdings):
         self._short_of_blocks = False  # the last plan left somebody without
         self._turned_away = (-1, 0)  # arrival of the last in line that found too little room, and how much that was
         self._steps = 0
+        self._guesser = Guesser(config, self.pool, self.context_limit)
 
     # ---- coming and going ------------------------------------------------------------------------------------------
 
@@ -122,14 +125,17 @@ class Scheduler(Holdings):
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step. None: nothing can be computed before something else happens."""
         budget = self.config.max_step_tokens
+        self._guesser.begin_step()
+        spare = budget - self.config.max_sequences
         chosen: list[Sequence] = []
         slices: list[Slice] = []
         for sequence in _decodes_first(self._secure_blocks()):
             if budget == 0:
                 break
-            budget -= self._take(sequence, budget, chosen, slices)
+            taken = self._take(sequence, budget, spare, chosen, slices)
+            budget, spare = budget - taken, spare - taken + 1
         while budget and (admitted := self._admit()) is not None:
-            budget -= self._take(admitted, budget, chosen, slices)
+            budget -= self._take(admitted, budget, 0, chosen, slices)
         if not slices:
             return None
         for sequence in chosen:
@@ -140,12 +146,18 @@ class Scheduler(Holdings):
         self._steps += 1
         return plan
 
-    def _take(self, sequence: Sequence, budget: int, chosen: list[Sequence], slices: list[Slice]) -> int:
-        num_tokens = min(sequence.owed_tokens, budget)
-        slices.append(sequence.slice(num_tokens, self.config.block_tokens))
+    def _take(self, sequence: Sequence, budget: int, spare: int, chosen: list[Sequence], slices: list[Slice]) -> int:
+        """`spare`: tokens of the budget that may be guesses."""
+        guesses: tuple[int, ...] = ()
+        proposal = None
+        if sequence.params.speculation is not None and sequence.owed_tokens == 1 and sequence.output_token_ids:
+            room = 0 if self._short_of_blocks else self._room()
+            guesses, proposal = self._guesser.guess(sequence, spare, room)
+        piece = sequence.slice(min(sequence.owed_tokens, budget), self.config.block_tokens, guesses, proposal)
+        slices.append(piece)
         chosen.append(sequence)
         sequence.in_flight = True
-        return num_tokens
+        return piece.num_tokens
 
     def _secure_blocks(self) -> list[Sequence]:
         """The oldest running sequences that can be planned; each holds blocks for all its known tokens."""
@@ -238,32 +250,46 @@ class Scheduler(Holdings):
             if sequence.stage is Stage.LEAVING:
                 self._end(sequence)
                 continue
-            assert (drawn is None) == (piece.draw is None)
+            assert bool(drawn) == (piece.draw is not None)
             assert len(scored) == len(piece.prompt_targets)
-            if drawn is not None and drawn.token_id == NO_TOKEN:  # its KV is suspect, too: nothing of it is published
+            if drawn and drawn[0].token_id == NO_TOKEN:  # its KV is suspect, too: nothing of it is published
                 self._end(sequence)
                 self._totals["failed"] += 1
                 error = errors.InternalError("the model's logits were not finite")
                 events.append(Failed(sequence.sequence_id, error))
                 continue
-            sequence.computed_tokens = piece.start + len(piece.token_ids)
+            known, kept, finish = sequence.known_tokens, drawn, None
+            if drawn:
+                kept, finish = sequence.extend(drawn, self.config.eos_token_ids, self.context_limit)
+            accepted = min(len(kept), max(len(drawn) - 1, 0))
+            if piece.proposal is not None:
+                sequence.draft_computed_tokens = draft_computed_after(piece.proposal, known, accepted)
+            sequence.computed_tokens = piece.start + len(piece.token_ids) + max(len(kept) - 1, 0)
             sequence.prompt_logprobs += scored
             self._publish(sequence)
-            events.append(Computed(piece.sequence_id, piece.start, len(piece.token_ids), piece.block_table))
-            if drawn is not None:
-                events.append(self._draw(sequence, drawn, now_s))
+            table = piece.block_table[: self.pool.blocks_for(sequence.computed_tokens)]
+            events.append(Computed(piece.sequence_id, piece.start, sequence.computed_tokens - piece.start, table))
+            if kept:
+                events.append(self._drawn(sequence, kept, finish, piece.num_guesses, accepted, now_s))
         self._totals["steps"] += 1
         self._totals["computed_tokens"] += plan.num_tokens
         return events
 
-    def _draw(self, sequence: Sequence, drawn: Drawn, now_s: float) -> Tokens:
-        first_index = len(sequence.output_token_ids)
-        sequence.output_token_ids.append(drawn.token_id)
-        sequence.drawn_here += 1
-        self._totals["generated_tokens"] += 1
+    def _drawn(
+        self,
+        sequence: Sequence,
+        drawn: tuple[Drawn, ...],
+        finish: Finish | None,
+        proposed: int,
+        accepted: int,
+        now_s: float,
+    ) -> Tokens:
+        sequence.drawn_here += len(drawn)
+        self._totals["generated_tokens"] += len(drawn)
+        self._totals["proposed_tokens"] += proposed
+        self._totals["accepted_tokens"] += accepted
         scored = tuple(sequence.prompt_logprobs)
         sequence.prompt_logprobs.clear()
-        finish = sequence.finish(self.config.eos_token_ids, self.context_limit)
         held = finish is None and sequence.drawn_here == sequence.draws_here
         if finish is not None:
             self._end(sequence)
@@ -273,8 +299,8 @@ class Scheduler(Holdings):
         assert sequence.started_s is not None
         return Tokens(
             sequence_id=sequence.sequence_id,
-            first_index=first_index,
-            drawn=(drawn,),
+            first_index=len(sequence.output_token_ids) - len(drawn),
+            drawn=drawn,
             prompt_logprobs=scored,
             finish=finish,
             held=held,
@@ -282,6 +308,8 @@ class Scheduler(Holdings):
             queued_s=sequence.queued_s,
             started_s=sequence.started_s,
             drawn_s=now_s,
+            proposed_tokens=proposed,
+            accepted_tokens=accepted,
         )
 
     def _publish(self, sequence: Sequence) -> None:

@@ -18,6 +18,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: bytes = b""  # names whose KV it is: model, revision, adapter, dtype
     prefix_caching: bool = True
+    draft_model: bool = False  # the engine has one to guess with
 
     def __post_init__(self) -> None:
         for field in ("num_blocks", "block_tokens", "max_sequences", "max_waiting"):

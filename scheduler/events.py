@@ -38,6 +38,8 @@ class Tokens:
     queued_s: float
     started_s: float
     drawn_s: float
+    proposed_tokens: int = 0  # guesses that the step verified
+    accepted_tokens: int = 0  # of these, tokens of the answer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -47,8 +47,9 @@ class Holdings:
     def totals(self) -> dict[str, int]:
         """What only grows."""
         work = ("steps", "computed_tokens", "generated_tokens", "cached_tokens", "preemptions", "adopted")
+        guesses = ("proposed_tokens", "accepted_tokens")
         ends = ("finished", "failed", "aborted", "expired")
-        return {name: self._totals[name] for name in (*work, *ends)} | {"evictions": self.pool.evictions}
+        return {name: self._totals[name] for name in (*work, *guesses, *ends)} | {"evictions": self.pool.evictions}
 
     def references(self) -> collections.Counter[int]:
         """References on blocks that sequences here hold."""

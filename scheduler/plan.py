@@ -7,12 +7,12 @@ from typing import Protocol
 
 from spec.sampling import SamplingParams, TokenLogprobs
 
-__all__ = ["Draw", "Drawn", "Executor", "Slice", "StepPlan", "StepResult", "TokenLogprobs"]
+__all__ = ["Draw", "Drawn", "Executor", "Proposal", "Slice", "StepPlan", "StepResult", "TokenLogprobs"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Draw:
-    """Draw the token at `position` of a sequence from the logits of the slice's last token."""
+    """Draw the token at `position` of a sequence from the logits of the known token before it."""
 
     params: SamplingParams
     position: int  # index in the sequence of the token to draw: prompt_tokens + output tokens so far
@@ -21,19 +21,41 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Proposal:
+    """The draft model computes `token_ids`, known tokens, at positions from `start` on, and guesses the next ones."""
+
+    token_ids: tuple[int, ...]
+    start: int  # tokens whose KV the draft model has
+    num_tokens: int  # guesses to make; 0: it only catches up
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Slice:
-    """One sequence's share of a step: compute `token_ids` at positions [start, start + len(token_ids))."""
+    """One sequence's share of a step: compute `token_ids` at positions [start, start + len(token_ids)), and guessed
+    tokens behind them, which the draws verify."""
 
     sequence_id: str
     token_ids: tuple[int, ...]
     start: int  # tokens whose KV is already in the blocks
-    block_table: tuple[int, ...]  # blocks of positions [0, start + len(token_ids))
+    block_table: tuple[int, ...]  # blocks of positions [0, start + num_tokens)
     draw: Draw | None  # None: more of the sequence is still to be computed
     # Log-probabilities asked for of the prompt tokens that this slice's logits predict: positions start+1 .. start+len,
     # as far as they are still prompt. `targets` are those tokens.
     prompt_logprobs: int | None = None
     prompt_targets: tuple[int, ...] = ()
     adapter: str = ""  # "": the base model
+    # With guesses, one token more than was guessed right is drawn: `draw` is the first, and each guess is taken for
+    # true in the draw behind it. They stand here, or come from the draft model while the step is executed.
+    guessed_token_ids: tuple[int, ...] = ()
+    proposal: Proposal | None = None
+
+    @property
+    def num_guesses(self) -> int:
+        return len(self.guessed_token_ids) or (self.proposal.num_tokens if self.proposal is not None else 0)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_guesses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +67,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(piece.token_ids) for piece in self.slices)
+        return sum(piece.num_tokens for piece in self.slices)
 
 
 NO_TOKEN = -1  # Drawn.token_id where the logits had no finite maximum: the sequence fails, its neighbours go on
@@ -61,7 +83,8 @@ class Drawn:
 class StepResult:
     """One entry per slice of the plan, in its order."""
 
-    drawn: tuple[Drawn | None, ...]
+    # Empty without a draw; with guesses those that were right, and the token behind them. NO_TOKEN stands alone.
+    drawn: tuple[tuple[Drawn, ...], ...]
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...]
 
 

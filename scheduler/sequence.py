@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 from scheduler.events import Finish
 from scheduler.lifetime import Stage, advance
-from scheduler.plan import Draw, Slice, TokenLogprobs
+from scheduler.plan import Draw, Drawn, Proposal, Slice, TokenLogprobs
 from spec.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from scheduler.speculation import PromptLookup
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -43,6 +47,8 @@ class Sequence:
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)  # content chain, as far as it was needed
     published_blocks: int = 0
     prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)  # the first token takes them along
+    lookup: PromptLookup | None = None  # its n-grams, once prompt lookup has been asked for
+    draft_computed_tokens: int = 0  # the draft model's KV of positions [0, ...) is in the same blocks of its own memory
     _table: tuple[int, ...] = ()
 
     @property
@@ -70,6 +76,16 @@ class Sequence:
         output = self.output_token_ids[max(start - prompt_tokens, 0) : end - prompt_tokens]
         return (*self.prompt_token_ids[start:], *output)
 
+    def extend(
+        self, drawn: tuple[Drawn, ...], eos_token_ids: tuple[int, ...], context_limit: int
+    ) -> tuple[tuple[Drawn, ...], Finish | None]:
+        """The drawn tokens up to the one that ends it become known: (these, why it has ended)."""
+        for count, each in enumerate(drawn, 1):
+            self.output_token_ids.append(each.token_id)
+            if (finish := self.finish(eos_token_ids, context_limit)) is not None:
+                return drawn[:count], finish
+        return drawn, None
+
     def finish(self, eos_token_ids: tuple[int, ...], context_limit: int) -> Finish | None:
         """Why its newest token is its last; None: it is not."""
         token_id, params = self.output_token_ids[-1], self.params
@@ -82,25 +98,31 @@ class Sequence:
     def forget_blocks(self) -> list[int]:
         """Back to nothing computed; the caller releases the blocks."""
         blocks, self.block_table, self._table = self.block_table, [], ()
-        self.computed_tokens = self.published_blocks = 0
+        self.computed_tokens = self.published_blocks = self.draft_computed_tokens = 0
         self.prompt_logprobs.clear()
         return blocks
 
-    def slice(self, num_tokens: int, block_tokens: int) -> Slice:
-        """Its share of a step: the next `num_tokens` owed tokens, and a draw if these are all."""
+    def slice(
+        self, num_tokens: int, block_tokens: int, guesses: tuple[int, ...] = (), proposal: Proposal | None = None
+    ) -> Slice:
+        """Its share of a step: the next `num_tokens` owed tokens, and a draw if these are all; guesses only then."""
         start, prompt_tokens = self.computed_tokens, len(self.prompt_token_ids)
         end, known = start + num_tokens, prompt_tokens + len(self.output_token_ids)
         table = self._table
         if len(table) != len(self.block_table):
             table = self._table = tuple(self.block_table)
-        if end < known:
-            table = table[: -(-end // block_tokens)]
+        num_guesses = len(guesses) if proposal is None else proposal.num_tokens
+        num_blocks = -(-(end + num_guesses) // block_tokens)
+        if num_blocks < len(table):
+            table = table[:num_blocks]
         draw = None
         if end == known:
             history = self.tokens(0, known) if self.params.has_penalties else ()
             draw = Draw(self.params, known, prompt_tokens, history)
         if num_tokens == 1 and end > prompt_tokens:
-            return Slice(self.sequence_id, (self.output_token_ids[start - prompt_tokens],), start, table, draw)
+            newest = (self.output_token_ids[start - prompt_tokens],)
+            return Slice(self.sequence_id, newest, start, table, draw, guessed_token_ids=guesses, proposal=proposal)
+        assert num_guesses == 0
         targets = self.prompt_token_ids[start + 1 : end + 1] if self.wants_prompt_logprobs else ()
         asked = self.params.prompt_logprobs if targets else None
         return Slice(self.sequence_id, self.tokens(start, end), start, table, draw, asked, targets)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Literal
 
 from spec.errors import InvalidParameter
 
@@ -18,12 +19,39 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+SpeculationKind = Literal["prompt_lookup", "draft_model"]
+
 MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_DRAFT_TOKENS = 32
+MAX_NGRAM = 16
 # Log-probabilities that one message of an answer carries at most: its own and those of its `top`, of every token in it.
 # On the wire one takes 10 bytes at most, so they are 20 MiB of the 64 MiB that a message may have
 # (service/config.py); a whole vocabulary for one token, and the own ones of a prompt of two million tokens, fit.
 MAX_MESSAGE_LOGPROBS = 2 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Speculation:
+    """Who guesses the next tokens, for one step to verify several. It sways speed alone: an answer is bit for bit the
+    one without (scheduler/speculation.py).
+
+    "prompt_lookup": what followed the newest `ngram` tokens the last time. "draft_model": the draft model of the worker
+    that decodes; where it has none, nothing is guessed.
+    """
+
+    kind: SpeculationKind
+    num_draft_tokens: int = 4
+    ngram: int = 3  # of prompt lookup
+
+    def validate(self) -> None:
+        """Raises InvalidParameter, naming the first field that is out of range."""
+        for field, value, most in (
+            ("num_draft_tokens", self.num_draft_tokens, MAX_DRAFT_TOKENS),
+            ("ngram", self.ngram, MAX_NGRAM),
+        ):
+            if not 1 <= value <= most:
+                raise InvalidParameter(f"must be between 1 and {most}, is {value}", field=field)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +78,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     forced_token_ids: tuple[int, ...] = ()
+    speculation: Speculation | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -72,6 +101,11 @@ class SamplingParams:
         for field, asked in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if asked is not None and not 0 <= asked <= vocab_size:
                 raise InvalidParameter(f"must be between 0 and the vocabulary's {vocab_size}, is {asked}", field=field)
+        self._check_ids(vocab_size)
+        if self.speculation is not None:
+            self.speculation.validate()
+
+    def _check_ids(self, vocab_size: int) -> None:
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise InvalidParameter(
                 f"holds {len(self.stop_token_ids)} ids, at most {MAX_STOP_TOKENS} are taken", field="stop_token_ids"
@@ -97,18 +131,19 @@ def check_logprobs_fit(params: SamplingParams, prompt_tokens: int) -> None:
     """Raises InvalidParameter where one message of the answer would hold more than MAX_MESSAGE_LOGPROBS.
 
     The prompt's go out with the first token, in one message: prompt_tokens * (prompt_logprobs + 1). Of the answer's,
-    a message holds one token's: logprobs + 1.
+    a message holds those of a step: logprobs + 1 for each guess that was right, and for the token behind them.
     """
-    of_token = 0 if params.logprobs is None else params.logprobs + 1
+    step_tokens = 1 if params.speculation is None else params.speculation.num_draft_tokens + 1
+    of_step = 0 if params.logprobs is None else step_tokens * (params.logprobs + 1)
     of_prompt = 0 if params.prompt_logprobs is None else prompt_tokens * (params.prompt_logprobs + 1)
-    if of_token + of_prompt > MAX_MESSAGE_LOGPROBS:
+    if of_step + of_prompt > MAX_MESSAGE_LOGPROBS:
         field, asked, tokens = (
             ("prompt_logprobs", params.prompt_logprobs, prompt_tokens)
-            if of_prompt > of_token
-            else ("logprobs", params.logprobs, 1)
+            if of_prompt > of_step
+            else ("logprobs", params.logprobs, step_tokens)
         )
         raise InvalidParameter(
-            f"of {asked} for {tokens} tokens makes {of_token + of_prompt} log-probabilities in one message,"
+            f"of {asked} for {tokens} tokens makes {of_step + of_prompt} log-probabilities in one message,"
             f" at most {MAX_MESSAGE_LOGPROBS} fit",
             field=field,
         )

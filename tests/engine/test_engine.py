@@ -100,13 +100,13 @@ def test_results_stand_where_their_slices_stand(engine: Engine) -> None:
     both = Slice("both", (10, 11, 12), 0, (3,), Draw(GREEDY, 3, 3, ()), 0, (11, 12))
     forward = engine.execute(StepPlan(0, (quiet, scored, drawing, both)))
     backward = engine.execute(StepPlan(1, (both, drawing, scored, quiet)))
-    assert [each is None for each in forward.drawn] == [True, True, False, False]
+    assert [len(each) for each in forward.drawn] == [0, 0, 1, 1]
     assert [len(each) for each in forward.prompt_logprobs] == [0, 3, 0, 2]
     assert [len(row.top) for row in forward.prompt_logprobs[1] + forward.prompt_logprobs[3]] == [2, 2, 2, 0, 0]
-    assert [each and each.token_id for each in backward.drawn] == [
-        each and each.token_id for each in forward.drawn[::-1]
+    assert [each and each[0].token_id for each in backward.drawn] == [
+        each and each[0].token_id for each in forward.drawn[::-1]
     ]
-    assert engine.execute(StepPlan(2, (quiet,))) == StepResult((None,), ((),))
+    assert engine.execute(StepPlan(2, (quiet,))) == StepResult(((),), ((),))
     assert engine.execute(StepPlan(3, ())) == StepResult((), ())
 
 

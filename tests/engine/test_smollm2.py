@@ -54,8 +54,7 @@ def test_logits_and_answer(engine: Engine, oracle: Any, question: tuple[int, ...
     pending, start = question, 0
     while len(found) < 20 and found[-1:] != [2]:
         each = Draw(greedy, start + len(pending), len(question), ())
-        (drawn,) = engine.execute(StepPlan(0, (Slice("a", pending, start, table, each),))).drawn
-        assert drawn is not None
+        ((drawn,),) = engine.execute(StepPlan(0, (Slice("a", pending, start, table, each),))).drawn
         start, pending = start + len(pending), (drawn.token_id,)
         found.append(drawn.token_id)
     assert [*question, *found] == generated

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from scheduler.batch import Scheduler
-from scheduler.plan import Drawn, StepPlan, StepResult, TokenLogprobs
+from scheduler.plan import Drawn, Slice, StepPlan, StepResult, TokenLogprobs
 from spec.sampling import SamplingParams
 
 VOCAB = 50
@@ -73,30 +73,59 @@ def prompt_scores(prompt: Tokens[int]) -> tuple[TokenLogprobs, ...]:
 
 
 class FakeEngine:
-    """KV memory: `memory[block][slot]`, one integer per token."""
+    """KV memory: `memory[block][slot]`, one integer per token. The draft model has one of its own, and guesses wrong
+    one time in four."""
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self.memory = [[-1] * block_tokens for _ in range(num_blocks)]
+        self.draft_memory = [[-1] * block_tokens for _ in range(num_blocks)]
+        self.guessed = self.caught_up = 0
 
     def read(self, block_table: Tokens[int], num_tokens: int) -> list[int]:
         size = self.block_tokens
         return [self.memory[block_table[i // size]][i % size] for i in range(num_tokens)]
+
+    def guess(self, piece: Slice) -> tuple[int, ...]:
+        """As scheduler.plan.Proposal asks. What it goes on from must be the KV of exactly these known tokens."""
+        asked, size, table = piece.proposal, self.block_tokens, piece.block_table
+        assert asked is not None
+        before = [self.draft_memory[table[i // size]][i % size] for i in range(asked.start)]
+        assert before == self.read(table, asked.start), "the draft model's KV is not that of the sequence"
+        assert asked.token_ids
+        assert asked.num_tokens == 0 or asked.start + len(asked.token_ids) == piece.start + 1
+        self.caught_up += len(asked.token_ids)
+        state, pending, guesses, position = state_after(before), list(asked.token_ids), [], asked.start
+        while pending:
+            entry = mix(state, pending.pop(0))
+            self.draft_memory[table[position // size]][position % size] = entry
+            state, position = mix(state, entry), position + 1
+            if not pending and len(guesses) < asked.num_tokens:
+                assert piece.draw is not None
+                output_tokens = piece.draw.position - piece.draw.prompt_tokens + len(guesses)
+                right = next_token(state, piece.draw.params, output_tokens)
+                guesses.append(right if mix(state, 77) % 4 else (right + 1) % VOCAB)
+                if len(guesses) < asked.num_tokens:  # the last is not computed
+                    pending.append(guesses[-1])
+        self.guessed += len(guesses)
+        return tuple(guesses)
 
     def write(self, block_table: Tokens[int], first: int, entries: Tokens[int]) -> None:
         for position, entry in enumerate(entries, first):
             self.memory[block_table[position // self.block_tokens]][position % self.block_tokens] = entry
 
     def execute(self, plan: StepPlan) -> StepResult:
-        drawn: list[Drawn | None] = []
+        drawn: list[tuple[Drawn, ...]] = []
         scored: list[tuple[TokenLogprobs, ...]] = []
         written: set[tuple[int, int]] = set()
         for piece in plan.slices:
             end = piece.start + len(piece.token_ids)
             assert piece.token_ids
-            assert len(piece.block_table) == -(-end // self.block_tokens)
-            state, scores = state_after(self.read(piece.block_table, piece.start)), []
-            for i, token_id in enumerate(piece.token_ids):
+            assert len(piece.block_table) == -(-(piece.start + piece.num_tokens) // self.block_tokens)
+            guesses = piece.guessed_token_ids if piece.proposal is None else self.guess(piece)
+            assert len(guesses) == piece.num_guesses
+            state, scores, states = state_after(self.read(piece.block_table, piece.start)), [], []
+            for i, token_id in enumerate((*piece.token_ids, *guesses)):
                 position = piece.start + i
                 slot = (piece.block_table[position // self.block_tokens], position % self.block_tokens)
                 assert slot not in written, "two sequences of a step write one slot"
@@ -104,17 +133,21 @@ class FakeEngine:
                 entry = mix(state, token_id)
                 self.memory[slot[0]][slot[1]] = entry
                 state = mix(state, entry)
+                states.append(state)
                 if i < len(piece.prompt_targets):
                     scores.append(score(state, piece.prompt_targets[i]))
             scored.append(tuple(scores))
-            drawn.append(None)
+            drawn.append(())
             if piece.draw is not None:
                 assert piece.draw.position == end
                 if piece.draw.params.has_penalties:
                     assert len(piece.draw.history) == end
                     assert kv_of(piece.draw.history) == self.read(piece.block_table, end)
                 output_tokens = piece.draw.position - piece.draw.prompt_tokens
-                drawn[-1] = Drawn(next_token(state, piece.draw.params, output_tokens))
+                for i, state in enumerate(states[len(piece.token_ids) - 1 :]):
+                    drawn[-1] += (Drawn(next_token(state, piece.draw.params, output_tokens + i)),)
+                    if drawn[-1][-1].token_id != [*guesses, -1][i]:
+                        break
         return StepResult(tuple(drawn), tuple(scored))
 
 

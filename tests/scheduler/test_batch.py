@@ -383,7 +383,7 @@ def test_one_whose_logits_are_not_finite_fails_alone(fake: SimpleNamespace) -> N
     plan = worker.scheduler.plan(0.0)
     assert plan is not None
     result = worker.engine.execute(plan)
-    result = dataclasses.replace(result, drawn=(Drawn(NO_TOKEN), *result.drawn[1:]))
+    result = dataclasses.replace(result, drawn=((Drawn(NO_TOKEN),), *result.drawn[1:]))
     failed, *others = worker.scheduler.commit(plan, result, 0.0)
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, InternalError)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scheduler.batch import Computed, Failed, Preempted, Scheduler, SchedulerConfig, Tokens
 from scheduler.sequence import Sequence
-from spec.sampling import SamplingParams
+from spec.sampling import SamplingParams, Speculation
 
 EOS = (3,)
 
@@ -49,7 +49,10 @@ def make_jobs(rng: random.Random, config: SchedulerConfig, count: int) -> list[J
             presence_penalty=rng.choice([0.0, 0.0, 0.5]),
             prompt_logprobs=rng.choice([None, None, 0]),
             forced_token_ids=(9, 8)[: rng.choice([0, 0, 1])],
+            speculation=any_speculation(rng),
         )
+        if params.max_tokens > 6 and rng.random() < 0.3:  # something to look up
+            params = dataclasses.replace(params, forced_token_ids=((9, 8, 7) * 4)[: params.max_tokens])
         resumed = [rng.randrange(50) for _ in range(rng.choice([0, 0, 2]))]
         if len(resumed) >= params.max_tokens or length + len(resumed) + 1 > limit:
             resumed = []
@@ -58,6 +61,11 @@ def make_jobs(rng: random.Random, config: SchedulerConfig, count: int) -> list[J
         aborts = rng.randint(0, 15) if rng.random() < 0.2 else None
         jobs.append(Job(sequence, rng.randint(0, 6), aborts, resumed))
     return jobs
+
+
+def any_speculation(rng: random.Random) -> Speculation | None:
+    kind = rng.choice([None, "prompt_lookup", "draft_model"])
+    return None if kind is None else Speculation(kind, rng.choice([1, 2, 5]), rng.choice([1, 2]))  # type: ignore[arg-type]
 
 
 def note(job: Job, event: object, config: SchedulerConfig) -> None:
@@ -74,6 +82,7 @@ def note(job: Job, event: object, config: SchedulerConfig) -> None:
             assert not (job.scores and event.prompt_logprobs)
             job.scores = job.scores or event.prompt_logprobs
             job.finish, job.held = event.finish, event.held
+            assert event.accepted_tokens <= min(event.proposed_tokens, len(event.drawn))
         case Preempted():
             job.computed = 0
         case Failed():
@@ -161,6 +170,7 @@ def judge(fake: SimpleNamespace, job: Job, config: SchedulerConfig, limit: int) 
     extra_step_tokens=st.sampled_from([0, 1, 6, 63, 1000]),
     caching=st.booleans(),
     depth=st.sampled_from([1, 1, 2, 3]),
+    draft_model=st.booleans(),
 )
 def test_tokens_are_those_of_one_sequence_alone(
     fake: SimpleNamespace,
@@ -171,6 +181,7 @@ def test_tokens_are_those_of_one_sequence_alone(
     extra_step_tokens: int,
     caching: bool,
     depth: int,
+    draft_model: bool,
 ) -> None:
     config = SchedulerConfig(
         num_blocks=num_blocks,
@@ -180,6 +191,7 @@ def test_tokens_are_those_of_one_sequence_alone(
         max_context_tokens=64,
         eos_token_ids=EOS,
         prefix_caching=caching,
+        draft_model=draft_model,
     )
     rng = random.Random(seed)
     jobs = make_jobs(rng, config, count=rng.randint(1, 9))
@@ -202,6 +214,7 @@ def test_the_mix_really_preempts_hits_and_evicts(fake: SimpleNamespace, max_step
             max_sequences=min(6, max_step_tokens),
             max_context_tokens=64,
             eos_token_ids=EOS,
+            draft_model=True,
         )
         rng = random.Random(seed)
         jobs = make_jobs(rng, config, count=8)
@@ -213,4 +226,6 @@ def test_the_mix_really_preempts_hits_and_evicts(fake: SimpleNamespace, max_step
     assert seen["cached_tokens"] > 0
     assert seen["evictions"] > 0
     assert seen["aborted"] > 0
+    assert seen["accepted_tokens"] < seen["proposed_tokens"] or max_step_tokens == 1  # has no room for guesses
+    assert seen["accepted_tokens"] > 0 or max_step_tokens == 1
     assert seen["preemptions"] > 0 or max_step_tokens == 1  # one at a time never needs to

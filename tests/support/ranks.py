@@ -45,7 +45,7 @@ class RankedEngine:
             own = tuple(piece for piece, group in zip(plan.slices, groups, strict=True) if group == shard.group)
             connection.send(dataclasses.replace(plan, slices=own))
         answers = [self.answer(connection) for connection in self.connections]
-        drawn: list[Any] = [None] * len(groups)
+        drawn: list[Any] = [()] * len(groups)
         prompt: list[Any] = [()] * len(groups)
         for shard, result in zip(self.shards, answers, strict=True):
             if not shard.is_last_stage or shard.index:

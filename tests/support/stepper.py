@@ -52,7 +52,7 @@ class Stepper:
             slices.append(Slice(running.name, piece, start, table, last, vocab, targets, running.adapter))
         result = self.engine.execute(StepPlan(0, tuple(slices)))
         for (running, count), drawn, prompt in zip(shares, result.drawn, result.prompt_logprobs, strict=True):
-            rows = prompt if drawn is None or drawn.logprobs is None else (*prompt, drawn.logprobs)
+            rows = (*prompt, *(each.logprobs for each in drawn if each.logprobs is not None))
             assert len(rows) == count
             for offset, row in enumerate(rows):
                 running.logprobs[running.computed + offset] = whole_row(row, vocab)
