@@ -115,6 +115,7 @@ class Placements:
         output.first_index = event.first_index
         output.tokens.extend(token_to_proto(drawn.token_id, drawn.logprobs) for drawn in event.drawn)
         output.finish_reason = finish_to_proto(event.finish)
+        output.proposed_tokens, output.accepted_tokens = event.proposed_tokens, event.accepted_tokens
         placed.output_tokens = event.first_index + len(event.drawn)
         if not placed.told:
             placed.told = True

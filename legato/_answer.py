@@ -47,7 +47,8 @@ class _Choice:
         finished, ledger = self.finished, None
         usage = Usage(prompt_tokens, len(self.token_ids))
         if finished:
-            usage = Usage(finished.usage.prompt_tokens, finished.usage.completion_tokens)
+            told = finished.usage
+            usage = Usage(told.prompt_tokens, told.completion_tokens, told.proposed_tokens, told.accepted_tokens)
         if self.first_token_after_ns is not None:
             ledger = ledger_of(self.stages, sent_unix_ns, self.first_token_after_ns, self.second_token_after_ns)
         return Choice(

@@ -11,13 +11,14 @@ import operator
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from legato.errors import InvalidParameter
 from legato.types import Message
 from legato.v1 import common_pb2, inference_pb2
 
 Prompt = str | Iterable[int]
+SpeculationKind = Literal["prompt_lookup", "draft_model"]
 LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # a float's on the wire
 
 
@@ -41,6 +42,9 @@ class Sampling(TypedDict, total=False):
     prompt_logprobs: int | None
     n: int
     forced_token_ids: Iterable[int]
+    speculation: SpeculationKind | None
+    num_draft_tokens: int
+    ngram: int
 
 
 def answer_options(
@@ -62,6 +66,9 @@ def answer_options(
     prompt_logprobs: int | None = None,
     n: int = 1,
     forced_token_ids: Iterable[int] = (),
+    speculation: SpeculationKind | None = None,
+    num_draft_tokens: int = 4,
+    ngram: int = 3,
 ) -> inference_pb2.AnswerOptions:
     """How an answer is drawn.
 
@@ -82,6 +89,11 @@ def answer_options(
     prompt_logprobs     the same, for the prompt's tokens from the second on
     n                   answers to draw; choice i uses seed + i
     forced_token_ids    teacher forcing: the answer begins with these, whatever the model would draw
+    speculation         who guesses the next tokens, for one step to verify several; the answer stays the same:
+                        "prompt_lookup" (what followed in prompt and answer the last time), "draft_model" (that of the
+                        decode worker, if it has one); None = nobody
+    num_draft_tokens    guesses per step at most, 1 to 32
+    ngram               tokens that prompt_lookup looks up, 1 to 16
     """
     # This function is long, for its list of arguments and their help stand here once, for every method of both clients.
     sampling = common_pb2.SamplingParams(
@@ -103,6 +115,10 @@ def answer_options(
         sampling.logprobs = _whole("logprobs", logprobs)
     if prompt_logprobs is not None:
         sampling.prompt_logprobs = _whole("prompt_logprobs", prompt_logprobs)
+    if speculation is not None:
+        sampling.speculation.kind = _kind(speculation)
+        sampling.speculation.num_draft_tokens = _whole("num_draft_tokens", num_draft_tokens, least=1)
+        sampling.speculation.ngram = _whole("ngram", ngram, least=1)
     for token_id, bias in (logit_bias or {}).items():
         sampling.logit_bias[_whole("logit_bias", token_id)] = _real("logit_bias", bias)
     stops = [stop] if isinstance(stop, str) else list(_iterable("stop", stop))
@@ -219,6 +235,16 @@ def _whole(field: str, value: object, bits: int = 32, least: int = 0) -> int:
     if number >= 1 << bits:
         raise _invalid(field, f"must be at most {(1 << bits) - 1}, is {_short(number)}")
     return number
+
+
+def _kind(value: object) -> common_pb2.Speculation.Kind:
+    kinds = {
+        "prompt_lookup": common_pb2.Speculation.PROMPT_LOOKUP,
+        "draft_model": common_pb2.Speculation.DRAFT_MODEL,
+    }
+    if not isinstance(value, str) or value not in kinds:
+        raise _invalid("speculation", f"must be one of {', '.join(kinds)}, is {_short(value)}")
+    return kinds[value]
 
 
 def _real(field: str, value: object) -> float:

@@ -50,6 +50,8 @@ class Piece:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    proposed_tokens: int = 0  # guesses that speculation made
+    accepted_tokens: int = 0  # of these, tokens of the answer
 
     @property
     def total_tokens(self) -> int:
@@ -177,7 +179,13 @@ class Answer:
     def usage(self) -> Usage:
         """The prompt once, and the tokens of all choices."""
         prompt_tokens = max(choice.usage.prompt_tokens for choice in self.choices)
-        return Usage(prompt_tokens, sum(choice.usage.completion_tokens for choice in self.choices))
+        usages = [choice.usage for choice in self.choices]
+        return Usage(
+            prompt_tokens,
+            sum(usage.completion_tokens for usage in usages),
+            sum(usage.proposed_tokens for usage in usages),
+            sum(usage.accepted_tokens for usage in usages),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for json.dumps."""

@@ -84,6 +84,8 @@ class Answer:
                 break
         piece.text = "".join(text)
         self._usage.completion_tokens += len(piece.tokens)
+        self._usage.proposed_tokens += drawn.proposed_tokens
+        self._usage.accepted_tokens += drawn.accepted_tokens
         self._pieces += 1
         if self._pieces <= 2:
             piece.stages.CopyFrom(self._journey.ledger.times)

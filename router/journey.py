@@ -58,6 +58,8 @@ class Drawn:
     tokens: tuple[common_pb2.Token, ...]
     finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED
     prompt_logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
+    proposed_tokens: int = 0  # guesses that were verified to draw these
+    accepted_tokens: int = 0
 
 
 class Deadline:
@@ -231,7 +233,10 @@ class Journey:
             return None  # said twice
         placement.handed_over = True
         self.ledger.decoded(output, len(fresh))
-        return self._accept(fresh, output.finish_reason, output.prompt_logprobs, placement)
+        drawn = self._accept(fresh, output.finish_reason, output.prompt_logprobs, placement)
+        return dataclasses.replace(
+            drawn, proposed_tokens=output.proposed_tokens, accepted_tokens=output.accepted_tokens
+        )
 
     def _accept(
         self,

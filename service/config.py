@@ -69,6 +69,7 @@ class EngineConfig(Section):
     """What a worker computes with."""
 
     model: str = Field(default="smollm2", min_length=1)  # a name service/model_source.py resolves, or a path
+    draft_model: str | None = Field(default=None, min_length=1)  # guesses for `model`; the same vocabulary, and smaller
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Count | None = None  # None: the engine decides

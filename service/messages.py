@@ -8,17 +8,22 @@ from legato.v1 import common_pb2, worker_pb2
 from spec.dtype import Dtype
 from spec.errors import InvalidParameter
 from spec.layout import KVLayout
-from spec.sampling import SamplingParams, TokenLogprobs
+from spec.sampling import SamplingParams, Speculation, SpeculationKind, TokenLogprobs
 
 _FINISH_TO_PROTO: dict[str | None, common_pb2.FinishReason] = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
     "stop": common_pb2.FINISH_REASON_STOP,
     "length": common_pb2.FINISH_REASON_LENGTH,
 }
+_SPECULATION_KINDS: dict[int, SpeculationKind] = {
+    common_pb2.Speculation.PROMPT_LOOKUP: "prompt_lookup",
+    common_pb2.Speculation.DRAFT_MODEL: "draft_model",
+}
 
 
 def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
-    """Ranges are not looked at: SamplingParams.validate() does, where the vocabulary is known.
+    """Ranges are not looked at: SamplingParams.validate() does, where the vocabulary is known. Raises InvalidParameter
+    for a kind of speculation that is not known.
 
     An absent seed reads 0, so whoever draws one (the router) looks at `message.HasField("seed")` first.
     """
@@ -38,7 +43,14 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         forced_token_ids=tuple(message.forced_token_ids),
+        speculation=_speculation(message.speculation) if message.HasField("speculation") else None,
     )
+
+
+def _speculation(message: common_pb2.Speculation) -> Speculation:
+    if (kind := _SPECULATION_KINDS.get(message.kind)) is None:
+        raise InvalidParameter(f"is of kind {message.kind}, which is not known", field="speculation")
+    return Speculation(kind, message.num_draft_tokens, message.ngram)
 
 
 def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:

@@ -38,6 +38,7 @@ from service.tokenizer import load_tokenizer
 from spec.errors import InvalidConfiguration, TransportUnavailable
 from spec.layout import KVLayout
 from telemetry.setup import Telemetry
+from worker.draft import open_draft_model
 from worker.loop import EngineLoop
 from worker.meter import Meter
 
@@ -164,6 +165,9 @@ def build_core(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str
     )
     layout = kv_layout_for(files.spec, options)
     num_blocks = _num_blocks(config.engine, layout, options)
+    limit = files.spec.max_context_tokens
+    max_context_tokens = min(config.engine.max_context_tokens or limit, limit)
+    draft_model = open_draft_model(config, files.spec, options, num_blocks, max_context_tokens, report)
     transports, regions = _open_memory(config, num_blocks * layout.block_bytes)
     memory = next(iter(regions.values())).buffer
     on_cpu = options.torch_device().type == "cpu"
@@ -173,14 +177,13 @@ def build_core(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str
         num_blocks,
         kv_buffer=memory if on_cpu else None,
         progress=lambda fraction: report("loading weights", fraction),
+        draft_model=draft_model,
     )
     landing = engine.kv.tensor
     if not on_cpu:
         landing = torch.frombuffer(memory, dtype=engine.kv.tensor.dtype).view(engine.kv.tensor.shape)
     report("warming up", 0.0)
     engine.warm_up()
-    limit = files.spec.max_context_tokens
-    max_context_tokens = min(config.engine.max_context_tokens or limit, limit)
     record = _record(config, files, engine, layout, num_blocks, max_context_tokens, transports, regions)
     scheduler = Scheduler(
         SchedulerConfig(
@@ -191,6 +194,7 @@ def build_core(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str
             max_context_tokens=max_context_tokens,
             eos_token_ids=files.spec.eos_token_ids,
             cache_salt=identity_text(record.identity).encode() + files.revision.encode(),
+            draft_model=draft_model is not None,
         )
     )
     reservations = Reservations(

@@ -20,7 +20,13 @@ class Meter:
     def step(self, plan: StepPlan, result: StepResult, duration_s: float) -> None:
         self._histograms[names.STEP_DURATION.name].record(duration_s)
         self._counters[names.TOKENS_COMPUTED.name].add(plan.num_tokens)
-        self._counters[names.TOKENS_GENERATED.name].add(sum(each is not None for each in result.drawn))
+        self._counters[names.TOKENS_GENERATED.name].add(sum(map(len, result.drawn)))
+        if proposed := sum(piece.num_guesses for piece in plan.slices):
+            accepted = sum(
+                len(drawn) - 1 for piece, drawn in zip(plan.slices, result.drawn, strict=True) if piece.num_guesses
+            )
+            self._counters[names.TOKENS_PROPOSED.name].add(proposed)
+            self._counters[names.TOKENS_ACCEPTED.name].add(accepted)
 
     def preempted(self) -> None:
         self._counters[names.PREEMPTIONS.name].add(1)

@@ -37,6 +37,7 @@ def generate(
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
     logprobs: options.Logprobs = None,
+    speculation: options.Speculation = None,
     timeout_s: options.Timeout = 120.0,
     api_key: options.ApiKey = "",
     as_json: options.AsJson = False,
@@ -58,6 +59,7 @@ def generate(
             stop=stop or (),
             ignore_eos=ignore_eos,
             logprobs=logprobs,
+            speculation=speculation,
         )
         for piece in stream:
             if not as_json:

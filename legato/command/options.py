@@ -29,6 +29,14 @@ PresencePenalty = Annotated[float, typer.Option("--presence-penalty", help="Over
 FrequencyPenalty = Annotated[float, typer.Option("--frequency-penalty", help="Over the output; 0 is off.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same tokens.", show_default="drawn")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be given several times.")]
+Speculation = Annotated[
+    str | None,
+    typer.Option(
+        "--speculation",
+        help="Who guesses tokens for one step to verify: prompt_lookup or draft_model. The answer stays the same.",
+        show_default="nobody",
+    ),
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end-of-sequence token.")]
 Logprobs = Annotated[int | None, typer.Option("--logprobs", help="0: of the tokens; k: also of the k likeliest.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]

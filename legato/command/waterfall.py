@@ -50,6 +50,8 @@ def facts(answer: Answer) -> str:
         following = answer.usage.completion_tokens - 1
         if following > 0:
             parts.append(f"then one every {milliseconds((answer.duration_s - answer.ledger.ttft_s) / following)}")
+    if answer.usage.proposed_tokens:
+        parts.append(f"{answer.usage.accepted_tokens} of {answer.usage.proposed_tokens} guesses were right")
     if answer.route is not None:
         route = answer.route
         path = [worker for worker in (route.prefill_worker_id, route.decode_worker_id) if worker]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from legato.v1 import common_pb2 as legato_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19legato/v1/inference.proto\x12\tlegato.v1\x1a\x16legato/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8e\x01\n\rAnswerOptions\x12+\n\x08sampling\x18\x01 \x01(\x0b\x32\x19.legato.v1.SamplingParams\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\t\n\x01n\x18\x03 \x01(\r\x12#\n\x06resume\x18\x04 \x03(\x0b\x32\x13.legato.v1.TokenIds\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x8f\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.legato.v1.TokenIdsH\x00\x12)\n\x07options\x18\x04 \x01(\x0b\x32\x18.legato.v1.AnswerOptionsB\x08\n\x06prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"q\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.legato.v1.ChatMessage\x12)\n\x07options\x18\x03 \x01(\x0b\x32\x18.legato.v1.AnswerOptions\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x93\x05\n\x10GenerateResponse\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32#.legato.v1.GenerateResponse.Started\x12\x30\n\x05piece\x18\x02 \x01(\x0b\x32!.legato.v1.GenerateResponse.Piece\x12\x36\n\x08\x66inished\x18\x03 \x01(\x0b\x32$.legato.v1.GenerateResponse.Finished\x1aT\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x1a\xb6\x01\n\x05Piece\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12 \n\x06tokens\x18\x03 \x03(\x0b\x32\x10.legato.v1.Token\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x31\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x18.legato.v1.TokenLogprobs\x12%\n\x06stages\x18\x06 \x01(\x0b\x32\x15.legato.v1.StageTimes\x1a\xcf\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.legato.v1.FinishReason\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.legato.v1.Usage\x12%\n\x06stages\x18\x04 \x01(\x0b\x32\x15.legato.v1.StageTimes\x12\x1f\n\x05route\x18\x05 \x01(\x0b\x32\x10.legato.v1.Route\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x13\n\x0bstop_string\x18\x07 \x01(\t\"\xb0\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12;\n\x08messages\x18\x03 \x01(\x0b\x32\'.legato.v1.TokenizeRequest.ChatMessagesH\x00\x1a\x38\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.legato.v1.ChatMessageB\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"\xae\x01\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32#.legato.v1.ListModelsResponse.Model\x1a\x63\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0c\n\x04\x63hat\x18\x05 \x01(\x08\"\x13\n\x11GetClusterRequest\"\xb9\x06\n\x12GetClusterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x39\n\x07workers\x18\x02 \x03(\x0b\x32(.legato.v1.GetClusterResponse.WorkerView\x12\x38\n\x06router\x18\x03 \x01(\x0b\x32(.legato.v1.GetClusterResponse.RouterView\x1a\xd3\x02\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x18\n\x10running_requests\x18\x06 \x01(\r\x12\x16\n\x0e\x63harged_tokens\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x14\n\x0ctokens_per_s\x18\n \x01(\x01\x12\x19\n\x11transferred_bytes\x18\x0b \x01(\x04\x12\x11\n\ttransport\x18\x0c \x01(\t\x12\r\n\x05steps\x18\r \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0e \x01(\x04\x12\x18\n\x10refused_handoffs\x18\x0f \x01(\x04\x12\x0b\n\x03pid\x18\x10 \x01(\x03\x1a\x81\x02\n\nRouterView\x12\x18\n\x10waiting_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x03 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x04 \x01(\x04\x12\x37\n\x06ttft_s\x18\x05 \x01(\x0b\x32\'.legato.v1.GetClusterResponse.Quantiles\x12\x36\n\x05itl_s\x18\x06 \x01(\x0b\x32\'.legato.v1.GetClusterResponse.Quantiles\x12\x1a\n\x12registry_reachable\x18\x07 \x01(\x08\x1a\x41\n\tQuantiles\x12\x0b\n\x03p50\x18\x01 \x01(\x01\x12\x0b\n\x03p90\x18\x02 \x01(\x01\x12\x0b\n\x03p99\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x32\xec\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.legato.v1.GenerateRequest\x1a\x1b.legato.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x16.legato.v1.ChatRequest\x1a\x1b.legato.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.legato.v1.TokenizeRequest\x1a\x1b.legato.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.legato.v1.DetokenizeRequest\x1a\x1d.legato.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.legato.v1.ListModelsRequest\x1a\x1d.legato.v1.ListModelsResponse2T\n\x07\x43luster\x12I\n\nGetCluster\x12\x1c.legato.v1.GetClusterRequest\x1a\x1d.legato.v1.GetClusterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19legato/v1/inference.proto\x12\tlegato.v1\x1a\x16legato/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8e\x01\n\rAnswerOptions\x12+\n\x08sampling\x18\x01 \x01(\x0b\x32\x19.legato.v1.SamplingParams\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\t\n\x01n\x18\x03 \x01(\r\x12#\n\x06resume\x18\x04 \x03(\x0b\x32\x13.legato.v1.TokenIds\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x8f\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.legato.v1.TokenIdsH\x00\x12)\n\x07options\x18\x04 \x01(\x0b\x32\x18.legato.v1.AnswerOptionsB\x08\n\x06prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"q\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.legato.v1.ChatMessage\x12)\n\x07options\x18\x03 \x01(\x0b\x32\x18.legato.v1.AnswerOptions\"k\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x17\n\x0fproposed_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x04 \x01(\r\"\x93\x05\n\x10GenerateResponse\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32#.legato.v1.GenerateResponse.Started\x12\x30\n\x05piece\x18\x02 \x01(\x0b\x32!.legato.v1.GenerateResponse.Piece\x12\x36\n\x08\x66inished\x18\x03 \x01(\x0b\x32$.legato.v1.GenerateResponse.Finished\x1aT\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x1a\xb6\x01\n\x05Piece\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12 \n\x06tokens\x18\x03 \x03(\x0b\x32\x10.legato.v1.Token\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x31\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x18.legato.v1.TokenLogprobs\x12%\n\x06stages\x18\x06 \x01(\x0b\x32\x15.legato.v1.StageTimes\x1a\xcf\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.legato.v1.FinishReason\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.legato.v1.Usage\x12%\n\x06stages\x18\x04 \x01(\x0b\x32\x15.legato.v1.StageTimes\x12\x1f\n\x05route\x18\x05 \x01(\x0b\x32\x10.legato.v1.Route\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x13\n\x0bstop_string\x18\x07 \x01(\t\"\xb0\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12;\n\x08messages\x18\x03 \x01(\x0b\x32\'.legato.v1.TokenizeRequest.ChatMessagesH\x00\x1a\x38\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.legato.v1.ChatMessageB\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"\xae\x01\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32#.legato.v1.ListModelsResponse.Model\x1a\x63\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0c\n\x04\x63hat\x18\x05 \x01(\x08\"\x13\n\x11GetClusterRequest\"\xb9\x06\n\x12GetClusterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x39\n\x07workers\x18\x02 \x03(\x0b\x32(.legato.v1.GetClusterResponse.WorkerView\x12\x38\n\x06router\x18\x03 \x01(\x0b\x32(.legato.v1.GetClusterResponse.RouterView\x1a\xd3\x02\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x18\n\x10running_requests\x18\x06 \x01(\r\x12\x16\n\x0e\x63harged_tokens\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x14\n\x0ctokens_per_s\x18\n \x01(\x01\x12\x19\n\x11transferred_bytes\x18\x0b \x01(\x04\x12\x11\n\ttransport\x18\x0c \x01(\t\x12\r\n\x05steps\x18\r \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0e \x01(\x04\x12\x18\n\x10refused_handoffs\x18\x0f \x01(\x04\x12\x0b\n\x03pid\x18\x10 \x01(\x03\x1a\x81\x02\n\nRouterView\x12\x18\n\x10waiting_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x03 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x04 \x01(\x04\x12\x37\n\x06ttft_s\x18\x05 \x01(\x0b\x32\'.legato.v1.GetClusterResponse.Quantiles\x12\x36\n\x05itl_s\x18\x06 \x01(\x0b\x32\'.legato.v1.GetClusterResponse.Quantiles\x12\x1a\n\x12registry_reachable\x18\x07 \x01(\x08\x1a\x41\n\tQuantiles\x12\x0b\n\x03p50\x18\x01 \x01(\x01\x12\x0b\n\x03p90\x18\x02 \x01(\x01\x12\x0b\n\x03p99\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x32\xec\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.legato.v1.GenerateRequest\x1a\x1b.legato.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x16.legato.v1.ChatRequest\x1a\x1b.legato.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.legato.v1.TokenizeRequest\x1a\x1b.legato.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.legato.v1.DetokenizeRequest\x1a\x1d.legato.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.legato.v1.ListModelsRequest\x1a\x1d.legato.v1.ListModelsResponse2T\n\x07\x43luster\x12I\n\nGetCluster\x12\x1c.legato.v1.GetClusterRequest\x1a\x1d.legato.v1.GetClusterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,43 +43,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATREQUEST']._serialized_start=426
   _globals['_CHATREQUEST']._serialized_end=539
   _globals['_USAGE']._serialized_start=541
-  _globals['_USAGE']._serialized_end=598
-  _globals['_GENERATERESPONSE']._serialized_start=601
-  _globals['_GENERATERESPONSE']._serialized_end=1260
-  _globals['_GENERATERESPONSE_STARTED']._serialized_start=781
-  _globals['_GENERATERESPONSE_STARTED']._serialized_end=865
-  _globals['_GENERATERESPONSE_PIECE']._serialized_start=868
-  _globals['_GENERATERESPONSE_PIECE']._serialized_end=1050
-  _globals['_GENERATERESPONSE_FINISHED']._serialized_start=1053
-  _globals['_GENERATERESPONSE_FINISHED']._serialized_end=1260
-  _globals['_TOKENIZEREQUEST']._serialized_start=1263
-  _globals['_TOKENIZEREQUEST']._serialized_end=1439
-  _globals['_TOKENIZEREQUEST_CHATMESSAGES']._serialized_start=1374
-  _globals['_TOKENIZEREQUEST_CHATMESSAGES']._serialized_end=1430
-  _globals['_TOKENIZERESPONSE']._serialized_start=1441
-  _globals['_TOKENIZERESPONSE']._serialized_end=1478
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1480
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1533
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1535
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1569
-  _globals['_LISTMODELSREQUEST']._serialized_start=1571
-  _globals['_LISTMODELSREQUEST']._serialized_end=1590
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1593
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1767
-  _globals['_LISTMODELSRESPONSE_MODEL']._serialized_start=1668
-  _globals['_LISTMODELSRESPONSE_MODEL']._serialized_end=1767
-  _globals['_GETCLUSTERREQUEST']._serialized_start=1769
-  _globals['_GETCLUSTERREQUEST']._serialized_end=1788
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=1791
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=2616
-  _globals['_GETCLUSTERRESPONSE_WORKERVIEW']._serialized_start=1950
-  _globals['_GETCLUSTERRESPONSE_WORKERVIEW']._serialized_end=2289
-  _globals['_GETCLUSTERRESPONSE_ROUTERVIEW']._serialized_start=2292
-  _globals['_GETCLUSTERRESPONSE_ROUTERVIEW']._serialized_end=2549
-  _globals['_GETCLUSTERRESPONSE_QUANTILES']._serialized_start=2551
-  _globals['_GETCLUSTERRESPONSE_QUANTILES']._serialized_end=2616
-  _globals['_INFERENCE']._serialized_start=2619
-  _globals['_INFERENCE']._serialized_end=2983
-  _globals['_CLUSTER']._serialized_start=2985
-  _globals['_CLUSTER']._serialized_end=3069
+  _globals['_USAGE']._serialized_end=648
+  _globals['_GENERATERESPONSE']._serialized_start=651
+  _globals['_GENERATERESPONSE']._serialized_end=1310
+  _globals['_GENERATERESPONSE_STARTED']._serialized_start=831
+  _globals['_GENERATERESPONSE_STARTED']._serialized_end=915
+  _globals['_GENERATERESPONSE_PIECE']._serialized_start=918
+  _globals['_GENERATERESPONSE_PIECE']._serialized_end=1100
+  _globals['_GENERATERESPONSE_FINISHED']._serialized_start=1103
+  _globals['_GENERATERESPONSE_FINISHED']._serialized_end=1310
+  _globals['_TOKENIZEREQUEST']._serialized_start=1313
+  _globals['_TOKENIZEREQUEST']._serialized_end=1489
+  _globals['_TOKENIZEREQUEST_CHATMESSAGES']._serialized_start=1424
+  _globals['_TOKENIZEREQUEST_CHATMESSAGES']._serialized_end=1480
+  _globals['_TOKENIZERESPONSE']._serialized_start=1491
+  _globals['_TOKENIZERESPONSE']._serialized_end=1528
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1530
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1583
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1585
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1619
+  _globals['_LISTMODELSREQUEST']._serialized_start=1621
+  _globals['_LISTMODELSREQUEST']._serialized_end=1640
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1643
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1817
+  _globals['_LISTMODELSRESPONSE_MODEL']._serialized_start=1718
+  _globals['_LISTMODELSRESPONSE_MODEL']._serialized_end=1817
+  _globals['_GETCLUSTERREQUEST']._serialized_start=1819
+  _globals['_GETCLUSTERREQUEST']._serialized_end=1838
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=1841
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=2666
+  _globals['_GETCLUSTERRESPONSE_WORKERVIEW']._serialized_start=2000
+  _globals['_GETCLUSTERRESPONSE_WORKERVIEW']._serialized_end=2339
+  _globals['_GETCLUSTERRESPONSE_ROUTERVIEW']._serialized_start=2342
+  _globals['_GETCLUSTERRESPONSE_ROUTERVIEW']._serialized_end=2599
+  _globals['_GETCLUSTERRESPONSE_QUANTILES']._serialized_start=2601
+  _globals['_GETCLUSTERRESPONSE_QUANTILES']._serialized_end=2666
+  _globals['_INFERENCE']._serialized_start=2669
+  _globals['_INFERENCE']._serialized_end=3033
+  _globals['_CLUSTER']._serialized_start=3035
+  _globals['_CLUSTER']._serialized_end=3119
 # @@protoc_insertion_point(module_scope)

@@ -321,7 +321,7 @@ class StepOutput(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "first_index", "tokens", "finish_reason", "error", "error_message", "queued_ns", "started_ns", "drawn_ns", "handed_over_ns", "cached_tokens", "prompt_logprobs")
+    __slots__ = ("sequence_id", "first_index", "tokens", "finish_reason", "error", "error_message", "queued_ns", "started_ns", "drawn_ns", "handed_over_ns", "cached_tokens", "prompt_logprobs", "proposed_tokens", "accepted_tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -334,6 +334,8 @@ class SequenceOutput(_message.Message):
     HANDED_OVER_NS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROPOSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     first_index: int
     tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
@@ -346,7 +348,9 @@ class SequenceOutput(_message.Message):
     handed_over_ns: int
     cached_tokens: int
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
-    def __init__(self, sequence_id: _Optional[str] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorReason, str]] = ..., error_message: _Optional[str] = ..., queued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., drawn_ns: _Optional[int] = ..., handed_over_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    proposed_tokens: int
+    accepted_tokens: int
+    def __init__(self, sequence_id: _Optional[str] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorReason, str]] = ..., error_message: _Optional[str] = ..., queued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., drawn_ns: _Optional[int] = ..., handed_over_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., proposed_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class HandoffRequest(_message.Message):
     __slots__ = ("begin", "chunk", "final", "quiet", "alive")

@@ -89,7 +89,12 @@ def test_generate_as_json_from_standard_input(router, capsys, monkeypatch, expec
     answer = json.loads(capsys.readouterr().out)
     assert router.toy.requests[0].text == "from stdin"
     assert answer["choices"][0]["token_ids"] == expected(1, 2)
-    assert answer["usage"] == {"prompt_tokens": 10, "completion_tokens": 2}
+    assert answer["usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 2,
+        "proposed_tokens": 0,
+        "accepted_tokens": 0,
+    }
     assert answer["choices"][0]["ledger"]["prefill_s"] >= 0
 
 

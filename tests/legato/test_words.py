@@ -111,6 +111,12 @@ def test_what_is_refused_here_says_what_is_wanted():
         "temperature must be at most 3.4e38, is 1e+300": lambda: _request.answer_options(temperature=1e300),
         "top_p must be at most 3.4e38, is": lambda: _request.answer_options(top_p=10**400),
         "top_k must be at most 4294967295, is a very large int": lambda: _request.answer_options(top_k=10**5000),
+        "speculation must be one of prompt_lookup, draft_model, is 'lookup'": lambda: _request.answer_options(
+            speculation="lookup"
+        ),
+        "num_draft_tokens must be at least 1, is -2": lambda: _request.answer_options(
+            speculation="draft_model", num_draft_tokens=-2
+        ),
         "temperature must be a number, is array": lambda: _request.answer_options(temperature=numpy.ones(3)),
         "logit_bias must be at least -3.4e38, is": lambda: _request.answer_options(logit_bias={1: -1e300}),
         "timeout_s must be a finite number of seconds above 0, is inf": lambda: legato.Client(

@@ -11,7 +11,7 @@ from service import messages
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
-from spec.sampling import SamplingParams, TokenLogprobs
+from spec.sampling import SamplingParams, Speculation, TokenLogprobs
 
 # every field differs from its default, and is exact in float32
 FULL = SamplingParams(
@@ -30,16 +30,35 @@ FULL = SamplingParams(
     logprobs=0,
     prompt_logprobs=5,
     forced_token_ids=(9, 8, 7),
+    speculation=Speculation("prompt_lookup", 5, 2),
 )
 
 
 @pytest.mark.parametrize("params", [FULL, SamplingParams()], ids=["full", "default"])
 def test_sampling_survives_the_wire(params: SamplingParams) -> None:
     fields = {field.name: getattr(params, field.name) for field in dataclasses.fields(SamplingParams)}
+    if (speculation := fields.pop("speculation")) is not None:
+        kind, num_draft_tokens, ngram = common_pb2.Speculation.PROMPT_LOOKUP, 5, 2
+        assert speculation == Speculation("prompt_lookup", num_draft_tokens, ngram)
+        fields["speculation"] = common_pb2.Speculation(kind=kind, num_draft_tokens=num_draft_tokens, ngram=ngram)
     sent = common_pb2.SamplingParams(**fields).SerializeToString()
     got = messages.sampling_from_proto(common_pb2.SamplingParams.FromString(sent))
     for field in dataclasses.fields(SamplingParams):
         assert getattr(got, field.name) == getattr(params, field.name), field.name
+
+
+def test_kinds_of_speculation() -> None:
+    kinds = common_pb2.Speculation.Kind
+    for kind, expected in ((kinds.PROMPT_LOOKUP, "prompt_lookup"), (kinds.DRAFT_MODEL, "draft_model")):
+        message = common_pb2.SamplingParams(speculation=common_pb2.Speculation(kind=kind))
+        speculation = messages.sampling_from_proto(message).speculation
+        assert speculation is not None
+        assert speculation.kind == expected
+    for unknown in (0, 7):
+        message = common_pb2.SamplingParams(speculation=common_pb2.Speculation(kind=unknown))  # type: ignore[arg-type]
+        with pytest.raises(InvalidParameter) as raised:
+            messages.sampling_from_proto(message)
+        assert raised.value.details["field"] == "speculation"
 
 
 def test_every_sampling_field_of_the_wire_has_its_word() -> None:
