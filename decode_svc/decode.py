@@ -15,9 +15,9 @@ import grpc
 from decode_svc.handoff import Handoffs
 from decode_svc.placements import Placed, Placements
 from kvtransfer import ticket as tickets
+from kvtransfer.routes import layout_id, ranks_to_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from scheduler.handoff import Reservation
-from service.messages import layout_to_proto
 from spec.errors import Draining, InvalidParameter, LegatoError, RequestCancelled, TicketRefused
 from worker.clock import monotonic_s
 from worker.sequences import sequence_from_proto
@@ -59,9 +59,10 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         core.loop.wake()  # its lease is due one day
         return worker_pb2.Reservation(
             ticket=self._ticket(request, reservation, tokens),
-            kv_layout=layout_to_proto(core.rank.layout),
+            kv_layout=core.record.kv_layout,
             endpoints=core.record.endpoints,
             lease_s=core.config.handoff.lease_s,
+            ranks=ranks_to_proto(core.ranks_of(reservation.group)),
         )
 
     def _ticket(
@@ -74,7 +75,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             prefix_digest=tickets.prefix_digest(core.record.identity, tokens),
             num_tokens=reservation.num_tokens,
             identity=core.record.identity,
-            kv_layout_id=core.rank.layout.layout_id,
+            kv_layout_id=layout_id(core.ranks_of(reservation.group)),
             producer_id=request.prefill_worker_id,
             producer_epoch=request.prefill_epoch,
             consumer_id=core.record.worker_id,

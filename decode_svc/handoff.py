@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
 
 from decode_svc.placements import Placed, Placements
 from kvtransfer import ticket as tickets
-from kvtransfer.digest import chunk_digest
+from kvtransfer.digest import Part, chunk_digest
+from kvtransfer.routes import layout_id
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service import logs
 from service.status import reason_to_proto
 from spec.errors import DigestMismatch, HandoffError, LegatoError, RequestCancelled, TicketRefused, TransferFailed
 from worker.clock import unix_ns
+from worker.core import CoreRank
 from worker.sequences import sequence_from_proto
 
 logger = logs.get(__name__)
@@ -114,10 +116,13 @@ class Receiver:
         core = self._core
         if (ticket.consumer_id, ticket.consumer_epoch) != (core.record.worker_id, core.record.epoch):
             raise TicketRefused("the ticket is for another worker, or for this one before it restarted")
-        if ticket.identity != core.record.identity or ticket.kv_layout_id != core.rank.layout.layout_id:
-            raise TicketRefused("the ticket is for another model, revision or KV layout")
-        if ticket.sequence_id not in self._placements.placed:
+        if ticket.identity != core.record.identity:
+            raise TicketRefused("the ticket is for another model or revision")
+        placed = self._placements.placed.get(ticket.sequence_id)
+        if placed is None:
             raise TicketRefused("the reservation of this ticket has ended", cause=GIVEN_UP)
+        if placed.reservation is None or ticket.kv_layout_id != layout_id(core.ranks_of(placed.reservation.group)):
+            raise TicketRefused("the ticket is for another KV layout")
 
     def _placed(self) -> Placed:
         assert self.ticket is not None
@@ -150,29 +155,42 @@ class Receiver:
             self._core.reservations.renew(self.ticket.reservation_id, time.monotonic())
 
     async def _landed(self, chunk: Request.Chunk) -> None:
-        self._placed()
+        reservation = self._placed().reservation
         core, ticket = self._core, self.ticket
-        assert ticket is not None
+        assert ticket is not None and reservation is not None
+        ranks = core.ranks_of(reservation.group)
         if core.config.handoff.digest == "always":
-            found = await asyncio.get_running_loop().run_in_executor(
-                core.digest_pool,
-                chunk_digest,
-                core.landing,
-                tuple(ticket.block_ids),
-                chunk.first_token,
-                chunk.num_tokens,
-            )
-            if found != chunk.digest:
-                raise DigestMismatch(
-                    f"{chunk.num_tokens} tokens from {chunk.first_token} on did not land as they were sent"
-                )
+            await self._compare(ranks, chunk)
         with core.loop.lock:
             core.reservations.landed(ticket.reservation_id, chunk.first_token, chunk.num_tokens, time.monotonic())
-        await core.stage_in(self._blocks_of(ticket, chunk))
+        size, end = ranks[0].kv.layout.block_tokens, chunk.first_token + chunk.num_tokens
+        await core.stage_in(ranks, list(ticket.block_ids[chunk.first_token // size : -(-end // size)]))
 
-    def _blocks_of(self, ticket: worker_pb2.Ticket, chunk: Request.Chunk) -> list[int]:
-        size, end = self._core.rank.layout.block_tokens, chunk.first_token + chunk.num_tokens
-        return list(ticket.block_ids[chunk.first_token // size : -(-end // size)])
+    async def _compare(self, ranks: Sequence[CoreRank], chunk: Request.Chunk) -> None:
+        """Each rank's own memory; replicas, too. Raises DigestMismatch."""
+        assert self.ticket is not None
+        if len(chunk.digests) != len(ranks):
+            raise DigestMismatch(f"{len(chunk.digests)} digests came for {len(ranks)} ranks")
+        block_ids, event_loop = tuple(self.ticket.block_ids), asyncio.get_running_loop()
+        found = await asyncio.gather(
+            *(
+                event_loop.run_in_executor(
+                    self._core.digest_pool,
+                    chunk_digest,
+                    [Part(rank.landing, rank.kv.layers, rank.kv.heads)],
+                    block_ids,
+                    chunk.first_token,
+                    chunk.num_tokens,
+                )
+                for rank in ranks
+            )
+        )
+        wrong = [number for number, digest in enumerate(chunk.digests) if digest != found[number]]
+        if wrong:
+            where = f" on rank {wrong[0]} of {len(ranks)}" if len(ranks) > 1 else ""
+            raise DigestMismatch(
+                f"{chunk.num_tokens} tokens from {chunk.first_token} on did not land{where} as they were sent"
+            )
 
     async def _admit(self, final: Request.Final) -> None:
         placed, core, ticket = self._placed(), self._core, self.ticket

@@ -1,29 +1,43 @@
 """The digest of KV content: what the producer computed and what landed, compared as 16 bytes.
 
 XXH3-128 (a checksum against mistakes, not a signature: the ticket is what is signed) over the bytes of the tokens in
-canonical order (layer, plane, head, token), so that block size and block ids leave no trace in it.
+canonical order (layer, plane, head, token), so that block size, block ids and the cut of layers and heads over ranks
+leave no trace in it. One of them covers what one rank of the receiver holds, so that each rank checks its own memory;
+the sender reads the same layers and heads out of the ranks from which they go there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import xxhash
 
+from kvtransfer.plan import RankKV
+from kvtransfer.routes import RankMemory, Route
 from spec.errors import InvalidParameter
 
 _STAGE_BYTES = 1 << 20  # gathered and hashed while it is in the core's cache
 
 
-def chunk_digest(kv: torch.Tensor, block_ids: Sequence[int], first_token: int, num_tokens: int) -> bytes:
-    """16 bytes over tokens [first_token, first_token + num_tokens) of a sequence.
+class Part(NamedTuple):
+    """A rectangle of layers and KV heads (by their index in the model), and where it is held."""
 
-    kv         [num_blocks, num_layers, planes, num_kv_heads, block_tokens, row], contiguous, on any device
+    kv: torch.Tensor  # [num_blocks, layers, planes, heads, block_tokens, row], a view of contiguous KV memory
+    layers: range
+    heads: range
+
+
+def chunk_digest(parts: Sequence[Part], block_ids: Sequence[int], first_token: int, num_tokens: int) -> bytes:
+    """16 bytes over tokens [first_token, first_token + num_tokens) of a sequence, in all layers and heads of `parts`.
+
+    parts      of one worker and group, in any order; together they are a rectangle, each layer and head once
     block_ids  the sequence's block table from token 0 on
 
-    Raises InvalidParameter when the table is too short or names a block that `kv` has not."""
-    num_blocks, num_layers, num_planes, num_heads, block_tokens, _ = kv.shape
+    Raises InvalidParameter when the table is too short or names a block that there is not."""
+    num_blocks, _, _, _, block_tokens, _ = parts[0].kv.shape
     end_token = first_token + num_tokens
     first_block, end_block = first_token // block_tokens, -(-end_token // block_tokens)
     if first_token < 0 or num_tokens < 1 or end_block > len(block_ids):
@@ -32,13 +46,60 @@ def chunk_digest(kv: torch.Tensor, block_ids: Sequence[int], first_token: int, n
     if min(used) < 0 or max(used) >= num_blocks:
         raise InvalidParameter(f"names a block outside [0, {num_blocks})", field="block_ids")
 
-    index = torch.tensor(used, dtype=torch.int64, device=kv.device)
-    rows = kv.view(torch.uint8).view(num_blocks, num_layers * num_planes, num_heads, block_tokens, -1)
-    skip, row_bytes = first_token - first_block * block_tokens, rows.shape[-1]
-    planes = max(1, _STAGE_BYTES // (num_heads * len(used) * block_tokens * row_bytes))  # of layer · planes + plane
+    index = torch.tensor(used, dtype=torch.int64, device=parts[0].kv.device)
+    skip = first_token - first_block * block_tokens
     hasher = xxhash.xxh3_128()
-    for plane in range(0, num_layers * num_planes, planes):
-        gathered = rows[:, plane : plane + planes].index_select(0, index)  # [blocks, planes, heads, slots, row_bytes]
-        tokens = gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, skip : skip + num_tokens]
-        hasher.update(tokens.contiguous().cpu().numpy().data)
+    for beside in _by_layers(parts):
+        num_heads, row_bytes = sum(rows.shape[2] for rows in beside), beside[0].shape[-1]
+        step = max(1, _STAGE_BYTES // (num_heads * len(used) * block_tokens * row_bytes))  # of layer · planes + plane
+        for plane in range(0, beside[0].shape[1], step):
+            tokens = [_tokens(rows[:, plane : plane + step], index)[:, :, skip : skip + num_tokens] for rows in beside]
+            one = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+            hasher.update(one.contiguous().cpu().numpy().data)
     return hasher.digest()
+
+
+def rank_digests(
+    ranks: Sequence[RankMemory],
+    landings: Sequence[torch.Tensor],
+    routes: Sequence[Route],
+    block_ids: Sequence[int],
+    first_token: int,
+    num_tokens: int,
+) -> list[bytes]:
+    """On the sender's side: of each target rank, in order, over what the routes bring there.
+
+    landings  the KV memory of each of `ranks`, [num_blocks, layers, planes, heads, block_tokens, row]
+
+    Raises as chunk_digest() does. Replicas that are sent the same are digested once."""
+    known: dict[tuple[tuple[int, range, range], ...], bytes] = {}
+    digests = []
+    for _, together in itertools.groupby(routes, key=lambda route: route.target):
+        sent = tuple((route.source, route.layers, route.heads) for route in together)
+        if sent not in known:
+            parts = [_part(ranks[number].kv, landings[number], layers, heads) for number, layers, heads in sent]
+            known[sent] = chunk_digest(parts, block_ids, first_token, num_tokens)
+        digests.append(known[sent])
+    return digests
+
+
+def _part(rank: RankKV, landing: torch.Tensor, layers: range, heads: range) -> Part:
+    first_layer, first_head = rank.layers.start, rank.heads.start
+    kv = landing[:, layers.start - first_layer : layers.stop - first_layer]
+    return Part(kv[:, :, :, heads.start - first_head : heads.stop - first_head], layers, heads)
+
+
+def _by_layers(parts: Sequence[Part]) -> Iterator[list[torch.Tensor]]:
+    """Run by run of layers, those that hold its heads, in order: [num_blocks, layers · planes, heads, slots, bytes]."""
+    cuts = sorted({cut for part in parts for cut in (part.layers.start, part.layers.stop)})
+    for start, stop in itertools.pairwise(cuts):
+        beside = sorted((part for part in parts if start in part.layers), key=lambda part: part.heads.start)
+        yield [
+            part.kv[:, start - part.layers.start : stop - part.layers.start].view(torch.uint8).flatten(1, 2)
+            for part in beside
+        ]
+
+
+def _tokens(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[num_blocks, planes, heads, slots, bytes] -> [planes, heads, tokens of the blocks `index`, bytes]."""
+    return rows.index_select(0, index).permute(1, 2, 0, 3, 4).flatten(2, 3)

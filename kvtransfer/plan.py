@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy
 from numpy.typing import NDArray
@@ -23,6 +24,14 @@ from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
 
 Offsets = NDArray[numpy.int64]
+
+
+class Spans(NamedTuple):
+    """Runs of bytes to copy, as three arrays of one length."""
+
+    sources: Offsets
+    targets: Offsets
+    sizes: Offsets
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +72,18 @@ def plan_transfer(
     the ranks have no layer or no head in common. Raises InvalidConfiguration for ranks that no copy converts (other
     dtype, head_dim or planes), InvalidParameter for a block table that is too short or names a target block twice.
     """
+    return pieces_of([spans(source, source_blocks, target, target_blocks, first_token, num_tokens)])
+
+
+def spans(
+    source: RankKV,
+    source_blocks: Sequence[int],
+    target: RankKV,
+    target_blocks: Sequence[int],
+    first_token: int,
+    num_tokens: int,
+) -> Spans:
+    """What plan_transfer() gives, before neighbours are merged. Raises as it does."""
     _check_convertible(source.layout, target.layout)
     if num_tokens <= 0 or first_token < 0:
         raise InvalidParameter(
@@ -81,12 +102,18 @@ def plan_transfer(
     target_bases = _bases(starts, target_table, target.layout, row_bytes)
     whole = (lengths == source.layout.block_tokens) & (lengths == target.layout.block_tokens)
 
-    parts: list[tuple[Offsets, Offsets, Offsets]] = []
+    parts: list[Spans] = []
     for first, last in _runs_of_equal(whole):
         units = _units(source, target, whole_blocks=bool(whole[first]))
         group = slice(first, last)
         parts.append(_cross(source_bases[group], target_bases[group], lengths[group] * row_bytes, units))
-    return _merged(*(numpy.concatenate(column) for column in zip(*parts, strict=True)))
+    return Spans(*(numpy.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def pieces_of(parts: Sequence[Spans]) -> list[Piece]:
+    """All of them as pieces, neighbours merged."""
+    sources, targets, sizes = (numpy.concatenate(column) for column in zip(*parts, strict=True))
+    return _merged(sources, targets, sizes)
 
 
 def _check_convertible(source: KVLayout, target: KVLayout) -> None:
@@ -155,9 +182,9 @@ def _common(left: range, right: range) -> range:
 
 def _cross(
     source_bases: Offsets, target_bases: Offsets, run_bytes: Offsets, units: tuple[Offsets, Offsets, Offsets]
-) -> tuple[Offsets, Offsets, Offsets]:
+) -> Spans:
     source_units, target_units, unit_runs = units
-    return (
+    return Spans(
         (source_bases[:, None] + source_units).reshape(-1),
         (target_bases[:, None] + target_units).reshape(-1),
         (run_bytes[:, None] * unit_runs).reshape(-1),

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 
+from kvtransfer.routes import RankMemory, layout_id
 from legato.v1.worker_pb2 import ModelIdentity, SignedTicket, Ticket
 from spec.errors import TicketRefused
-from spec.layout import KVLayout
 
 PREFIX_DIGEST_BYTES = 32
 
@@ -61,18 +61,18 @@ def check_sender(
     ticket: Ticket,
     *,
     identity: ModelIdentity,
-    target_layout: KVLayout,
+    target_ranks: Sequence[RankMemory],
     producer_id: str,
     producer_epoch: int,
     computed_prefix_digest: bytes,
 ) -> None:
     """What the producer checks before its first write. Raises TicketRefused, `cause` naming the field that differs.
 
-    `target_layout` is the layout by which it planned (the reservation's); `computed_prefix_digest` is prefix_digest()
+    `target_ranks` are those for which it plans (the reservation's); `computed_prefix_digest` is prefix_digest()
     of its own identity and of the tokens that it computed."""
     expected: dict[str, tuple[object, object]] = {
         "identity": (ticket.identity, identity),
-        "kv_layout_id": (ticket.kv_layout_id, target_layout.layout_id),
+        "kv_layout_id": (ticket.kv_layout_id, layout_id(target_ranks)),
         "producer_id": (ticket.producer_id, producer_id),
         "producer_epoch": (ticket.producer_epoch, producer_epoch),
     }
@@ -83,7 +83,7 @@ def check_sender(
             )
     if not hmac.compare_digest(ticket.prefix_digest, computed_prefix_digest):
         raise TicketRefused("the ticket is for other tokens than those computed here", cause="prefix_digest")
-    if len(ticket.block_ids) < target_layout.blocks_for(ticket.num_tokens):
+    if len(ticket.block_ids) < target_ranks[0].kv.layout.blocks_for(ticket.num_tokens):
         raise TicketRefused(
             f"the ticket's {len(ticket.block_ids)} blocks do not hold {ticket.num_tokens} tokens", cause="block_ids"
         )

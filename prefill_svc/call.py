@@ -15,7 +15,7 @@ import functools
 import time
 
 from kvtransfer import ticket as tickets
-from kvtransfer.plan import RankKV
+from kvtransfer.routes import ranks_from_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.peers import Peers
 from prefill_svc.sender import Sender, SourceKV, Target
@@ -67,11 +67,11 @@ class PrefillCall:
         """Only for exactly this sequence, this model and this process: raises TicketRefused otherwise."""
         core, reservation, state = self._core, self._request.reservation, self._request.sequence
         ticket = tickets.verify(core.cluster_key, reservation.ticket, now_unix_ns=time.time_ns())
-        layout = layout_from_proto(reservation.kv_layout)
+        target_ranks = ranks_from_proto(layout_from_proto(reservation.kv_layout), reservation.ranks)
         tickets.check_sender(
             ticket,
             identity=core.record.identity,
-            target_layout=layout,
+            target_ranks=target_ranks,
             producer_id=core.record.worker_id,
             producer_epoch=core.record.epoch,
             computed_prefix_digest=tickets.prefix_digest(
@@ -84,8 +84,8 @@ class PrefillCall:
         name, peer = await self._peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
         self._sender = Sender(
             worker_pb2_grpc.DecodeStub(await self._peers.channel(ticket.consumer_id, self._request.decode_address)),
-            SourceKV(core.landing, core.rank, core.regions[name], core.stage_out),
-            Target(ticket, reservation.ticket, RankKV.whole(layout), peer, name, reservation.lease_s),
+            SourceKV(core.ranks_of, core.regions[name], core.stage_out),
+            Target(ticket, reservation.ticket, target_ranks, peer, name, reservation.lease_s),
             core.record.address,
             core.digest_pool,
         )
@@ -124,11 +124,11 @@ class PrefillCall:
         )
 
     def _advance(self, event: Computed) -> None:
-        release = functools.partial(self._core.unhold, event.block_table)
+        release = functools.partial(self._core.unhold, event.group, event.block_table)
         if self._sender is None:
             release()
         else:
-            self._sender.advance(event.first_token + event.num_tokens, event.block_table, release)
+            self._sender.advance(event.first_token + event.num_tokens, event.group, event.block_table, release)
 
     async def _finish_handoff(self, sender: Sender, first: worker_pb2.PrefillEvent.FirstToken) -> None:
         state = worker_pb2.SequenceState()
@@ -155,5 +155,5 @@ class PrefillCall:
         core.loop.wake()  # somebody may wait for these blocks
         while not self.events.empty():
             if isinstance(event := self.events.get_nowait(), Computed):
-                core.unhold(event.block_table)
+                core.unhold(event.group, event.block_table)
         self.closed.set()

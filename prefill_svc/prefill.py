@@ -37,7 +37,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         """In the engine loop's thread."""
         for event in events:
             if isinstance(event, Computed):
-                self._core.hold(event.block_table)
+                self._core.hold(event.group, event.block_table)
         self._event_loop.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
@@ -48,7 +48,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             if (call := self._calls.get(event.sequence_id)) is not None:
                 call.events.put_nowait(event)
             elif isinstance(event, Computed):
-                self._core.unhold(event.block_table)
+                self._core.unhold(event.group, event.block_table)
 
     async def Prefill(
         self, request: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext

@@ -14,21 +14,22 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import grpc
-import torch
 
-from kvtransfer.digest import chunk_digest
-from kvtransfer.plan import RankKV, plan_transfer
-from kvtransfer.transport import Peer, Region
+from kvtransfer.digest import rank_digests
+from kvtransfer.routes import RankMemory, plan_handoff, routes_between
+from kvtransfer.transport import Peer, Piece, Region
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from legato.v1.common_pb2 import TransferStats
 from service import logs
 from service.status import error_from_reason, error_from_rpc
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
+from worker.core import CoreRank
 
 logger = logs.get(__name__)
 
@@ -41,10 +42,9 @@ TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one chunk; the waiting clock is
 class SourceKV(NamedTuple):
     """This worker's KV memory, as a sender reads it."""
 
-    landing: torch.Tensor  # [num_blocks, layers, 2, heads, block_tokens, head_dim]; what `region` is the memory of
-    rank: RankKV
+    ranks_of: Callable[[int], Sequence[CoreRank]]  # of a group; their landings lie in `region`
     region: Region
-    stage_out: Callable[[Sequence[int]], Awaitable[None]]  # brings blocks there from the engine's device
+    stage_out: Callable[[Sequence[CoreRank], Sequence[int]], Awaitable[None]]  # brings blocks there from the device
 
 
 class Target(NamedTuple):
@@ -52,7 +52,7 @@ class Target(NamedTuple):
 
     ticket: worker_pb2.Ticket
     signed: worker_pb2.SignedTicket
-    rank: RankKV
+    ranks: tuple[RankMemory, ...]
     peer: Peer
     transport: str
     lease_s: float
@@ -60,6 +60,7 @@ class Target(NamedTuple):
 
 class _Chunk(NamedTuple):
     end: int  # tokens computed
+    group: int
     block_table: tuple[int, ...]
     release: Callable[[], None]  # gives the held blocks back
 
@@ -112,9 +113,9 @@ class Sender:
             raise error_from_reason(reply.cancel.reason, reply.cancel.message)
         self._tasks = [asyncio.create_task(work) for work in (self._listen(), self._move(), self._stay_alive())]
 
-    def advance(self, end: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
-        """KV of tokens [0, end) is in `block_table`, whose blocks are held until `release` is called."""
-        self._chunks.put_nowait(_Chunk(end, block_table, release))
+    def advance(self, end: int, group: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
+        """KV of tokens [0, end) is in `block_table` of `group`, whose blocks are held until `release` is called."""
+        self._chunks.put_nowait(_Chunk(end, group, block_table, release))
 
     async def finish(self, state: worker_pb2.SequenceState) -> TransferStats:
         """Waits for the last chunk, hands the sequence state over and waits until the decode worker has admitted it."""
@@ -216,21 +217,22 @@ class Sender:
 
     async def _send(self, chunk: _Chunk) -> None:
         ticket, first = self._target.ticket, self._sent_tokens
-        end = chunk.end
+        ranks = self._source.ranks_of(chunk.group)
+        size, end = ranks[0].kv.layout.block_tokens, chunk.end
         if end < ticket.num_tokens:  # a block leaves once it is full; the last one as it is
-            end -= end % self._source.rank.layout.block_tokens
+            end -= end % size
         if end <= first:
             return
-        size = self._source.rank.layout.block_tokens
-        await self._source.stage_out(chunk.block_table[first // size : -(-end // size)])
-        pieces = plan_transfer(
-            self._source.rank, chunk.block_table, self._target.rank, tuple(ticket.block_ids), first, end - first
-        )
+        routes = routes_between(tuple(rank.kv for rank in ranks), tuple(rank.kv for rank in self._target.ranks))
+        readers = [ranks[number] for number in sorted({route.source for route in routes})]
+        await self._source.stage_out(readers, chunk.block_table[first // size : -(-end // size)])
+        pieces = await self._planned(ranks, chunk.block_table, first, end - first)
         self.first_write_ns = self.first_write_ns or time.time_ns()
         started_s = time.monotonic()
         transfer = self._target.peer.post(self._source.region, pieces)
+        landings = [rank.landing for rank in ranks]
         digesting = asyncio.get_running_loop().run_in_executor(
-            self._pool, chunk_digest, self._source.landing, chunk.block_table, first, end - first
+            self._pool, rank_digests, ranks, landings, routes, chunk.block_table, first, end - first
         )
         try:
             async with asyncio.timeout(TRANSFER_TIMEOUT_S):
@@ -242,14 +244,31 @@ class Sender:
             self._unproven = True
             raise
         finally:
-            digest = await digesting
+            digests = await digesting
         self.stats.moving_s += time.monotonic() - started_s
         self.stats.bytes += sum(piece.nbytes for piece in pieces)
         self.stats.pieces += len(pieces)
         self.stats.sent_tokens += end - first
         self._sent_tokens = end
-        told = worker_pb2.HandoffRequest.Chunk(first_token=first, num_tokens=end - first, digest=digest)
+        told = worker_pb2.HandoffRequest.Chunk(first_token=first, num_tokens=end - first, digests=digests)
         await self._write(worker_pb2.HandoffRequest(chunk=told))
+
+    async def _planned(
+        self, ranks: Sequence[CoreRank], block_table: tuple[int, ...], first_token: int, num_tokens: int
+    ) -> list[Piece]:
+        """Between layouts that are cut unlike each other a chunk can be 100,000 pieces: not in the event loop then."""
+        plan = functools.partial(
+            plan_handoff,
+            ranks,
+            block_table,
+            self._target.ranks,
+            tuple(self._target.ticket.block_ids),
+            first_token,
+            num_tokens,
+        )
+        if tuple(rank.kv for rank in ranks) == tuple(rank.kv for rank in self._target.ranks):
+            return plan()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, plan)
 
 
 async def _status_of(call: grpc.aio.StreamStreamCall) -> grpc.aio.AioRpcError:

@@ -267,8 +267,9 @@ class Scheduler(Holdings):
             sequence.computed_tokens = piece.start + len(piece.token_ids) + max(len(kept) - 1, 0)
             sequence.prompt_logprobs += scored
             self._publish(sequence)
+            count = sequence.computed_tokens - piece.start
             table = piece.block_table[: self.pool.blocks_for(sequence.computed_tokens)]
-            events.append(Computed(piece.sequence_id, piece.start, sequence.computed_tokens - piece.start, table))
+            events.append(Computed(piece.sequence_id, piece.start, count, table, self.config.group))
             if kept:
                 events.append(self._drawn(sequence, kept, finish, piece.num_guesses, accepted, now_s))
         self._totals["steps"] += 1

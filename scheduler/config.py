@@ -19,6 +19,7 @@ class SchedulerConfig:
     cache_salt: bytes = b""  # names whose KV it is: model, revision, adapter, dtype
     prefix_caching: bool = True
     draft_model: bool = False  # the engine has one to guess with
+    group: int = 0  # the one of the worker's groups whose blocks are scheduled
 
     def __post_init__(self) -> None:
         for field in ("num_blocks", "block_tokens", "max_sequences", "max_waiting"):
@@ -49,6 +50,7 @@ class HandoffConfig:
     max_context_tokens: int  # a sequence must have room for one more token than is handed over
     lease_s: float = 5.0
     tombstones: int = 4096  # ended reservations of which it is remembered how they ended
+    group: int = 0  # the one of the worker's groups whose blocks are reserved
 
     def __post_init__(self) -> None:
         if self.max_reservations < 1 or self.tombstones < 1 or not self.lease_s > 0:

@@ -21,6 +21,7 @@ class Computed:
     first_token: int
     num_tokens: int
     block_table: tuple[int, ...]
+    group: int = 0  # the one of the worker's groups whose blocks they are
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

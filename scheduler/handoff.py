@@ -82,6 +82,7 @@ class Reservations(ReservationBook):
             num_tokens=len(token_ids),
             deadline_s=deadline_s,
             expires_s=min(now_s + self.config.lease_s, deadline_s),
+            group=self.config.group,
         )
         self._live[reservation.reservation_id] = Entry(reservation, hashes, held_tokens, reservation.expires_s)
         return reservation

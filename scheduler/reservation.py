@@ -48,6 +48,7 @@ class Reservation:
     num_tokens: int
     deadline_s: float
     expires_s: float  # when the waiting clock runs out
+    group: int = 0  # the one of the worker's groups whose blocks they are
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -25,6 +25,7 @@ from engine.model_base import ModelFiles
 from engine.model_files import open_model
 from kvtransfer.choose import open_transports
 from kvtransfer.plan import RankKV
+from kvtransfer.routes import RankMemory, ranks_to_proto, whole_layout
 from kvtransfer.transport import Region, Transport
 from legato.v1 import worker_pb2
 from scheduler.batch import Scheduler, SchedulerConfig
@@ -49,6 +50,15 @@ DEFAULT_KV_SHARE = 0.1
 DEFAULT_KV_TOKENS = 32_768
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class CoreRank(RankMemory):
+    """One rank of this worker, as hand-overs see it."""
+
+    # KV memory as transports see it, [num_blocks, layers, planes, heads, block_tokens, row]; where the rank computes on
+    # a GPU it is a mirror on the host.
+    landing: torch.Tensor = dataclasses.field(kw_only=True)
+
+
 @dataclasses.dataclass(slots=True)
 class Core:
     """Owned by the process; made by build_core(), ended by close()."""
@@ -56,9 +66,8 @@ class Core:
     config: WorkerConfig
     cluster_key: bytes
     record: worker_pb2.WorkerRecord
-    rank: RankKV
+    ranks: tuple[CoreRank, ...]  # by number
     engine: Engine
-    landing: torch.Tensor  # KV memory as transports see it; on a GPU it is a mirror on the host
     transports: dict[str, Transport]
     regions: dict[str, Region]
     scheduler: Scheduler
@@ -74,24 +83,31 @@ class Core:
         self.meter.step(plan, result, time.monotonic() - started_s)
         return result
 
-    def hold(self, block_table: tuple[int, ...]) -> None:
+    def ranks_of(self, group: int) -> tuple[CoreRank, ...]:
+        """Of one group (among dp): they hold the same blocks, each its layers and heads."""
+        return tuple(rank for rank in self.ranks if rank.group == group)
+
+    def hold(self, group: int, block_table: tuple[int, ...]) -> None:
         """Their content stays until unhold(), whatever happens to the sequence that owns them."""
+        assert group == 0
         with self.loop.lock:
             self.scheduler.pool.hold(block_table)
 
-    def unhold(self, block_table: tuple[int, ...]) -> None:
+    def unhold(self, group: int, block_table: tuple[int, ...]) -> None:
+        assert group == 0
         with self.loop.lock:
             self.scheduler.pool.release(block_table)
         self.loop.wake()  # somebody may wait for these blocks
 
-    async def stage_out(self, block_ids: Sequence[int]) -> None:
-        """Before blocks are sent: brings them into the landing memory. Nothing to do where that is the engine's own."""
-        if self.landing is not self.engine.kv.tensor:
+    async def stage_out(self, ranks: Sequence[CoreRank], block_ids: Sequence[int]) -> None:
+        """Before these ranks' blocks are sent: brings them into their landing memory. Nothing to do where that is the
+        engine's own."""
+        if any(rank.landing is not self.engine.kv.tensor for rank in ranks):
             await asyncio.get_running_loop().run_in_executor(self.digest_pool, self._copy_out, torch.tensor(block_ids))
 
-    async def stage_in(self, block_ids: Sequence[int]) -> None:
+    async def stage_in(self, ranks: Sequence[CoreRank], block_ids: Sequence[int]) -> None:
         """After blocks landed and were found right: brings them into the engine's memory."""
-        if self.landing is not self.engine.kv.tensor:
+        if any(rank.landing is not self.engine.kv.tensor for rank in ranks):
             copying = asyncio.get_running_loop().run_in_executor(
                 self.digest_pool, self._copy_in, torch.tensor(block_ids)
             )
@@ -101,10 +117,10 @@ class Core:
                 await asyncio.wait([copying])  # nobody frees these blocks while they are written
 
     def _copy_out(self, index: torch.Tensor) -> None:
-        self.landing[index] = self.engine.kv.tensor[index.to(self.engine.device)].cpu()
+        self.ranks[0].landing[index] = self.engine.kv.tensor[index.to(self.engine.device)].cpu()
 
     def _copy_in(self, index: torch.Tensor) -> None:
-        self.engine.kv.tensor[index.to(self.engine.device)] = self.landing[index].to(self.engine.device)
+        self.engine.kv.tensor[index.to(self.engine.device)] = self.ranks[0].landing[index].to(self.engine.device)
 
     def load(self) -> worker_pb2.WorkerLoad:
         with self.loop.lock:
@@ -184,7 +200,8 @@ def build_core(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str
         landing = torch.frombuffer(memory, dtype=engine.kv.tensor.dtype).view(engine.kv.tensor.shape)
     report("warming up", 0.0)
     engine.warm_up()
-    record = _record(config, files, engine, layout, num_blocks, max_context_tokens, transports, regions)
+    ranks = (CoreRank(RankKV.whole(layout), landing=landing),)
+    record = _record(config, files, engine, ranks, num_blocks, max_context_tokens, transports, regions)
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=num_blocks,
@@ -208,9 +225,8 @@ def build_core(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str
         config=config,
         cluster_key=config.cluster_key.get_secret_value().encode(),
         record=record,
-        rank=RankKV.whole(layout),
+        ranks=ranks,
         engine=engine,
-        landing=landing,
         transports=transports,
         regions=regions,
         scheduler=scheduler,
@@ -274,7 +290,7 @@ def _record(
     config: WorkerConfig,
     files: ModelFiles,
     engine: Engine,
-    layout: KVLayout,
+    ranks: Sequence[CoreRank],
     num_blocks: int,
     max_context_tokens: int,
     transports: dict[str, Transport],
@@ -287,7 +303,8 @@ def _record(
         role=role,
         epoch=time.time_ns(),  # grows from one start to the next, as the registry wants it
         identity=model_identity(config.engine.model, files.revision, engine.dtype),
-        kv_layout=layout_to_proto(layout),
+        kv_layout=layout_to_proto(whole_layout(ranks)),
+        ranks=ranks_to_proto(ranks),
         total_blocks=num_blocks,
         max_context_tokens=max_context_tokens,
         max_step_tokens=config.engine.max_step_tokens,

@@ -44,6 +44,22 @@ class KVLayout(_message.Message):
     planes: int
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., planes: _Optional[int] = ...) -> None: ...
 
+class RankKV(_message.Message):
+    __slots__ = ("first_layer", "num_layers", "first_head", "num_heads", "group", "offset_bytes")
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    first_layer: int
+    num_layers: int
+    first_head: int
+    num_heads: int
+    group: int
+    offset_bytes: int
+    def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., group: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
+
 class TransportEndpoint(_message.Message):
     __slots__ = ("name", "address", "region")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -55,7 +71,7 @@ class TransportEndpoint(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "vocab_size", "eos_token_ids")
+    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "vocab_size", "eos_token_ids", "ranks")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +87,7 @@ class WorkerRecord(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     epoch: int
@@ -86,7 +103,8 @@ class WorkerRecord(_message.Message):
     pid: int
     vocab_size: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[RankKV]
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs")
@@ -273,16 +291,18 @@ class SignedTicket(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s")
+    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s", "ranks")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     ticket: SignedTicket
     kv_layout: KVLayout
     endpoints: _containers.RepeatedCompositeFieldContainer[TransportEndpoint]
     lease_s: float
-    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[RankKV]
+    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ...) -> None: ...
 
 class AdmitRequest(_message.Message):
     __slots__ = ("router_id", "sequence")
@@ -365,14 +385,14 @@ class HandoffRequest(_message.Message):
         producer_address: str
         def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ...) -> None: ...
     class Chunk(_message.Message):
-        __slots__ = ("first_token", "num_tokens", "digest")
+        __slots__ = ("first_token", "num_tokens", "digests")
         FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
         NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
-        DIGEST_FIELD_NUMBER: _ClassVar[int]
+        DIGESTS_FIELD_NUMBER: _ClassVar[int]
         first_token: int
         num_tokens: int
-        digest: bytes
-        def __init__(self, first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+        digests: _containers.RepeatedScalarFieldContainer[bytes]
+        def __init__(self, first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
     class Final(_message.Message):
         __slots__ = ("sequence",)
         SEQUENCE_FIELD_NUMBER: _ClassVar[int]

@@ -42,12 +42,13 @@ async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkey
     digest = decode_svc.handoff.chunk_digest
     flips = 0
 
-    def flip_first(kv: Any, block_ids: Any, first_token: int, num_tokens: int) -> bytes:
+    def flip_first(parts: Any, block_ids: Any, first_token: int, num_tokens: int) -> bytes:
         nonlocal flips
         if flips == 0:
+            kv = parts[0].kv
             kv.view(-1)[kv[0].numel() * block_ids[0]].neg_()
             flips += 1
-        return digest(kv, block_ids, first_token, num_tokens)
+        return digest(parts, block_ids, first_token, num_tokens)
 
     async with cluster(model, redis_url, prefill=0) as running:
         expected = (await greedy(running, PROMPT)).token_ids
@@ -63,7 +64,7 @@ async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkey
 
 async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sender that reads the wrong blocks sends what does not match the digest of what it computed."""
-    plan = prefill_svc.sender.plan_transfer
+    plan = prefill_svc.sender.plan_handoff
     wrong = 0
 
     def shifted(*arguments: Any) -> list[Piece]:
@@ -78,7 +79,7 @@ async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch
         expected = (await greedy(running, PROMPT)).token_ids
     async with cluster(model, redis_url) as running:
         await greedy(running, [5] * 90)  # its KV lies in the prefill worker's blocks
-        monkeypatch.setattr(prefill_svc.sender, "plan_transfer", shifted)
+        monkeypatch.setattr(prefill_svc.sender, "plan_handoff", shifted)
         answer = await greedy(running, PROMPT)
         assert wrong == 1
         assert answer.token_ids == expected

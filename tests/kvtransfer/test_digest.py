@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from kvtransfer import digest as digests
-from kvtransfer.digest import chunk_digest
+from kvtransfer.digest import Part
 from kvtransfer.plan import RankKV, plan_transfer
 from spec.dtype import Dtype
 from spec.errors import InvalidParameter
@@ -22,6 +22,11 @@ DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16, Dtype.FL
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def chunk_digest(kv: torch.Tensor, block_ids: list[int], first_token: int, num_tokens: int) -> bytes:
+    """Of a rank alone."""
+    return digests.chunk_digest([Part(kv, range(kv.shape[1]), range(kv.shape[3]))], block_ids, first_token, num_tokens)
 
 
 def noise(layout: KVLayout, num_blocks: int, seed: int = 0) -> torch.Tensor:

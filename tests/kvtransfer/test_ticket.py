@@ -9,6 +9,8 @@ import itertools
 import pytest
 
 from kvtransfer import ticket as tickets
+from kvtransfer.plan import RankKV
+from kvtransfer.routes import RankMemory
 from legato.v1.worker_pb2 import ModelIdentity, SignedTicket, Ticket
 from spec.dtype import Dtype
 from spec.errors import TicketRefused
@@ -123,7 +125,7 @@ def test_signed_garbage_is_malformed() -> None:
 def check(ticket: Ticket, **changes: object) -> None:
     ours: dict[str, object] = {
         "identity": IDENTITY,
-        "target_layout": LAYOUT,
+        "target_ranks": [RankMemory(RankKV.whole(LAYOUT))],
         "producer_id": "p0",
         "producer_epoch": 7,
         "computed_prefix_digest": tickets.prefix_digest(IDENTITY, TOKENS),
@@ -135,7 +137,9 @@ def check(ticket: Ticket, **changes: object) -> None:
     ("changes", "cause"),
     [
         ({"identity": ModelIdentity(model_id="smollm2", revision="abd", compute_dtype="float32")}, "identity"),
-        ({"target_layout": KVLayout(2, 2, 8, 8, Dtype.FLOAT32)}, "kv_layout_id"),
+        ({"target_ranks": [RankMemory(RankKV.whole(KVLayout(2, 2, 8, 8, Dtype.FLOAT32)))]}, "kv_layout_id"),
+        ({"target_ranks": [RankMemory(RankKV.whole(LAYOUT), offset_bytes=4096)]}, "kv_layout_id"),
+        ({"target_ranks": [RankMemory(RankKV.whole(LAYOUT), group=1)]}, "kv_layout_id"),
         ({"producer_id": "p1"}, "producer_id"),
         ({"producer_epoch": 8}, "producer_epoch"),
         ({"computed_prefix_digest": tickets.prefix_digest(IDENTITY, [*TOKENS[:-1], 11])}, "prefix_digest"),

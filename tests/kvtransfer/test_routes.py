@@ -1,0 +1,204 @@
+"""Hand-overs between workers of any two layouts, byte by byte in NumPy memories, against the definition of KVLayout."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_worker import MemoryWorker, make_worker, model_layout, random_kv, slots
+
+from kvtransfer.digest import Part, chunk_digest, rank_digests
+from kvtransfer.plan import RankKV, plan_transfer
+from kvtransfer.routes import (
+    RankMemory,
+    layout_id,
+    plan_handoff,
+    ranks_from_proto,
+    ranks_to_proto,
+    routes_between,
+    whole_layout,
+)
+from kvtransfer.transport import Piece
+from legato.v1 import worker_pb2
+from spec.dtype import Dtype
+from spec.errors import InvalidConfiguration, InvalidParameter
+from spec.layout import KVLayout
+
+
+def move(source: MemoryWorker, target: MemoryWorker, pieces: list[Piece]) -> numpy.ndarray:
+    """Copies; how often each byte of the target's region was written."""
+    written = numpy.zeros(target.region.shape, dtype=numpy.int32)
+    for source_offset, target_offset, nbytes in pieces:
+        assert 0 <= source_offset <= source.region.size - nbytes
+        assert 0 <= target_offset <= target.region.size - nbytes
+        target.region[target_offset : target_offset + nbytes] = source.region[source_offset : source_offset + nbytes]
+        written[target_offset : target_offset + nbytes] += 1
+    return written
+
+
+def torch_views(worker: MemoryWorker, group: int) -> list[torch.Tensor]:
+    return [
+        torch.from_numpy(view) for rank, view in zip(worker.ranks, worker.views, strict=True) if rank.group == group
+    ]
+
+
+@st.composite
+def handoffs(draw: st.DrawFn):  # type: ignore[no-untyped-def]
+    heads, planes = draw(st.sampled_from([(1, 1), (1, 2), (2, 2), (3, 2), (4, 2)]))  # one plane: latents
+    dtype = draw(st.sampled_from([Dtype.FLOAT16, Dtype.INT8]))
+    whole = model_layout(draw(st.integers(1, 5)), heads, 1, dtype, planes)
+    first, count = draw(st.integers(0, 9)), draw(st.integers(1, 17))
+    sides = []
+    for _ in range(2):
+        cuts = sorted(draw(st.sets(st.integers(1, whole.num_layers), max_size=2)) | {0, whole.num_layers})
+        tps = [tp for tp in range(1, 9) if tp <= heads or tp % heads == 0]
+        block_tokens, dp = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.integers(1, 2))
+        layout = dataclasses.replace(whole, block_tokens=block_tokens)
+        needed = layout.blocks_for(first + count)
+        num_blocks = needed + draw(st.integers(0, 2))
+        worker = make_worker(
+            layout,
+            tp=draw(st.sampled_from(tps)),
+            layers=[range(a, b) for a, b in itertools.pairwise(cuts)],
+            dp=dp,
+            num_blocks=num_blocks,
+            seed=draw(st.integers(0, 99)),
+        )
+        blocks = list(range(needed)) if draw(st.booleans()) else draw(st.permutations(range(num_blocks)))[:needed]
+        sides.append((worker, draw(st.integers(0, dp - 1)), blocks))
+    return whole, sides[0], sides[1], first, count
+
+
+@given(handoffs())
+@settings(max_examples=1500, deadline=None)
+def test_every_byte_of_every_target_rank_is_written_once_and_right_and_nothing_else(handoff) -> None:  # type: ignore[no-untyped-def]
+    whole, (source, source_group, source_blocks), (target, target_group, target_blocks), first, count = handoff
+    kv = random_kv(whole, first + count, seed=7)
+    source.fill(kv, source_blocks, source_group)
+    before = target.region.copy()
+    source_ranks, target_ranks = source.of_group(source_group), target.of_group(target_group)
+
+    pieces = plan_handoff(source_ranks, source_blocks, target_ranks, target_blocks, first, count)
+    written = move(source, target, pieces)
+
+    assert written.max() == 1
+    total_bytes = sum(rank.kv.layout.token_bytes for rank in target_ranks) * count
+    assert written.sum() == total_bytes, "something is missing, or more than the tokens was written"
+    for rank, view in zip(target.ranks, target.views, strict=True):
+        if rank.group != target_group:
+            continue
+        places = slots(target_blocks, rank.kv.layout)
+        for token in range(first, first + count):
+            block, slot = places[token]
+            expected = kv[
+                rank.kv.layers.start : rank.kv.layers.stop, :, rank.kv.heads.start : rank.kv.heads.stop, token
+            ]
+            numpy.testing.assert_array_equal(view[block, :, :, :, slot], expected)
+    numpy.testing.assert_array_equal(target.region[written == 0], before[written == 0])
+
+
+@given(handoffs())
+@settings(max_examples=300, deadline=None)
+def test_both_sides_digest_the_same_per_target_rank(handoff) -> None:  # type: ignore[no-untyped-def]
+    whole, (source, source_group, source_blocks), (target, target_group, target_blocks), first, count = handoff
+    source.fill(random_kv(whole, first + count, seed=8), source_blocks, source_group)
+    source_ranks, target_ranks = source.of_group(source_group), target.of_group(target_group)
+    move(source, target, plan_handoff(source_ranks, source_blocks, target_ranks, target_blocks, first, count))
+    routes = routes_between(tuple(r.kv for r in source_ranks), tuple(r.kv for r in target_ranks))
+    sent = rank_digests(source_ranks, torch_views(source, source_group), routes, source_blocks, first, count)
+    landed = [
+        chunk_digest([Part(view, rank.kv.layers, rank.kv.heads)], target_blocks, first, count)
+        for rank, view in zip(target_ranks, torch_views(target, target_group), strict=True)
+    ]
+    assert sent == landed
+    by_content = {(rank.kv.layers, rank.kv.heads): digest for rank, digest in zip(target_ranks, landed, strict=True)}
+    assert len(set(by_content.values())) == len(by_content), "ranks that hold other things have other digests"
+
+
+def kvs(worker: MemoryWorker) -> tuple[RankKV, ...]:
+    return tuple(rank.kv for rank in worker.ranks)
+
+
+def test_equal_layouts_send_rank_to_rank_whole_blocks() -> None:
+    for whole in (model_layout(), model_layout(heads=1, planes=1)):
+        ours, theirs = (make_worker(whole, tp=4, layers=[range(2), range(2, 3)], seed=seed) for seed in (1, 2))
+        routes = routes_between(kvs(ours), kvs(theirs))
+        assert [(route.source, route.target) for route in routes] == [(rank, rank) for rank in range(8)]
+        pieces = plan_handoff(ours.ranks, [1, 4, 6], theirs.ranks, [5, 0, 3], 0, 12)
+        assert len(pieces) == 8 * 3
+
+
+def test_one_rank_each_is_what_the_two_ranks_alone_would_do() -> None:
+    rank, other = RankKV.whole(model_layout()), RankKV.whole(model_layout(block_tokens=3))
+    for pair in ((rank, rank), (rank, other)):
+        tables = [4, 2, 7], [3, 1, 8, 0]
+        expected = plan_transfer(pair[0], tables[0], pair[1], tables[1], 1, 9)
+        assert plan_handoff([RankMemory(pair[0])], tables[0], [RankMemory(pair[1])], tables[1], 1, 9) == expected
+
+
+def test_replicas_on_the_source_take_turns() -> None:
+    latents = model_layout(num_layers=4, heads=1, planes=1)
+    source = make_worker(latents, tp=4)
+    target = make_worker(latents, tp=2, layers=[range(2), range(2, 4)])
+    read = Counter(route.source for route in routes_between(kvs(source), kvs(target)))
+    assert read == {0: 1, 1: 1, 2: 1, 3: 1}
+
+
+def test_what_no_rank_here_holds_is_refused() -> None:
+    whole = make_worker(model_layout())
+    half = make_worker(model_layout(), layers=[range(2), range(2, 3)]).ranks[:1]
+    with pytest.raises(InvalidConfiguration, match="hold 4 of 6"):
+        plan_handoff(half, [0], whole.ranks, [0], 0, 4)
+    with pytest.raises(InvalidConfiguration, match="planes"):
+        plan_handoff(make_worker(model_layout(planes=1)).ranks, [0], whole.ranks, [0], 0, 4)
+
+
+def test_the_layout_id_names_every_number_a_plan_depends_on() -> None:
+    base = make_worker(model_layout(), tp=2).ranks
+    layout = base[0].kv.layout
+
+    def changed(**fields: object) -> tuple[RankMemory, ...]:
+        return (dataclasses.replace(base[0], **fields), base[1])  # type: ignore[arg-type]
+
+    others = [
+        base[:1],
+        base[::-1],
+        changed(group=1),
+        changed(offset_bytes=base[0].offset_bytes + 2),
+        changed(kv=RankKV(layout, range(1, 4), range(1))),
+        changed(kv=RankKV(layout, range(3), range(1, 2))),
+        changed(kv=RankKV(dataclasses.replace(layout, block_tokens=8), range(3), range(1))),
+        changed(kv=RankKV(dataclasses.replace(layout, dtype=Dtype.BFLOAT16), range(3), range(1))),
+    ]
+    assert len({layout_id(ranks) for ranks in [base, *others]}) == 1 + len(others)
+    alone = RankMemory(RankKV.whole(layout))
+    assert layout_id([alone]) == layout.layout_id
+
+
+def test_ranks_travel_as_messages() -> None:
+    worker = make_worker(model_layout(num_layers=5, heads=2), tp=4, layers=[range(2), range(2, 5)], dp=2)
+    assert whole_layout(worker.ranks) == model_layout(num_layers=5, heads=2)
+    assert ranks_from_proto(whole_layout(worker.ranks), ranks_to_proto(worker.ranks)) == worker.ranks
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        worker_pb2.RankKV(first_layer=0, num_layers=0, first_head=0, num_heads=2),
+        worker_pb2.RankKV(first_layer=0, num_layers=3, first_head=0, num_heads=0),
+        worker_pb2.RankKV(first_layer=1, num_layers=3, first_head=0, num_heads=2),
+        worker_pb2.RankKV(first_layer=0, num_layers=3, first_head=1, num_heads=2),
+    ],
+)
+def test_a_rank_that_cannot_be_is_refused(rank: worker_pb2.RankKV) -> None:
+    whole: KVLayout = model_layout()
+    with pytest.raises(InvalidParameter, match="ranks"):
+        ranks_from_proto(whole, [rank])
+    with pytest.raises(InvalidParameter, match="ranks are none"):
+        ranks_from_proto(whole, [])
