@@ -98,9 +98,9 @@ def _common(left: range, right: range) -> range:
 
 def layout_id(ranks: Sequence[RankMemory]) -> str:
     """Names where every byte of a worker's (or a group's) KV lies: equal ids, equal plans."""
-    assert ranks
-    if len(ranks) == 1 and ranks[0] == RankMemory(RankKV.whole(ranks[0].kv.layout)):
-        return ranks[0].kv.layout.layout_id
+    first, layout = ranks[0], ranks[0].kv.layout
+    if len(ranks) == 1 and (first.kv, first.group, first.offset_bytes) == (RankKV.whole(layout), 0, 0):
+        return layout.layout_id
     hasher = hashlib.blake2b(digest_size=8, person=b"legato-ranks")
     for rank in ranks:
         layers, heads = rank.kv.layers, rank.kv.heads
@@ -108,7 +108,6 @@ def layout_id(ranks: Sequence[RankMemory]) -> str:
             f"{rank.kv.layout.layout_id} layers {layers.start}:{layers.stop} heads {heads.start}:{heads.stop}"
             f" group {rank.group} at {rank.offset_bytes}\n".encode()
         )
-    layout = ranks[0].kv.layout
     return f"ranks/{len(ranks)}/d{layout.head_dim}/t{layout.block_tokens}/{layout.dtype.value}/{hasher.hexdigest()}"
 
 
