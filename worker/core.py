@@ -89,12 +89,12 @@ class Core:
 
     def hold(self, group: int, block_table: tuple[int, ...]) -> None:
         """Their content stays until unhold(), whatever happens to the sequence that owns them."""
-        assert group == 0
+        assert group == self.scheduler.config.group
         with self.loop.lock:
             self.scheduler.pool.hold(block_table)
 
     def unhold(self, group: int, block_table: tuple[int, ...]) -> None:
-        assert group == 0
+        assert group == self.scheduler.config.group
         with self.loop.lock:
             self.scheduler.pool.release(block_table)
         self.loop.wake()  # somebody may wait for these blocks
