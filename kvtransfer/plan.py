@@ -107,13 +107,18 @@ def spans(
         units = _units(source, target, whole_blocks=bool(whole[first]))
         group = slice(first, last)
         parts.append(_cross(source_bases[group], target_bases[group], lengths[group] * row_bytes, units))
-    return Spans(*(numpy.concatenate(column) for column in zip(*parts, strict=True)))
+    return _joined(parts)
 
 
 def pieces_of(parts: Sequence[Spans]) -> list[Piece]:
     """All of them as pieces, neighbours merged."""
-    sources, targets, sizes = (numpy.concatenate(column) for column in zip(*parts, strict=True))
-    return _merged(sources, targets, sizes)
+    return _merged(_joined(parts))
+
+
+def _joined(parts: Sequence[Spans]) -> Spans:
+    if len(parts) == 1:
+        return parts[0]
+    return Spans(*(numpy.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _check_convertible(source: KVLayout, target: KVLayout) -> None:
@@ -191,8 +196,9 @@ def _cross(
     )
 
 
-def _merged(sources: Offsets, targets: Offsets, sizes: Offsets) -> list[Piece]:
+def _merged(spans: Spans) -> list[Piece]:
     """Neighbours in the list that touch on both sides become one piece."""
+    sources, targets, sizes = spans
     if len(sizes) == 0:
         return []
     touches = (sources[:-1] + sizes[:-1] == sources[1:]) & (targets[:-1] + sizes[:-1] == targets[1:])

@@ -18,7 +18,8 @@ from kvtransfer import ticket as tickets
 from kvtransfer.routes import ranks_from_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.peers import Peers
-from prefill_svc.sender import Sender, SourceKV, Target
+from prefill_svc.sender import Sender, Target
+from prefill_svc.staging import SourceKV
 from scheduler.events import Computed, Event, Failed, Tokens
 from service.messages import finish_to_proto, layout_from_proto, logprobs_to_proto, token_to_proto
 from service.tracing import Spans
@@ -84,7 +85,7 @@ class PrefillCall:
         name, peer = await self._peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
         self._sender = Sender(
             worker_pb2_grpc.DecodeStub(await self._peers.channel(ticket.consumer_id, self._request.decode_address)),
-            SourceKV(core.ranks_of, core.regions[name], core.stage_out),
+            SourceKV(core.ranks_of, core.regions[name], core.transports[name].register, core.stage_out),
             Target(ticket, reservation.ticket, target_ranks, peer, name, reservation.lease_s),
             core.record.address,
             core.digest_pool,

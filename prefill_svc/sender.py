@@ -16,20 +16,20 @@ import concurrent.futures
 import contextlib
 import functools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import grpc
 
 from kvtransfer.digest import rank_digests
-from kvtransfer.routes import RankMemory, plan_handoff, routes_between
-from kvtransfer.transport import Peer, Piece, Region
+from kvtransfer.routes import RankMemory, plan_handoff
+from kvtransfer.transport import Peer, Piece
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from legato.v1.common_pb2 import TransferStats
+from prefill_svc.staging import SourceKV, Staged, Staging
 from service import logs
 from service.status import error_from_reason, error_from_rpc
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
-from worker.core import CoreRank
 
 logger = logs.get(__name__)
 
@@ -37,14 +37,6 @@ ALIVE_SHARE = 0.25  # of the lease, between two signs of life
 ASK_AGAIN_S = 1.0  # whether a peer that did not confirm is quiet now
 LAST_WORD_S = 1.0  # how long the end of the stream is waited for
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one chunk; the waiting clock is the reservation's lease
-
-
-class SourceKV(NamedTuple):
-    """This worker's KV memory, as a sender reads it."""
-
-    ranks_of: Callable[[int], Sequence[CoreRank]]  # of a group; their landings lie in `region`
-    region: Region
-    stage_out: Callable[[Sequence[CoreRank], Sequence[int]], Awaitable[None]]  # brings blocks there from the device
 
 
 class Target(NamedTuple):
@@ -79,8 +71,8 @@ class Sender:
         self.stats = TransferStats(transport=target.transport, skipped_tokens=target.ticket.first_token)
         self.failed: asyncio.Future[LegatoError] = asyncio.get_running_loop().create_future()
         self._stub = stub
-        self._source = source
         self._target = target
+        self._staging = Staging(source, target.ranks, pool)
         self._producer_address = producer_address
         self._pool = pool
         self.first_write_ns = 0
@@ -144,6 +136,7 @@ class Sender:
             except TransferFailed as error:
                 logger.warning("the hand-over to %s is not proven quiet: %s", self._target.ticket.consumer_id, error)
                 await asyncio.sleep(ASK_AGAIN_S)
+        self._staging.release()
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with self._writing:
                 if not self._admitted.is_set():
@@ -216,23 +209,25 @@ class Sender:
                 chunk.release()
 
     async def _send(self, chunk: _Chunk) -> None:
-        ticket, first = self._target.ticket, self._sent_tokens
-        ranks = self._source.ranks_of(chunk.group)
-        size, end = ranks[0].kv.layout.block_tokens, chunk.end
+        ticket, first, end = self._target.ticket, self._sent_tokens, chunk.end
         if end < ticket.num_tokens:  # a block leaves once it is full; the last one as it is
-            end -= end % size
+            end -= end % self._staging.block_tokens(chunk.group)
         if end <= first:
             return
-        routes = routes_between(tuple(rank.kv for rank in ranks), tuple(rank.kv for rank in self._target.ranks))
-        readers = [ranks[number] for number in sorted({route.source for route in routes})]
-        await self._source.stage_out(readers, chunk.block_table[first // size : -(-end // size)])
-        pieces = await self._planned(ranks, chunk.block_table, first, end - first)
+        staged = await self._staging.stage(chunk.group, chunk.block_table, first, end)
+        pieces = await self._planned(staged, first, end - first)
         self.first_write_ns = self.first_write_ns or time.time_ns()
         started_s = time.monotonic()
-        transfer = self._target.peer.post(self._source.region, pieces)
-        landings = [rank.landing for rank in ranks]
+        transfer = self._target.peer.post(staged.region, pieces)
         digesting = asyncio.get_running_loop().run_in_executor(
-            self._pool, rank_digests, ranks, landings, routes, chunk.block_table, first, end - first
+            self._pool,
+            rank_digests,
+            staged.ranks,
+            staged.landings,
+            staged.routes,
+            staged.block_table,
+            first,
+            end - first,
         )
         try:
             async with asyncio.timeout(TRANSFER_TIMEOUT_S):
@@ -253,20 +248,18 @@ class Sender:
         told = worker_pb2.HandoffRequest.Chunk(first_token=first, num_tokens=end - first, digests=digests)
         await self._write(worker_pb2.HandoffRequest(chunk=told))
 
-    async def _planned(
-        self, ranks: Sequence[CoreRank], block_table: tuple[int, ...], first_token: int, num_tokens: int
-    ) -> list[Piece]:
+    async def _planned(self, staged: Staged, first_token: int, num_tokens: int) -> list[Piece]:
         """Between layouts that are cut unlike each other a chunk can be 100,000 pieces: not in the event loop then."""
         plan = functools.partial(
             plan_handoff,
-            ranks,
-            block_table,
+            staged.ranks,
+            staged.block_table,
             self._target.ranks,
             tuple(self._target.ticket.block_ids),
             first_token,
             num_tokens,
         )
-        if tuple(rank.kv for rank in ranks) == tuple(rank.kv for rank in self._target.ranks):
+        if [rank.kv for rank in staged.ranks] == [rank.kv for rank in self._target.ranks]:
             return plan()
         return await asyncio.get_running_loop().run_in_executor(self._pool, plan)
 

@@ -29,16 +29,9 @@ UNLEASED_LOOK_S = 0.5
 
 
 def compatible(prefill: worker_pb2.WorkerRecord, decode: worker_pb2.WorkerRecord) -> bool:
-    """Whether KV can go from one to the other: the same model and revision, and the same numbers in its rows. How
-    either side cuts it, over ranks and into blocks, is all the same."""
-    return prefill.identity == decode.identity and _rows(prefill.kv_layout) == _rows(decode.kv_layout)
-
-
-def _rows(layout: worker_pb2.KVLayout) -> worker_pb2.KVLayout:
-    rows = worker_pb2.KVLayout()
-    rows.CopyFrom(layout)
-    rows.ClearField("block_tokens")
-    return rows
+    """Whether KV can go from one to the other: the same model and revision. How either side cuts it over ranks and into
+    blocks, and in which dtype it keeps it, is all the same."""
+    return prefill.identity == decode.identity
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -157,9 +157,10 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _pools_exchange_blocks(self) -> ClusterConfig:
         pools = self._engine(self.prefill_engine), self._engine(self.decode_engine)
-        for key in ("block_tokens", "dtype"):
-            if getattr(pools[0], key) != getattr(pools[1], key):
-                raise ValueError(f"{key} must be the same in both pools, for their KV blocks are: set it under engine")
+        if pools[0].dtype != pools[1].dtype:
+            raise ValueError(
+                "dtype must be the same in both pools, for a prompt is read and answered in one: set it under engine"
+            )
         return self
 
     def resolve(self, redis_url: str) -> ClusterConfig:

@@ -63,7 +63,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "worker": {"grpc", "opentelemetry"},
     "worker/core.py": {"psutil", "torch"},
     "prefill_svc": {"grpc", "opentelemetry"},
-    "prefill_svc/sender.py": {"torch"},
+    "prefill_svc/staging.py": {"torch"},
     "decode_svc": {"grpc", "opentelemetry"},
     "router": {"grpc", "redis"},
     "legato": {"google.protobuf", "google.rpc", "grpc"},
@@ -279,7 +279,7 @@ def _loaded(statement: str) -> set[str]:
     [
         "import spec.model, spec.errors, spec.sampling, spec.layout",
         "import scheduler.plan, scheduler.blocks, scheduler.prefix, scheduler.batch, scheduler.handoff",
-        "import kvtransfer.plan, kvtransfer.ticket, kvtransfer.transport",
+        "import kvtransfer.plan, kvtransfer.routes, kvtransfer.ticket, kvtransfer.transport",
         "import router.policy, router.journey, router.registry",
         "import legato; legato.Client",
         "import legato.command.main",

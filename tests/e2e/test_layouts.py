@@ -15,6 +15,7 @@ from tiny_llama import SHAPES, make_llama
 import prefill_svc.sender
 import worker.serving
 from kvtransfer.transport import Piece
+from spec.dtype import Dtype
 
 PROMPT = [random.Random(3).randrange(3, 400) for _ in range(75)]
 TOKENS = 10
@@ -22,6 +23,7 @@ HALVES = (range(2), range(2, 4))
 WHOLE = toy_layout()
 LATENTS = toy_layout(heads=1, planes=1)
 FOUR_HEADS = toy_layout(heads=4)
+INT8 = toy_layout(dtype=Dtype.INT8)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,9 @@ PAIRS = {
     "equal, pp2-tp2": (Cut(WHOLE, tp=2, layers=HALVES), Cut(WHOLE, tp=2, layers=HALVES)),
     "smaller blocks": (Cut(WHOLE, tp=2), with_blocks(Cut(WHOLE, layers=HALVES), 3)),
     "larger blocks": (with_blocks(Cut(WHOLE, layers=HALVES), 5), Cut(WHOLE, tp=2)),
+    "int8 at decode, tp2 to pp2": (Cut(WHOLE, tp=2), Cut(INT8, layers=HALVES)),
+    "int8 at prefill, smaller blocks": (Cut(INT8), with_blocks(Cut(WHOLE, tp=4), 3)),
+    "float32 latents at decode": (Cut(LATENTS, tp=2), Cut(toy_layout(heads=1, planes=1, dtype=Dtype.FLOAT32), tp=3)),
     "dp groups": (Cut(WHOLE, tp=2, dp=2, group=1), Cut(WHOLE, layers=HALVES, dp=3, group=2)),
 }
 
@@ -58,14 +63,14 @@ async def test_the_kv_of_every_rank_arrives(
 ) -> None:
     prefill, decode = PAIRS[pair]
     monkeypatch.setattr(worker.serving, "build_core", builder({"prefill": prefill, "decode": decode}, model))
-    expected = answer(PROMPT, TOKENS, prefill.whole)
+    expected = answer(PROMPT, TOKENS, prefill.whole, decode.whole)
     async with cluster(model, redis_url) as running:
         first = await greedy(running, PROMPT)
         assert first.token_ids == expected
         assert first.route.attempts == 1
-        longer = [*PROMPT, *expected, 7, 8, 9]  # decode holds the prefix: only what is behind it is sent
+        longer = [*PROMPT, *range(7, 30)]  # decode holds the prefix: only what is behind it is sent
         again = await greedy(running, longer)
-        assert again.token_ids == answer(longer, TOKENS, prefill.whole)
+        assert again.token_ids == answer(longer, TOKENS, prefill.whole, decode.whole)
         assert again.route.attempts == 1
         core = running.workers["decode-0"].core
         assert core.reservations.totals()["admitted"] == 2

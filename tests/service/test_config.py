@@ -161,7 +161,7 @@ def test_a_cluster_derives_its_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("decode_engine: {block_tokens: 8}\n", "block_tokens must be the same in both pools"),
+        ("decode_engine: {dtype: float32}\n", "dtype must be the same in both pools"),
         ("engine: {model: other}\n", "a cluster serves one model"),
         ("prefill: 0\n", "prefill"),
         ("prefill_engine: {thread: 1}\n", "prefill_engine.thread; did you mean prefill_engine.threads?"),

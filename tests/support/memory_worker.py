@@ -92,3 +92,23 @@ def model_layout(
     num_layers: int = 3, heads: int = 2, block_tokens: int = 4, dtype: Dtype = Dtype.FLOAT16, planes: int = 2
 ) -> KVLayout:
     return KVLayout(num_layers, heads, 2, block_tokens, dtype, planes)
+
+
+NUMPY_DTYPES = {Dtype.FLOAT32: numpy.float32, Dtype.FLOAT16: numpy.float16}
+
+
+def stored(values: NDArray[numpy.float32], dtype: Dtype) -> Bytes:
+    """[..., head_dim] -> [..., row_bytes] as KVLayout says it: float32, float16 or int8."""
+    if dtype is not Dtype.INT8:
+        return values.astype(NUMPY_DTYPES[dtype]).view(numpy.uint8)
+    scale = numpy.abs(values).max(-1, keepdims=True) / numpy.float32(127)
+    codes = numpy.rint(values / numpy.where(scale == 0, numpy.float32(1), scale)).astype(numpy.int8)
+    return numpy.concatenate([codes.view(numpy.uint8), scale.view(numpy.uint8)], axis=-1)
+
+
+def loaded(rows: Bytes, dtype: Dtype) -> NDArray[numpy.float32]:
+    """[..., row_bytes] -> [..., head_dim]"""
+    if dtype is not Dtype.INT8:
+        return numpy.ascontiguousarray(rows).view(NUMPY_DTYPES[dtype]).astype(numpy.float32)
+    scale = numpy.ascontiguousarray(rows[..., -4:]).view(numpy.float32)
+    return numpy.ascontiguousarray(rows[..., :-4]).view(numpy.int8).astype(numpy.float32) * scale

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy
 import torch
-from memory_worker import Bytes, MemoryWorker, make_worker, slots
+from memory_worker import Bytes, MemoryWorker, loaded, make_worker, slots, stored
 
 from engine.engine import Engine
 from engine.kv_memory import TORCH_DTYPES
@@ -54,8 +54,7 @@ def entry(state: bytes, token_id: int, whole: KVLayout) -> Bytes:
     """[layers, planes, heads, row_bytes] of a token behind what `state` stands for."""
     seed = int.from_bytes(hashlib.blake2b(state + token_id.to_bytes(4, "little"), digest_size=8).digest(), "little")
     shape = (whole.num_layers, whole.planes, whole.num_kv_heads, whole.head_dim)
-    values = torch.from_numpy(numpy.random.default_rng(seed).standard_normal(shape)).to(TORCH_DTYPES[whole.dtype])
-    return values.view(torch.uint8).numpy()
+    return stored(numpy.random.default_rng(seed).standard_normal(shape, numpy.float32), whole.dtype)
 
 
 def state_after(state: bytes, entries: Sequence[Bytes]) -> bytes:
@@ -68,13 +67,22 @@ def next_token(state: bytes) -> int:
     return int.from_bytes(state[:8], "little") % VOCAB
 
 
-def answer(prompt: Sequence[int], max_tokens: int, whole: KVLayout) -> tuple[int, ...]:
-    state, drawn = b"", []
+def answer(
+    prompt: Sequence[int], max_tokens: int, prefill: KVLayout, decode: KVLayout | None = None
+) -> tuple[int, ...]:
+    """Decode goes on from what it holds of the prompt: the entries that prefill wrote, in its own dtype."""
+    decode = decode or prefill
+    entries: list[Bytes] = []
+    state = b""
     for token_id in prompt:
-        state = state_after(state, [entry(state, token_id, whole)])
+        entries.append(entry(state, token_id, prefill))
+        state = state_after(state, entries[-1:])
+    drawn = [next_token(state)]
+    if decode.dtype is not prefill.dtype:
+        state = state_after(b"", [stored(loaded(rows, prefill.dtype), decode.dtype) for rows in entries])
     while len(drawn) < max_tokens:
+        state = state_after(state, [entry(state, drawn[-1], decode)])
         drawn.append(next_token(state))
-        state = state_after(state, [entry(state, drawn[-1], whole)])
     return tuple(drawn)
 
 

@@ -1,0 +1,110 @@
+"""What one chunk is sent from: the ranks' own KV memory or, where decode keeps its KV in another dtype, a copy of it
+that is converted once, in scratch memory which this hand-over owns."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from engine.kv_memory import TORCH_DTYPES
+from kernels.kv_rows import LARGEST_CODE, dequantise_rows, quantise_rows
+from kvtransfer.plan import RankKV
+from kvtransfer.routes import RankMemory, Route, routes_between
+from kvtransfer.transport import Region
+from spec.dtype import Dtype
+from worker.core import CoreRank
+
+
+class SourceKV(NamedTuple):
+    """This worker's KV memory, as a sender reads it."""
+
+    ranks_of: Callable[[int], Sequence[CoreRank]]  # of a group; their landings lie in `region`
+    region: Region
+    register: Callable[[int], Region]  # of the transport by which it is sent
+    stage_out: Callable[[Sequence[CoreRank], Sequence[int]], Awaitable[None]]  # brings blocks there from the device
+
+
+class Staged(NamedTuple):
+    """One chunk, ready to be sent."""
+
+    ranks: Sequence[RankMemory]
+    landings: Sequence[torch.Tensor]  # of each rank, [num_blocks, layers, planes, heads, block_tokens, row]
+    region: Region  # what the landings are the memory of
+    block_table: Sequence[int]  # from token 0 on
+    routes: Sequence[Route]
+
+
+class Staging:
+    """Owned by one hand-over, used by one chunk at a time."""
+
+    def __init__(self, source: SourceKV, target_ranks: Sequence[RankMemory], pool: concurrent.futures.Executor) -> None:
+        self._source = source
+        self._targets = tuple(rank.kv for rank in target_ranks)
+        self._pool = pool
+        self._scratch: Region | None = None
+
+    def block_tokens(self, group: int) -> int:
+        return self._source.ranks_of(group)[0].kv.layout.block_tokens
+
+    async def stage(self, group: int, block_table: Sequence[int], first_token: int, end_token: int) -> Staged:
+        """Raises InvalidConfiguration when a target rank needs what no rank of the group holds, TransferFailed when the
+        transport is closed. What an earlier chunk was staged in is written anew."""
+        ranks = self._source.ranks_of(group)
+        routes = routes_between(tuple(rank.kv for rank in ranks), self._targets)
+        readers = sorted({route.source for route in routes})
+        size = ranks[0].kv.layout.block_tokens
+        first, end = first_token // size, -(-end_token // size)
+        await self._source.stage_out([ranks[number] for number in readers], block_table[first:end])
+        dtype = self._targets[0].layout.dtype
+        if dtype is ranks[0].kv.layout.dtype:
+            return Staged(ranks, [rank.landing for rank in ranks], self._source.region, block_table, routes)
+        scratch, landings, region = await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._converted, ranks, readers, block_table[first:end], dtype
+        )
+        table = [0] * first + list(range(end - first))  # of blocks before the first none is read
+        return Staged(scratch, landings, region, table, routes)
+
+    def _converted(
+        self, ranks: Sequence[CoreRank], readers: Sequence[int], block_ids: Sequence[int], dtype: Dtype
+    ) -> tuple[list[RankMemory], list[torch.Tensor], Region]:
+        """The blocks of `readers`, one rank's after the other's; the other ranks have none."""
+        scratch, nbytes = [], 0
+        for number, rank in enumerate(ranks):
+            layout = dataclasses.replace(rank.kv.layout, dtype=dtype)
+            scratch.append(RankMemory(RankKV(layout, rank.kv.layers, rank.kv.heads), rank.group, nbytes))
+            nbytes += len(block_ids) * layout.block_bytes if number in readers else 0
+        region = self._scratch_of(nbytes)
+        memory = torch.frombuffer(region.buffer, dtype=torch.uint8)
+        landings = []
+        for number, (source, target) in enumerate(zip(ranks, scratch, strict=True)):
+            held, layout = block_ids if number in readers else (), target.kv.layout
+            there = memory[target.offset_bytes :][: len(held) * layout.block_bytes]
+            landing = there.view(TORCH_DTYPES[dtype]).view(layout.shape(len(held)))
+            index = torch.tensor(held, dtype=torch.int64)
+            for layer in range(layout.num_layers if held else 0):  # one at a time: what is between is float32
+                landing[:, layer] = convert_rows(source.landing[:, layer].index_select(0, index), TORCH_DTYPES[dtype])
+            landings.append(landing)
+        return scratch, landings, region
+
+    def _scratch_of(self, nbytes: int) -> Region:
+        if self._scratch is None or self._scratch.buffer.nbytes < nbytes:
+            self.release()
+            self._scratch = self._source.register(nbytes)
+        return self._scratch
+
+    def release(self) -> None:
+        """Nothing may be in flight. It is memory that no peer writes into."""
+        if self._scratch is not None:
+            self._scratch.release()
+            self._scratch = None
+
+
+def convert_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """KV rows (see spec/layout.py) of any KV dtype -> the same values in rows of `dtype`, rounded to nearest."""
+    values = dequantise_rows(rows) if rows.dtype in LARGEST_CODE else rows
+    return quantise_rows(values, dtype) if dtype in LARGEST_CODE else values.to(dtype)
