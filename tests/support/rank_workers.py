@@ -102,7 +102,7 @@ class MemoryCore(Core):
     async def stage_in(self, ranks: Sequence[RankMemory], block_ids: Sequence[int]) -> None:
         pass
 
-    def _slice(self, piece: Slice) -> Drawn | None:
+    def _slice(self, piece: Slice) -> tuple[Drawn, ...]:
         state = state_after(b"", self._read(piece.block_table, piece.start))
         places = slots(piece.block_table, self.cut.whole)
         for position, token_id in enumerate(piece.token_ids, piece.start):
@@ -111,7 +111,7 @@ class MemoryCore(Core):
             for rank, view in self._views():
                 view[block, :, :, :, slot] = rows[_slice(rank.kv.layers), :, _slice(rank.kv.heads)]
             state = state_after(state, [rows])
-        return None if piece.draw is None else Drawn(next_token(state))
+        return () if piece.draw is None else (Drawn(next_token(state)),)
 
     def _read(self, block_table: Sequence[int], num_tokens: int) -> list[Bytes]:
         """The entries of tokens [0, num_tokens), out of all ranks; replicas hold the same."""
