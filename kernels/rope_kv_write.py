@@ -174,6 +174,8 @@ def _kernel(
     out = tl.where(turns, turned, out).to(plain.dtype)
     tl.store(q_ptr + (token * num_heads + head[:, None]) * HEAD_DIM + column[None, :], out, is_query & in_head)
 
+    if (tl.program_id(1) + 1) * TILE_HEADS <= num_heads:  # only queries
+        return
     slot = tl.load(slots_ptr + token)
     place = (slot // BLOCK_TOKENS) * block_stride + (slot % BLOCK_TOKENS) * token_stride
     key_row = key_ptr + place + (head[:, None] - num_heads) * head_stride

@@ -113,11 +113,19 @@ inline Floats rounded_to(const Bf16 *, Floats value) { return widen(narrow(value
 
 // Halves are folded onto each other: one order, whatever the row.
 inline float sum_of(Floats value) {
-    float lanes[LANES];
-    store(lanes, value);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+#if defined(__AVX512F__)
+    const auto eight = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
+                       __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+    const Floats eight = value;
+#endif
+#if defined(__AVX2__)
+    const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+    const Floats four = value;
+#endif
+    const auto two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
+    return two[0] + two[1];
 }
 inline float maximum_of(Floats value) {
 #if defined(__AVX512F__)
