@@ -206,8 +206,10 @@ class Receiver:
         sequence = sequence_from_proto(state, core.record.vocab_size)
         with core.loop.lock:
             now_s = time.monotonic()
+            assert placed.reservation is not None
+            group = placed.reservation.group
             block_table = core.reservations.complete(ticket.reservation_id, now_s)
-            core.scheduler.adopt(sequence, block_table, ticket.num_tokens, now_s)
+            core.scheduler.adopt(sequence, block_table, ticket.num_tokens, now_s, group=group)
         placed.handed_over_ns = unix_ns(now_s)
         placed.reservation = None
         placed.cancel_writer = None

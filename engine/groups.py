@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -33,6 +34,7 @@ class Groups:
     ) -> None:
         self.shard, self._device = shard, device
         self._tensor, self._stage = tensor, stage
+        self.waited_s = 0.0  # in receive(), for the stage before
         self._sends: list[tuple[dist.Work, Tensor]] = []  # a tensor lives until it has left
 
     def sum(self, x: Tensor) -> Tensor:
@@ -88,8 +90,10 @@ class Groups:
 
     def receive(self, hidden: Tensor) -> Tensor:
         """From the same place in the stage before, into `hidden`."""
+        started_s = time.monotonic()
         with _typed():
             dist.recv(hidden, self.shard.rank - self.shard.layout.stage_ranks)
+        self.waited_s += time.monotonic() - started_s
         return hidden
 
     def close(self) -> None:

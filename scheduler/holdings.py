@@ -23,6 +23,10 @@ class Holdings:
         self._flights: dict[int, tuple[StepPlan, tuple[Sequence, ...]]] = {}  # steps that are not committed
         self._totals: collections.Counter[str] = collections.Counter()
 
+    def has(self, sequence_id: str) -> bool:
+        """It is here and has not ended."""
+        return self._roster.get(sequence_id) is not None
+
     def load(self) -> Load:
         waiting, running = self._roster.waiting, self._roster.running
         return Load(

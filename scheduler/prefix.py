@@ -55,6 +55,10 @@ class PrefixCache:
         self._pool.hold(blocks)
         return blocks
 
+    def count(self, hashes: Sequence[bytes]) -> int:
+        """Blocks of this chain that match() would find now."""
+        return next((i for i, content in enumerate(hashes) if self._pool.find(content) is None), len(hashes))
+
     def publish(self, hashes: Sequence[bytes], block_table: Sequence[int], first_block: int, end_block: int) -> None:
         """Blocks [first_block, end_block) of `block_table` hold their whole content, as the chain `hashes` names it."""
         if self._enabled:

@@ -26,6 +26,8 @@ from pydantic import (
 )
 
 from service.config_source import ENVIRONMENT_PREFIX, load
+from spec.errors import InvalidConfiguration
+from spec.layout import ParallelLayout
 
 __all__ = [
     "ClusterConfig",
@@ -72,12 +74,23 @@ class EngineConfig(Section):
     draft_model: str | None = Field(default=None, min_length=1)  # guesses for `model`; the same vocabulary, and smaller
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Count | None = None  # None: the engine decides
+    layout: str = "tp1"  # of the worker's ranks, a process each: "tp2", "pp2-tp2", "dp2-ep2"
+    threads: Count | None = None  # of each rank; None: the engine decides, or the host's cores shared out
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
-    kv_memory: ByteSize | None = None  # bytes, or "512MiB"; None: the service decides
+    kv_memory: ByteSize | None = None  # of all ranks; bytes, or "512MiB"; None: the service decides
     max_step_tokens: Count = 512  # a step computes at most this many: the chunk size
     max_sequences: Count = 64  # running at once
     max_context_tokens: Count | None = None  # None: the model's
+    micro_batches: Count | None = None  # steps that are on their way through the stages; None: one a stage
+    rank_timeout_s: Seconds = 30.0  # a rank that keeps the others waiting for longer is lost
+
+    @field_validator("layout")
+    @classmethod
+    def _is_a_layout(cls, layout: str) -> str:
+        try:
+            return str(ParallelLayout.parse(layout))
+        except InvalidConfiguration as error:
+            raise ValueError(error.message) from None
 
 
 class HandoffConfig(Section):

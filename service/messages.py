@@ -53,12 +53,45 @@ def _speculation(message: common_pb2.Speculation) -> Speculation:
     return Speculation(kind, message.num_draft_tokens, message.ngram)
 
 
+def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
+    """What sampling_from_proto() reads back; floats to the precision of the wire."""
+    guessing = params.speculation
+    return common_pb2.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+        forced_token_ids=params.forced_token_ids,
+        speculation=None
+        if guessing is None
+        else common_pb2.Speculation(
+            kind=next(number for number, kind in _SPECULATION_KINDS.items() if kind == guessing.kind),  # type: ignore[arg-type]
+            num_draft_tokens=guessing.num_draft_tokens,
+            ngram=guessing.ngram,
+        ),
+    )
+
+
 def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
     return common_pb2.TokenLogprobs(
         logprob=logprobs.logprob,
         top_token_ids=[token_id for token_id, _ in logprobs.top],
         top_logprobs=[logprob for _, logprob in logprobs.top],
     )
+
+
+def logprobs_from_proto(message: common_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
 
 
 def token_to_proto(token_id: int, logprobs: TokenLogprobs | None = None) -> common_pb2.Token:

@@ -1,21 +1,29 @@
-"""The engine loop: plan, execute, commit, deliver; one thread, which owns the device.
+"""The engine loop: plan, submit, take the result, commit, deliver; one thread, which owns the device.
+
+    one stage       plan 0, result 0, commit 0, plan 1, ...
+    two stages      plan 0, plan 1, result 0, commit 0, plan 2, result 1, ...      `executor.steps_out` are out at once
 
 Everything that decides (scheduler, reservations) is guarded by `lock`. The loop holds it to plan and to commit, never
 while a step is computed, so that a request is admitted or a reservation taken in microseconds while a step runs.
 
 A failed request never stops the loop: it is an event. An exception out of the executor or the scheduler is a failed
-invariant or a broken device: the loop ends, `failure` is set, `on_failure` is called, and the worker stops serving.
+invariant, a broken device or a lost rank: the loop ends, `failure` is set, `on_failure` is called, and the worker stops
+serving.
 """
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-from scheduler.batch import Event, Scheduler
-from scheduler.plan import Executor
+from scheduler.batch import Event
+from scheduler.plan import StepPlan
 from service import logs
+from spec.errors import WorkerLost
+from worker.executor import StepExecutor
+from worker.lanes import Lanes
 
 logger = logs.get(__name__)
 
@@ -29,8 +37,8 @@ class EngineLoop:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        executor: Executor,
+        scheduler: Lanes,
+        executor: StepExecutor,
         deliver: Callable[[Sequence[Event]], None],
         on_failure: Callable[[BaseException], None],
         tick: Callable[[float], float | None] = lambda now_s: None,
@@ -39,6 +47,7 @@ class EngineLoop:
         self.lock = threading.RLock()
         self.failure: BaseException | None = None
         self._executor = executor
+        self._out: collections.deque[tuple[StepPlan, ...]] = collections.deque()
         self._deliver = deliver
         self._on_failure = on_failure
         self._tick = tick
@@ -68,7 +77,8 @@ class EngineLoop:
                 self._step()
         except BaseException as failure:
             self.failure = failure
-            logger.exception("the engine loop failed")
+            if not isinstance(failure, WorkerLost):
+                logger.exception("the engine loop failed")
             self._on_failure(failure)
 
     def _step(self) -> None:
@@ -76,15 +86,20 @@ class EngineLoop:
             now_s = time.monotonic()
             due_s = self._tick(now_s)
             events = self.scheduler.expire(now_s)
-            plan = self.scheduler.plan(now_s)
-            if plan is None and not events and not self._stopping:
+            plans = self.scheduler.plan(now_s) if len(self._out) < self._executor.steps_out else None
+            if plans is None and not self._out and not events and not self._stopping:
                 due = [at_s for at_s in (due_s, self.scheduler.next_deadline_s()) if at_s is not None]
                 self._work.wait(max(0.0, min([now_s + LONGEST_WAIT_S, *due]) - now_s))
         if events:
             self._deliver(events)
-        if plan is None:
+        if plans is not None:
+            self._executor.submit(plans)
+            self._out.append(plans)
+            if len(self._out) < self._executor.steps_out:
+                return
+        if not self._out:
             return
-        result = self._executor.execute(plan)
+        results = self._executor.result()
         with self.lock:
-            events = self.scheduler.commit(plan, result, time.monotonic())
+            events = self.scheduler.commit(self._out.popleft(), results, time.monotonic())
         self._deliver(events)

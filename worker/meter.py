@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from legato.v1.common_pb2 import TransferStats
 from scheduler.plan import StepPlan, StepResult
 from spec.errors import LegatoError
@@ -17,14 +19,17 @@ class Meter:
         self._histograms = telemetry.histograms
         self._counters = telemetry.counters
 
-    def step(self, plan: StepPlan, result: StepResult, duration_s: float) -> None:
+    def step(self, plans: Sequence[StepPlan], results: Sequence[StepResult], duration_s: float) -> None:
         self._histograms[names.STEP_DURATION.name].record(duration_s)
-        self._counters[names.TOKENS_COMPUTED.name].add(plan.num_tokens)
-        self._counters[names.TOKENS_GENERATED.name].add(sum(map(len, result.drawn)))
-        if proposed := sum(piece.num_guesses for piece in plan.slices):
-            accepted = sum(
-                len(drawn) - 1 for piece, drawn in zip(plan.slices, result.drawn, strict=True) if piece.num_guesses
-            )
+        self._counters[names.TOKENS_COMPUTED.name].add(sum(plan.num_tokens for plan in plans))
+        outcomes = [
+            (piece.num_guesses, len(drawn))
+            for plan, result in zip(plans, results, strict=True)
+            for piece, drawn in zip(plan.slices, result.drawn, strict=True)
+        ]
+        self._counters[names.TOKENS_GENERATED.name].add(sum(num_drawn for _, num_drawn in outcomes))
+        if proposed := sum(num_guesses for num_guesses, _ in outcomes):
+            accepted = sum(num_drawn - 1 for num_guesses, num_drawn in outcomes if num_guesses)
             self._counters[names.TOKENS_PROPOSED.name].add(proposed)
             self._counters[names.TOKENS_ACCEPTED.name].add(accepted)
 

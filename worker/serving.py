@@ -21,11 +21,13 @@ from service.config import WorkerConfig
 from service.host import Host
 from service.registry import Registrar, check_redis
 from service.tracing import Spans
-from spec.errors import InternalError
+from spec.errors import InternalError, WorkerLost
 from telemetry.setup import setup
+from worker.build import build_core
 from worker.control import WorkerService
-from worker.core import Core, build_core
+from worker.core import Core
 from worker.loop import EngineLoop
+from worker.rank_setup import Place
 
 logger = logs.get(__name__)
 
@@ -63,25 +65,34 @@ def log_progress(what: str, fraction: float) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(config: WorkerConfig, make_pool: MakePool, report: Report = log_progress) -> AsyncIterator[Running]:
-    """Serves while the block runs. Raises the SetupErrors of what it was given."""
+async def running(
+    config: WorkerConfig, make_pool: MakePool, report: Report = log_progress, place: Place | None = None
+) -> AsyncIterator[Running]:
+    """Serves while the block runs. Raises the SetupErrors of what it was given, WorkerLost when a rank dies meanwhile.
+    `place`: of rank 0, where a launcher started this process."""
     event_loop = asyncio.get_running_loop()
     telemetry = setup(
         config.telemetry.service_name or f"legato-{config.role}", config.telemetry.otlp_endpoint, config.worker_id or ""
     )
     await check_redis(config.redis_url)
     async with Host(config.host, config.port, internal_key=config.cluster_key, drain_s=1.0) as host:
-        core = await asyncio.to_thread(build_core, config, telemetry, report)
+        core = await asyncio.to_thread(build_core, config, telemetry, report, place)
         failed: asyncio.Future[object] = event_loop.create_future()
 
+        def fail(error: BaseException) -> None:
+            host.set_serving(pool.service_name, False)
+            if not failed.done():
+                failed.set_result(error)
+
         def on_failure(error: BaseException) -> None:
-            event_loop.call_soon_threadsafe(failed.set_result, error)
+            with contextlib.suppress(RuntimeError):  # the event loop has ended: so has all that could fail
+                event_loop.call_soon_threadsafe(fail, error)
 
         core.record.address = _advertised(config.advertise, host)
         pool = make_pool(core, Spans(telemetry))
         core.loop = EngineLoop(
             core.scheduler,
-            core,
+            core.executor,
             pool.deliver,
             on_failure=on_failure,
             tick=pool.tick,
@@ -95,6 +106,10 @@ async def running(config: WorkerConfig, make_pool: MakePool, report: Report = lo
         control = WorkerService(core, pool.live, drain)
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
         core.loop.start()
+        if core.others is not None:
+            core.others.on_lost = on_failure
+            if core.others.lost is not None:  # before anybody listened
+                on_failure(core.others.lost)
         try:
             async with registrar:
                 host.set_serving(pool.service_name, True)
@@ -111,15 +126,16 @@ async def running(config: WorkerConfig, make_pool: MakePool, report: Report = lo
             telemetry.close()
 
 
-async def serve(config: WorkerConfig, stop: asyncio.Event, make_pool: MakePool) -> None:
-    """Until `stop`. Raises InternalError when the engine loop fails."""
+async def serve(config: WorkerConfig, stop: asyncio.Event, make_pool: MakePool, place: Place | None = None) -> None:
+    """Until `stop`. Raises WorkerLost when a rank dies, InternalError when the engine loop fails otherwise."""
     logs.setup(config.worker_id or f"legato-{config.role}", config.telemetry.log_level)
-    async with running(config, make_pool) as worker:
+    async with running(config, make_pool, place=place) as worker:
         stopping: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
         await asyncio.wait({stopping, worker.failed}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if worker.failed.done():
-            raise InternalError(f"the engine loop failed: {worker.failed.result()!r}")
+            failure = worker.failed.result()
+            raise failure if isinstance(failure, WorkerLost) else InternalError(f"the engine loop failed: {failure!r}")
 
 
 async def _drain(host: Host, core: Core, pool: Pool, registrar: Registrar) -> None:

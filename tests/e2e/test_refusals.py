@@ -16,7 +16,7 @@ from tiny_llama import SHAPES, make_llama
 import decode_svc.handoff
 import kvtransfer.memory
 import prefill_svc.sender
-import worker.core
+import worker.build
 import worker.loop
 from kvtransfer import ticket as tickets
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
@@ -93,7 +93,7 @@ async def test_a_link_with_a_fault(
 ) -> None:
     """The reference transport plays each fault on the first chunk; a peer that is not proven quiet frees nothing."""
     faults = [{0: Fault(kind, delay_s=0.5)}, {}]  # of the prefill worker, of the decode worker
-    monkeypatch.setattr(worker.core, "open_transports", lambda names, host: ([MemoryTransport(faults.pop(0))], {}))
+    monkeypatch.setattr(worker.build, "open_transports", lambda names, host: ([MemoryTransport(faults.pop(0))], {}))
     asked, frees = 0, []
     release = kvtransfer.memory._MemoryPeer.release
 

@@ -165,11 +165,11 @@ def test_a_buffer_that_does_not_do_is_refused() -> None:
 
 
 def test_default_number_of_blocks() -> None:
-    assert default_num_blocks(LAYOUT, 4000 * LAYOUT.block_bytes) == 1000
-    assert default_num_blocks(LAYOUT, 600 * LAYOUT.block_bytes) == 512
-    assert default_num_blocks(LAYOUT, 1 << 50) == 65_536
+    assert default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 4000 * LAYOUT.block_bytes) == 1000
+    assert default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 600 * LAYOUT.block_bytes) == 512
+    assert default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 1 << 50) == 65_536
     with pytest.raises(OutOfBlocks):
-        default_num_blocks(LAYOUT, 500 * LAYOUT.block_bytes)
+        default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 500 * LAYOUT.block_bytes)
 
 
 def test_progress_rises_to_one(folder: Path) -> None:

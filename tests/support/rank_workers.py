@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy
@@ -24,7 +25,7 @@ from kvtransfer.memory import MemoryTransport
 from kvtransfer.routes import RankMemory, ranks_to_proto
 from legato.v1 import worker_pb2
 from scheduler.batch import Scheduler, SchedulerConfig
-from scheduler.handoff import HandoffConfig, Reservations
+from scheduler.handoff import HandoffConfig
 from scheduler.plan import Drawn, Slice, StepPlan, StepResult
 from service.config import WorkerConfig
 from service.messages import layout_to_proto
@@ -32,6 +33,8 @@ from spec.dtype import Dtype
 from spec.layout import KVLayout
 from telemetry.setup import Telemetry
 from worker.core import Core, CoreRank
+from worker.executor import StepExecutor
+from worker.lanes import LaneReservations, Lanes
 from worker.meter import Meter
 
 VOCAB = 431
@@ -87,39 +90,37 @@ def answer(
 
 
 class MemoryCore(Core):
-    """Core, but for the engine and the device."""
+    """Core, but for the engine and the device: it executes steps itself."""
 
     memory: MemoryWorker
     cut: Cut
+    steps_out = 1
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        drawn = tuple(self._slice(piece) for piece in plan.slices)
-        return StepResult(drawn, ((),) * len(drawn))
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        drawn = [tuple(self._slice(piece, group) for piece in plan.slices) for group, plan in enumerate(plans)]
+        self.results = [StepResult(each, ((),) * len(each)) for each in drawn]
 
-    async def stage_out(self, ranks: Sequence[RankMemory], block_ids: Sequence[int]) -> None:
-        pass
+    def result(self) -> Sequence[StepResult]:
+        return self.results
 
-    async def stage_in(self, ranks: Sequence[RankMemory], block_ids: Sequence[int]) -> None:
-        pass
-
-    def _slice(self, piece: Slice) -> tuple[Drawn, ...]:
-        state = state_after(b"", self._read(piece.block_table, piece.start))
+    def _slice(self, piece: Slice, group: int) -> tuple[Drawn, ...]:
+        state = state_after(b"", self._read(piece.block_table, piece.start, group))
         places = slots(piece.block_table, self.cut.whole)
         for position, token_id in enumerate(piece.token_ids, piece.start):
             rows = entry(state, token_id, self.cut.whole)
             block, slot = places[position]
-            for rank, view in self._views():
+            for rank, view in self._views(group):
                 view[block, :, :, :, slot] = rows[_slice(rank.kv.layers), :, _slice(rank.kv.heads)]
             state = state_after(state, [rows])
         return () if piece.draw is None else (Drawn(next_token(state)),)
 
-    def _read(self, block_table: Sequence[int], num_tokens: int) -> list[Bytes]:
+    def _read(self, block_table: Sequence[int], num_tokens: int, group: int) -> list[Bytes]:
         """The entries of tokens [0, num_tokens), out of all ranks; replicas hold the same."""
         whole = self.cut.whole
         rows = numpy.zeros((num_tokens, whole.num_layers, whole.planes, whole.num_kv_heads, whole.row_bytes), "uint8")
         blocks, offsets = numpy.array(slots(block_table, whole)[:num_tokens], dtype=int).reshape(-1, 2).T
         seen: set[tuple[range, range]] = set()
-        for rank, view in self._views():
+        for rank, view in self._views(group):
             own = rows[:, _slice(rank.kv.layers), :, _slice(rank.kv.heads)]
             held = view[blocks, :, :, :, offsets]
             if (rank.kv.layers, rank.kv.heads) in seen:
@@ -128,9 +129,18 @@ class MemoryCore(Core):
             seen.add((rank.kv.layers, rank.kv.heads))
         return list(rows)
 
-    def _views(self) -> list[tuple[RankMemory, Bytes]]:
+    def _views(self, group: int) -> list[tuple[RankMemory, Bytes]]:
         pairs = zip(self.memory.ranks, self.memory.views, strict=True)
-        return [(rank, view) for rank, view in pairs if rank.group == self.cut.group]
+        return [(rank, view) for rank, view in pairs if rank.group == group]
+
+
+class OneOfTheLanes(Lanes):
+    """Everything is placed in one."""
+
+    group = 0
+
+    def lightest(self, token_ids: Sequence[int]) -> Scheduler:
+        return self.schedulers[self.group]
 
 
 def _slice(indices: range) -> slice:
@@ -140,7 +150,7 @@ def _slice(indices: range) -> slice:
 def builder(cuts: dict[str, Cut], model: Path, chunk_tokens: int = 32) -> Callable[..., Core]:
     """In place of worker.serving.build_core: workers of each role are laid out by `cuts`; `model` has the tokenizer."""
 
-    def build(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str, float], None]) -> Core:
+    def build(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str, float], None], place: None) -> Core:
         return _core(config, telemetry, cuts[config.role], model, chunk_tokens)
 
     return build
@@ -157,7 +167,7 @@ def _core(config: WorkerConfig, telemetry: Telemetry, cut: Cut, model: Path, chu
         identity=worker_pb2.ModelIdentity(model_id="toy", revision="1", compute_dtype="float32"),
         kv_layout=layout_to_proto(cut.whole),
         ranks=ranks_to_proto(memory.ranks),
-        total_blocks=cut.num_blocks,
+        total_blocks=cut.num_blocks * cut.dp,
         max_context_tokens=CONTEXT_TOKENS,
         max_step_tokens=chunk_tokens,
         endpoints=[
@@ -166,22 +176,22 @@ def _core(config: WorkerConfig, telemetry: Telemetry, cut: Cut, model: Path, chu
         model_path=str(model),
         vocab_size=VOCAB,
     )
-    scheduler = Scheduler(
+    lanes = OneOfTheLanes.of(
         SchedulerConfig(
             num_blocks=cut.num_blocks,
             block_tokens=cut.whole.block_tokens,
             max_step_tokens=chunk_tokens,
             max_sequences=8,
             max_context_tokens=CONTEXT_TOKENS,
-            group=cut.group,
+            group=group,
         )
+        for group in range(cut.dp)
     )
-    reservations = Reservations(
-        scheduler.pool,
-        scheduler.prefix,
-        HandoffConfig(8, CONTEXT_TOKENS, config.handoff.lease_s, group=cut.group),
+    lanes.group = cut.group
+    reservations = LaneReservations(
+        lanes,
+        lambda group: HandoffConfig(8, CONTEXT_TOKENS, config.handoff.lease_s, group=group),
         consumer=f"{config.worker_id}/1",
-        spare_blocks=scheduler.spare_blocks,
     )
     views = [torch.from_numpy(view).view(TORCH_DTYPES[cut.whole.dtype]) for view in memory.views]
     core = MemoryCore(
@@ -192,15 +202,19 @@ def _core(config: WorkerConfig, telemetry: Telemetry, cut: Cut, model: Path, chu
             CoreRank(rank.kv, rank.group, rank.offset_bytes, landing=view)
             for rank, view in zip(memory.ranks, views, strict=True)
         ),
-        engine=cast(Engine, cast(Any, None)),
+        engine=cast(Engine, SimpleNamespace(groups=SimpleNamespace(close=lambda: None))),
+        others=None,
+        executor=cast(StepExecutor, cast(Any, None)),
+        landings_are_kv=True,
         transports={transport.name: transport},
         regions={transport.name: region},
-        scheduler=scheduler,
+        scheduler=lanes,
         reservations=reservations,
         digest_pool=concurrent.futures.ThreadPoolExecutor(2),
         meter=Meter(telemetry),
     )
     core.memory, core.cut = memory, cut
+    core.executor = core
     return core
 
 

@@ -60,7 +60,7 @@ def make_llama(folder: Path, shape: Shape, seed: int = 0) -> Path:
         if name.endswith(".bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     model.save_pretrained(folder)
-    _write_tokenizer(folder, shape.vocab_size)
+    write_tokenizer(folder, shape.vocab_size)
     return folder
 
 
@@ -79,7 +79,8 @@ def reference_of(model: Any, token_ids: list[int]) -> np.ndarray:
     return torch.log_softmax(logits.double(), dim=-1).numpy()
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A byte-level one, of so many words or of its 259."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<unk>", "<s>", "</s>", *alphabet]
     words += [f"<filler-{index}>" for index in range(len(words), vocab_size)]

@@ -1,0 +1,164 @@
+from legato.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RankCommand(_message.Message):
+    __slots__ = ("load", "warm_up", "execute", "copy", "stop")
+    class Load(_message.Message):
+        __slots__ = ("join_address", "num_blocks", "memory_path", "offset_bytes", "layer_costs", "head_cost")
+        JOIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+        NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        MEMORY_PATH_FIELD_NUMBER: _ClassVar[int]
+        OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+        LAYER_COSTS_FIELD_NUMBER: _ClassVar[int]
+        HEAD_COST_FIELD_NUMBER: _ClassVar[int]
+        join_address: str
+        num_blocks: int
+        memory_path: str
+        offset_bytes: int
+        layer_costs: _containers.RepeatedScalarFieldContainer[float]
+        head_cost: float
+        def __init__(self, join_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., memory_path: _Optional[str] = ..., offset_bytes: _Optional[int] = ..., layer_costs: _Optional[_Iterable[float]] = ..., head_cost: _Optional[float] = ...) -> None: ...
+    class WarmUp(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class Copy(_message.Message):
+        __slots__ = ("copy_id", "to_device", "block_ids")
+        COPY_ID_FIELD_NUMBER: _ClassVar[int]
+        TO_DEVICE_FIELD_NUMBER: _ClassVar[int]
+        BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+        copy_id: int
+        to_device: bool
+        block_ids: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, copy_id: _Optional[int] = ..., to_device: bool = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Stop(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    WARM_UP_FIELD_NUMBER: _ClassVar[int]
+    EXECUTE_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    load: RankCommand.Load
+    warm_up: RankCommand.WarmUp
+    execute: RankPlan
+    copy: RankCommand.Copy
+    stop: RankCommand.Stop
+    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ...) -> None: ...
+
+class RankReport(_message.Message):
+    __slots__ = ("hello", "progress", "ready", "result", "copied", "failed")
+    class Hello(_message.Message):
+        __slots__ = ("rank", "pid", "host", "memory", "free_bytes")
+        RANK_FIELD_NUMBER: _ClassVar[int]
+        PID_FIELD_NUMBER: _ClassVar[int]
+        HOST_FIELD_NUMBER: _ClassVar[int]
+        MEMORY_FIELD_NUMBER: _ClassVar[int]
+        FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+        rank: int
+        pid: int
+        host: str
+        memory: str
+        free_bytes: int
+        def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., memory: _Optional[str] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+    class Progress(_message.Message):
+        __slots__ = ("fraction",)
+        FRACTION_FIELD_NUMBER: _ClassVar[int]
+        fraction: float
+        def __init__(self, fraction: _Optional[float] = ...) -> None: ...
+    class Ready(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class Copied(_message.Message):
+        __slots__ = ("copy_id",)
+        COPY_ID_FIELD_NUMBER: _ClassVar[int]
+        copy_id: int
+        def __init__(self, copy_id: _Optional[int] = ...) -> None: ...
+    class Failed(_message.Message):
+        __slots__ = ("reason", "message")
+        REASON_FIELD_NUMBER: _ClassVar[int]
+        MESSAGE_FIELD_NUMBER: _ClassVar[int]
+        reason: str
+        message: str
+        def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    hello: RankReport.Hello
+    progress: RankReport.Progress
+    ready: RankReport.Ready
+    result: RankResult
+    copied: RankReport.Copied
+    failed: RankReport.Failed
+    def __init__(self, hello: _Optional[_Union[RankReport.Hello, _Mapping]] = ..., progress: _Optional[_Union[RankReport.Progress, _Mapping]] = ..., ready: _Optional[_Union[RankReport.Ready, _Mapping]] = ..., result: _Optional[_Union[RankResult, _Mapping]] = ..., copied: _Optional[_Union[RankReport.Copied, _Mapping]] = ..., failed: _Optional[_Union[RankReport.Failed, _Mapping]] = ...) -> None: ...
+
+class RankPlan(_message.Message):
+    __slots__ = ("step", "slices")
+    class Slice(_message.Message):
+        __slots__ = ("sequence_id", "token_ids", "start", "block_table", "draw", "prompt_logprobs", "prompt_targets", "adapter", "guessed_token_ids")
+        SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+        TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+        START_FIELD_NUMBER: _ClassVar[int]
+        BLOCK_TABLE_FIELD_NUMBER: _ClassVar[int]
+        DRAW_FIELD_NUMBER: _ClassVar[int]
+        PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+        PROMPT_TARGETS_FIELD_NUMBER: _ClassVar[int]
+        ADAPTER_FIELD_NUMBER: _ClassVar[int]
+        GUESSED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+        sequence_id: str
+        token_ids: _containers.RepeatedScalarFieldContainer[int]
+        start: int
+        block_table: _containers.RepeatedScalarFieldContainer[int]
+        draw: RankPlan.Draw
+        prompt_logprobs: int
+        prompt_targets: _containers.RepeatedScalarFieldContainer[int]
+        adapter: str
+        guessed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., block_table: _Optional[_Iterable[int]] = ..., draw: _Optional[_Union[RankPlan.Draw, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ..., prompt_targets: _Optional[_Iterable[int]] = ..., adapter: _Optional[str] = ..., guessed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Draw(_message.Message):
+        __slots__ = ("params", "position", "prompt_tokens", "history")
+        PARAMS_FIELD_NUMBER: _ClassVar[int]
+        POSITION_FIELD_NUMBER: _ClassVar[int]
+        PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        HISTORY_FIELD_NUMBER: _ClassVar[int]
+        params: bytes
+        position: int
+        prompt_tokens: int
+        history: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, params: _Optional[bytes] = ..., position: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ...) -> None: ...
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    slices: _containers.RepeatedCompositeFieldContainer[RankPlan.Slice]
+    def __init__(self, step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[RankPlan.Slice, _Mapping]]] = ...) -> None: ...
+
+class RankResult(_message.Message):
+    __slots__ = ("step", "busy_s", "outcomes")
+    class Outcome(_message.Message):
+        __slots__ = ("drawn", "prompt_logprobs")
+        DRAWN_FIELD_NUMBER: _ClassVar[int]
+        PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+        drawn: _containers.RepeatedCompositeFieldContainer[RankResult.Drawn]
+        prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
+        def __init__(self, drawn: _Optional[_Iterable[_Union[RankResult.Drawn, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    class Drawn(_message.Message):
+        __slots__ = ("token_id", "logprobs")
+        TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+        LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+        token_id: int
+        logprobs: _common_pb2.TokenLogprobs
+        def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    busy_s: float
+    outcomes: _containers.RepeatedCompositeFieldContainer[RankResult.Outcome]
+    def __init__(self, step: _Optional[int] = ..., busy_s: _Optional[float] = ..., outcomes: _Optional[_Iterable[_Union[RankResult.Outcome, _Mapping]]] = ...) -> None: ...

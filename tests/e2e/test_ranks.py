@@ -1,0 +1,55 @@
+"""Workers of several ranks, as processes, behind the real router: the text is that of one rank."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster, cluster
+from tiny_llama import write_tokenizer
+from tiny_models import make_model
+
+PROMPTS = [[random.Random(seed).randrange(3, 90) for _ in range(length)] for seed, length in enumerate((5, 37, 61, 18))]
+TOKENS = 14
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {name: make_model(tmp_path_factory.mktemp(name), name) for name in ("llama3", "mixtral")}
+    for folder in found.values():
+        write_tokenizer(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
+    return found
+
+
+async def answers(running: Cluster) -> list[Any]:
+    async def one(prompt: list[int]) -> Any:
+        return await running.client.generate(prompt, max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=2)
+
+    found = await asyncio.gather(*(one(prompt) for prompt in PROMPTS))
+    return [(each.token_ids, each.finish_reason) for each in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("llama3", "tp2"), ("llama3", "pp2"), ("llama3", "dp2"), ("mixtral", "dp2-ep2"), ("llama3", "pp2-tp2")],
+)
+async def test_a_decode_worker_that_prefills_itself(
+    models: dict[str, Path], redis_url: str, name: str, layout: str
+) -> None:
+    options = {
+        "max_step_tokens": 24,
+        "max_sequences": 8,
+        "block_tokens": 7,
+        "num_blocks": None,
+        "kv_memory": "4MiB",
+    }
+    async with cluster(models[name], redis_url, prefill=0, engine=options) as running:
+        expected = await answers(running)
+    async with cluster(models[name], redis_url, prefill=0, engine={**options, "layout": layout}) as running:
+        assert await answers(running) == expected
+        assert await answers(running) == expected  # with what is in the prefix caches
+        await running.assert_as_at_start()

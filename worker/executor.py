@@ -1,0 +1,115 @@
+"""Who carries a step out: the engine of this process alone, or all ranks of the worker in one order."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from engine.engine import Engine
+from engine.speculation import DraftModel
+from legato.v1 import rank_pb2
+from scheduler.plan import StepPlan, StepResult
+from spec.errors import WorkerLost
+from spec.shard import RankShard
+from worker.meter import Meter
+from worker.rank_messages import PlanWriter, result_from_message
+from worker.ranks import Ranks
+
+
+class StepExecutor(Protocol):
+    """Who carries steps out, as the loop sees it. A step is one plan for each group, without slices where a group has
+    nothing to do."""
+
+    steps_out: int  # so many steps may be submitted before the first one's result is taken
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        """Raises what the worker is lost for."""
+        ...
+
+    def result(self) -> Sequence[StepResult]:
+        """Of the oldest step whose result was not taken, in the order of its plans. Raises as submit() does."""
+        ...
+
+
+class OneRank:
+    """The engine, counted. A step is carried out while it is submitted."""
+
+    steps_out = 1
+
+    def __init__(self, engine: Engine, meter: Meter) -> None:
+        self._engine, self._meter = engine, meter
+        self._results: collections.deque[StepResult] = collections.deque()
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        (plan,) = plans
+        started_s = time.monotonic()
+        result = self._engine.execute(plan)
+        self._meter.step(plans, (result,), time.monotonic() - started_s)
+        self._results.append(result)
+
+    def result(self) -> tuple[StepResult, ...]:
+        return (self._results.popleft(),)
+
+
+class AllRanks:
+    """Every rank executes the same steps in one order, each its group's plan. `steps_out` of them may be on their way
+    through the stages; rank 0 carries out its own part of a step while it is submitted. A draft model is rank 0's
+    alone: it guesses before the others are told."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ranks: Ranks,
+        shards: Sequence[RankShard],
+        steps_out: int,
+        meter: Meter,
+        draft_model: DraftModel | None,
+    ) -> None:
+        self.steps_out = steps_out
+        self._engine, self._ranks, self._meter = engine, ranks, meter
+        self._draft_model = draft_model
+        self._writer = PlanWriter()
+        self._steps = 0
+        self._out: collections.deque[tuple[Sequence[StepPlan], StepResult, float]] = collections.deque()
+        layout = shards[0].layout
+        self._members = [
+            tuple(shard.rank for shard in shards if shard.group == group and shard.rank) for group in range(layout.dp)
+        ]
+        # Of each group the rank that draws.
+        self._drawing = [
+            next(s.rank for s in shards if s.group == group and s.is_last_stage and s.index == 0)
+            for group in range(layout.dp)
+        ]
+        self._silent = [shard.rank for shard in shards if shard.rank and shard.rank not in self._drawing]
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        """Raises what the worker is lost for."""
+        started_s = time.monotonic()
+        guessed = [self._with_guesses(plan) for plan in plans]
+        for plan, members in zip(guessed, self._members, strict=True):
+            if members:
+                command = rank_pb2.RankCommand(execute=self._writer.write(self._steps, plan))
+                self._ranks.send_bytes(members, command.SerializeToString())
+        self._steps += 1
+        try:
+            result = self._engine.execute(guessed[0])
+        except WorkerLost as error:
+            raise self._ranks.cause(error) from None
+        self._out.append((plans, result, started_s))
+
+    def _with_guesses(self, plan: StepPlan) -> StepPlan:
+        if self._draft_model is None:
+            return plan
+        return dataclasses.replace(plan, slices=self._draft_model.guess(plan.slices))
+
+    def result(self) -> tuple[StepResult, ...]:
+        """Raises what the worker is lost for."""
+        plans, own, started_s = self._out.popleft()
+        results = tuple(own if rank == 0 else result_from_message(self._ranks.result(rank)) for rank in self._drawing)
+        for rank in self._silent:  # so that none falls behind for ever
+            self._ranks.result(rank)
+        self._meter.step(plans, results, time.monotonic() - started_s)
+        return results

@@ -1,0 +1,112 @@
+"""The KV memory of all ranks of a worker: how large it is, and where each rank's part of the one region lies.
+
+    |<------------------------- one mapping, registered with every transport ------------------------->|
+    | rank 0: num_blocks · its block_bytes | to the next page | rank 1: num_blocks · its block_bytes | ...
+
+Of ranks in several processes it is a file without a name (memfd), which ranks of the host open by rank 0's descriptor
+of it: it goes with the last process that has it, however that one ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from engine.kv_memory import TORCH_DTYPES, default_num_blocks
+from service.config import EngineConfig
+from spec.errors import InvalidConfiguration
+from spec.layout import KVLayout
+
+# Where no kv_memory is configured. Several workers share a laptop, so each is modest; a server configures it.
+DEFAULT_KV_SHARE = 0.1
+DEFAULT_KV_TOKENS = 32_768
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RankRoom:
+    """Of one rank: `memory` names what it takes its KV memory from, of which `free_bytes` are free."""
+
+    layout: KVLayout
+    memory: str
+    free_bytes: int
+
+
+def choose_num_blocks(config: EngineConfig, rooms: Sequence[RankRoom], groups: int) -> int:
+    """Of each group: as many as fit into `config.kv_memory` with those of all ranks, or into a share of what is free.
+
+    Raises InvalidConfiguration or OutOfBlocks where it is too little to serve."""
+    block_tokens = rooms[0].layout.block_tokens
+    if config.kv_memory is not None:
+        block_bytes = sum(room.layout.block_bytes for room in rooms)
+        num_blocks = int(config.kv_memory) // block_bytes
+        if num_blocks < 2:
+            raise InvalidConfiguration(
+                f"engine.kv_memory of {config.kv_memory} bytes holds {num_blocks} blocks of {block_bytes} bytes; "
+                "at least 2 are needed"
+            )
+        return num_blocks
+    found = []
+    for _, sharing in itertools.groupby(sorted(rooms, key=_memory), key=_memory):
+        several = list(sharing)
+        block_bytes, free = sum(room.layout.block_bytes for room in several), min(room.free_bytes for room in several)
+        most = -(-DEFAULT_KV_TOKENS // groups)
+        found.append(default_num_blocks(block_bytes, block_tokens, free, DEFAULT_KV_SHARE, most))
+    return min(found)
+
+
+def _memory(room: RankRoom) -> str:
+    return room.memory
+
+
+class RankMemories:
+    """Where each rank's part of the region lies. Owned by rank 0 while the worker is built; views stay good after."""
+
+    def __init__(self, layouts: Sequence[KVLayout], num_blocks: int, *, shared: bool) -> None:
+        """`shared`: other processes take their parts of it by `path`; raises InvalidConfiguration where none can."""
+        self.layouts, self.num_blocks = layouts, num_blocks
+        self.sizes = [num_blocks * layout.block_bytes for layout in layouts]
+        bounds = [0, *itertools.accumulate(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in self.sizes)]
+        self.offsets, self.nbytes = bounds[:-1], bounds[-2] + self.sizes[-1]
+        self.path = ""
+        self.whole: memoryview | None = None
+        self._descriptor: int | None = None
+        if shared:
+            if sys.platform != "linux":
+                raise InvalidConfiguration("a worker of several ranks shares memory as Linux alone does it")
+            self._descriptor = os.memfd_create("legato-kv", os.MFD_CLOEXEC)
+            os.ftruncate(self._descriptor, self.nbytes)
+            self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+            self.whole = memoryview(mmap.mmap(self._descriptor, self.nbytes))
+
+    def part(self, rank: int) -> memoryview:
+        assert self.whole is not None, "no transport has allocated it yet"
+        return kv_slice(self.whole, self.offsets[rank], self.sizes[rank])
+
+    def landing(self, rank: int) -> torch.Tensor:
+        return landing_of(self.part(rank), self.layouts[rank], self.num_blocks)
+
+    def said(self, groups: int) -> str:
+        blocks, tokens = self.num_blocks * groups, self.layouts[0].block_tokens
+        sizes = ", ".join(f"{size / 2**20:.1f}" for size in self.sizes)
+        return f"{blocks} blocks of {tokens} tokens, {blocks * tokens} tokens; MiB of each rank: {sizes}"
+
+    def close(self) -> None:
+        """Nobody opens it by its path any more."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def kv_slice(mapped: mmap.mmap | memoryview, offset_bytes: int, nbytes: int) -> memoryview:
+    return memoryview(mapped)[offset_bytes : offset_bytes + nbytes]
+
+
+def landing_of(own: memoryview, layout: KVLayout, num_blocks: int) -> torch.Tensor:
+    """A rank's part of the region as [num_blocks, layers, planes, heads, block_tokens, row]."""
+    return torch.frombuffer(own, dtype=TORCH_DTYPES[layout.dtype]).view(layout.shape(num_blocks))

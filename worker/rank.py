@@ -1,0 +1,224 @@
+"""A rank of a worker that is not rank 0: it does what rank 0 says, in order, and lives no longer than it.
+
+    python -m worker.rank --rank 1 --local-ranks 2 --control 127.0.0.1:4321      its configuration comes on stdin
+
+dial rank 0, Hello ──▶ Load ──▶ join the others, load the weights, Ready ──▶ WarmUp, Ready ──▶ plan, result, plan ...
+the connection ends without a Stop: rank 0 is gone, and this process with it, at once, whatever it waits for
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import ctypes
+import mmap
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from engine.engine import Engine
+from engine.groups import Groups, join
+from engine.model_files import open_model
+from legato.v1 import rank_pb2
+from service import logs
+from service.config import WorkerConfig, load
+from service.model_source import resolve_model
+from service.run import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_OK
+from spec.errors import InternalError, InvalidConfiguration, LegatoError, SetupError, WorkerLost
+from spec.shard import shard_of
+from worker import rank_link
+from worker.kv_region import kv_slice, landing_of
+from worker.rank_messages import plan_from_message, result_to_message
+from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
+
+logger = logs.get(__name__)
+
+DIAL_TIMEOUT_S = 60.0
+PR_SET_PDEATHSIG = 1
+Report, Command = rank_pb2.RankReport, rank_pb2.RankCommand
+
+
+class Rank:
+    """Owned by the process."""
+
+    def __init__(self, config: WorkerConfig, place: Place) -> None:
+        assert place.control is not None
+        self._config, self._place = config, place
+        self._options = options_for(config.engine, place)
+        self._files = open_model(resolve_model(config.engine.model, lambda fraction: None))
+        key = config.cluster_key.get_secret_value().encode()
+        self._link = rank_link.dial(*place.control, key, DIAL_TIMEOUT_S)
+        self._sending = threading.Lock()
+        self._commands: queue.SimpleQueue[rank_pb2.RankCommand] = queue.SimpleQueue()
+        self._copies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="copy")
+        self._groups: Groups | None = None
+        self._engine: Engine | None = None
+        self._landing: torch.Tensor | None = None
+
+    def run(self) -> None:
+        """Until Stop. Raises what ends it before."""
+        hello = Report.Hello(
+            rank=self._place.rank,
+            pid=os.getpid(),
+            host=host_name(),
+            memory=memory_name(self._options),
+            free_bytes=free_bytes(self._options),
+        )
+        self._tell(Report(hello=hello))
+        threading.Thread(target=self._read, args=(self._link,), name="control", daemon=True).start()
+        try:
+            while True:
+                command = self._commands.get()
+                match command.WhichOneof("command"):
+                    case "load":
+                        self._load(command.load)
+                    case "warm_up":
+                        assert self._engine is not None
+                        self._engine.warm_up()
+                        self._tell(Report(ready=Report.Ready()))
+                    case "execute":
+                        self._execute(command.execute)
+                    case "stop":
+                        return
+        except Exception as error:
+            known = error if isinstance(error, LegatoError) else InternalError(repr(error))
+            if not isinstance(error, LegatoError):
+                logger.exception("a step failed")
+            self._tell(Report(failed=Report.Failed(reason=known.reason, message=known.message)))
+            raise
+
+    def _read(self, link: Connection) -> None:
+        """In a thread of its own: whatever the other one waits for, the end of the connection ends the process."""
+        try:
+            while True:
+                command = Command.FromString(link.recv_bytes())
+                if command.HasField("copy"):
+                    self._copies.submit(self._copy, command.copy)
+                    continue
+                self._commands.put(command)
+                if command.HasField("stop"):
+                    return
+        except (OSError, EOFError):
+            logger.error("rank 0 is gone, and rank %d ends", self._place.rank)
+            sys.stderr.flush()
+            os._exit(EXIT_DEFECT)
+
+    def _tell(self, report: rank_pb2.RankReport) -> None:
+        with self._sending:
+            rank_link.send(self._link, report)
+
+    def _load(self, load: rank_pb2.RankCommand.Load) -> None:
+        costs = tuple(load.layer_costs) or None
+        layout = layout_of(self._config)
+        shard = shard_of(
+            self._files.spec, layout, self._place.rank, layer_costs=costs, head_cost=load.head_cost if costs else None
+        )
+        device = self._options.torch_device()
+        self._groups = join(shard, load.join_address, device, self._config.engine.rank_timeout_s)
+        kv_layout = shard.kv_layout(
+            self._files.spec, self._options.block_tokens, self._options.kv_dtype_for(self._files.spec)
+        )
+        own = None
+        if load.memory_path:
+            own = kv_slice(map_file(load.memory_path), load.offset_bytes, load.num_blocks * kv_layout.block_bytes)
+        told = 0.0
+
+        def progress(fraction: float) -> None:
+            nonlocal told
+            if fraction - told >= 0.02 or fraction == 1.0:
+                told = fraction
+                self._tell(Report(progress=Report.Progress(fraction=fraction)))
+
+        on_cpu = device.type == "cpu"
+        self._engine = Engine(
+            self._files,
+            self._options,
+            load.num_blocks,
+            kv_buffer=own if on_cpu else None,
+            progress=progress,
+            groups=self._groups,
+        )
+        if own is not None and not on_cpu:
+            self._landing = landing_of(own, self._engine.kv.layout, load.num_blocks)
+        self._tell(Report(ready=Report.Ready()))
+
+    def _execute(self, message: rank_pb2.RankPlan) -> None:
+        assert self._engine is not None
+        assert self._groups is not None
+        plan = plan_from_message(message)
+        waited_s, started_s = self._groups.waited_s, time.monotonic()
+        result = self._engine.execute(plan)
+        busy_s = time.monotonic() - started_s - (self._groups.waited_s - waited_s)
+        shard = self._groups.shard
+        draws = shard.is_last_stage and shard.index == 0
+        self._tell(Report(result=result_to_message(plan.step, busy_s, result if draws else None)))
+
+    def _copy(self, copy: rank_pb2.RankCommand.Copy) -> None:
+        """On a GPU alone: elsewhere the shared file is the engine's own memory."""
+        assert self._engine is not None
+        if self._landing is not None:
+            index, own = torch.tensor(copy.block_ids), self._engine.kv.tensor
+            if copy.to_device:
+                own[index.to(own.device)] = self._landing[index].to(own.device)
+            else:
+                self._landing[index] = own[index.to(own.device)].cpu()
+        self._tell(Report(copied=Report.Copied(copy_id=copy.copy_id)))
+
+
+def map_file(path: str) -> mmap.mmap:
+    """Raises InvalidConfiguration where another process's memory cannot be opened."""
+    try:
+        with Path(path).open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+    except OSError as error:
+        raise InvalidConfiguration(f"rank 0's KV memory cannot be opened ({error.strerror}): {path}") from None
+
+
+def run_rank(config: WorkerConfig, place: Place) -> int:
+    """Returns the exit code. It ends when rank 0 says so, and leaves the signals for rank 0 to heed."""
+    logs.setup(f"{config.worker_id or config.role}/{place.rank}", config.telemetry.log_level)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        Rank(config, place).run()
+    except WorkerLost as error:
+        logger.error("rank %d ends: %s", place.rank, error)
+        return EXIT_DEFECT
+    except LegatoError as error:
+        logger.error("rank %d ends: %s: %s", place.rank, error.reason, error)
+        return EXIT_CONFIGURATION if isinstance(error, SetupError) else EXIT_DEFECT
+    except Exception:
+        logger.exception("rank %d ends on a defect", place.rank)
+        return EXIT_DEFECT
+    return EXIT_OK
+
+
+def _die_with_parent() -> None:
+    """Should everything else fail: the kernel ends this process when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="a rank of a Legato worker; rank 0 starts it")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--local-ranks", type=int, required=True)
+    parser.add_argument("--control", required=True, metavar="HOST:PORT")
+    given = parser.parse_args()
+    _die_with_parent()
+    host, _, port = given.control.rpartition(":")
+    config = load(WorkerConfig, Path("/dev/stdin"), {})
+    return run_rank(config, Place(given.rank, given.rank, given.local_ranks, (host, int(port))))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # threads of torch.distributed may still wait for ranks that are gone

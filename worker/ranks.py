@@ -1,0 +1,292 @@
+"""Rank 0's side of the other ranks: starts them on this host, tells them what to do, hears what came of it.
+
+One thread reads what all of them report. The end of a connection, which is the end of a rank, is noticed there at once,
+whatever everybody else waits for: then the worker is lost as a whole. `lost` says whose end was the first, the other
+ranks of this host are killed (so that no collective waits for them), and `on_lost` is called.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import itertools
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge, wait
+
+import psutil
+
+from legato.v1 import rank_pb2
+from service import logs
+from service.config import WorkerConfig, to_yaml
+from spec.errors import BY_REASON, InternalError, LegatoError, WorkerLost
+from worker import rank_link
+from worker.rank_setup import Place
+
+logger = logs.get(__name__)
+
+HELLO_TIMEOUT_S = 120.0  # imports, and a model that is fetched on another host
+CAUSE_S = 1.0  # how long a rank that lost the others is no proof that it was the first to fail
+STOP_S = 3.0
+POLL_S = 0.05
+Report, Command = rank_pb2.RankReport, rank_pb2.RankCommand
+
+
+class Ranks:
+    """Ranks 1 to num_ranks - 1 of a worker. `report_progress(fraction)` is called in the reading thread."""
+
+    def __init__(self, config: WorkerConfig, num_ranks: int, place: Place) -> None:
+        """Starts what is to run on this host, unless a launcher does."""
+        self.on_lost: Callable[[LegatoError], None] = lambda error: None
+        self.lost: LegatoError | None = None
+        self.hellos: dict[int, rank_pb2.RankReport.Hello] = {}
+        self.progress: dict[int, float] = dict.fromkeys(range(1, num_ranks), 0.0)
+        self.busy_s: dict[int, float] = dict.fromkeys(range(1, num_ranks), 0.0)
+        self._links: dict[int, Connection] = {}
+        self._results: dict[int, queue.SimpleQueue[rank_pb2.RankResult | None]] = {}
+        self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._copies: dict[int, concurrent.futures.Future[None]] = {}
+        self._copy_ids = itertools.count()
+        self._sending = threading.Lock()
+        self._ending = False
+        self._timeout_s = config.engine.rank_timeout_s
+        self._key = rank_link.auth_key(config.cluster_key.get_secret_value().encode())
+        host, port = place.control or ("127.0.0.1", 0)
+        self._listener = Listener((host if place.control is None else "", port), "AF_INET", backlog=64)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        if place.control is None:
+            address = f"{host}:{self._listener.address[1]}"
+            self._processes = {rank: _start(config, rank, num_ranks, address) for rank in range(1, num_ranks)}
+        self._num_ranks = num_ranks
+        self._reader = threading.Thread(target=self._read, name="ranks", daemon=True)
+
+    def accept(self) -> None:
+        """Returns when all ranks have said Hello. Raises WorkerLost when one dies before, or does not in time."""
+        accepted: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        arguments = (self._listener, self._key, accepted)
+        threading.Thread(target=_accept, args=arguments, name="ranks-accept", daemon=True).start()
+        until_s = time.monotonic() + HELLO_TIMEOUT_S
+        while len(self._links) < self._num_ranks - 1:
+            self._raise_ended()
+            if time.monotonic() > until_s:
+                missing = [rank for rank in self.progress if rank not in self._links]
+                raise WorkerLost(f"rank {missing[0]} has not come within {HELLO_TIMEOUT_S:.0f} s")
+            with contextlib.suppress(queue.Empty):
+                self._welcome(accepted.get(timeout=POLL_S))
+        self._listener.close()
+        self._results = {rank: queue.SimpleQueue() for rank in self._links}
+        self._reader.start()
+
+    def _welcome(self, link: Connection) -> None:
+        try:
+            rank_link.tune(link)
+            report = Report.FromString(link.recv_bytes()) if link.poll(self._timeout_s) else Report()
+        except (OSError, EOFError):
+            return
+        hello = report.hello
+        if report.HasField("hello") and hello.rank in self.progress and hello.rank not in self._links:
+            self._links[hello.rank], self.hellos[hello.rank] = link, hello
+
+    def _raise_ended(self) -> None:
+        for rank, process in self._processes.items():
+            if (code := process.poll()) is not None and rank not in self._links:
+                raise WorkerLost(f"rank {rank} (pid {process.pid}) ended before it came: {_ending(code)}")
+
+    # ---- commands --------------------------------------------------------------------------------------------------
+
+    def send(self, rank: int, command: rank_pb2.RankCommand) -> None:
+        self.send_bytes((rank,), command.SerializeToString())
+
+    def send_bytes(self, ranks: Sequence[int], command: bytes) -> None:
+        """Raises what the worker is lost for."""
+        with self._sending:
+            for rank in ranks:
+                try:
+                    rank_link.send_bytes(self._links[rank], command)
+                except WorkerLost as error:
+                    raise self.cause(error) from None
+
+    def wait_ready(self, report: Callable[[float], None] = lambda fraction: None) -> None:
+        """Until each has said Ready once more. Raises what the worker is lost for."""
+        for _ in self._links:
+            while True:
+                report(min(self.progress.values()))
+                with contextlib.suppress(queue.Empty):
+                    if self._ready.get(timeout=0.5) is None:
+                        raise self.cause(WorkerLost("a rank of this worker has ended"))
+                    break
+
+    def result(self, rank: int) -> rank_pb2.RankResult:
+        """The next one of that rank. Raises what the worker is lost for."""
+        try:
+            found = self._results[rank].get(timeout=self._timeout_s)
+        except queue.Empty:
+            found = None
+        if found is None:
+            silent = WorkerLost(f"rank {rank} has not answered for {self._timeout_s:g} s")
+            raise self.cause(silent)
+        return found
+
+    def copy(self, rank: int, block_ids: Sequence[int], *, to_device: bool) -> concurrent.futures.Future[None]:
+        """Between the memory of the rank's GPU and its part of the region; done when it is there."""
+        copying: concurrent.futures.Future[None] = concurrent.futures.Future()
+        copying.set_running_or_notify_cancel()
+        copy_id = next(self._copy_ids)
+        self._copies[copy_id] = copying
+        self.send(rank, Command(copy=Command.Copy(copy_id=copy_id, to_device=to_device, block_ids=block_ids)))
+        if self.lost is not None:
+            self._fail_copies(self.lost)
+        return copying
+
+    # ---- what they report ------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        of_link = {link: rank for rank, link in self._links.items()}
+        while of_link and self.lost is None:
+            for link in wait(list(of_link)):
+                assert isinstance(link, Connection)
+                rank = of_link[link]
+                try:
+                    self._heard(rank, Report.FromString(link.recv_bytes()))
+                except (OSError, EOFError):
+                    if self._ending:
+                        del of_link[link]
+                        continue
+                    self._lose(WorkerLost(f"rank {rank} {self._how_it_ended(rank)}"))
+                    return
+
+    def _heard(self, rank: int, report: rank_pb2.RankReport) -> None:
+        match report.WhichOneof("report"):
+            case "result":
+                self.busy_s[rank] += report.result.busy_s
+                self._results[rank].put(report.result)
+            case "progress":
+                self.progress[rank] = report.progress.fraction
+            case "ready":
+                self.progress[rank] = 1.0
+                self._ready.put(rank)
+            case "copied":
+                self._copies.pop(report.copied.copy_id).set_result(None)
+            case "failed":
+                self._lose(self._first_to_fail(rank, report.failed))
+
+    def _first_to_fail(self, rank: int, failed: rank_pb2.RankReport.Failed) -> LegatoError:
+        """A rank that lost the others names no culprit: one that has died, or is stopped, is looked for."""
+        if failed.reason != WorkerLost.reason:
+            kind = BY_REASON.get(failed.reason, InternalError)
+            message = f"rank {rank}: {failed.message}"
+            return InternalError(message) if kind.__init__ is not LegatoError.__init__ else kind(message)
+        return self._culprit() or WorkerLost(f"rank {rank}: {failed.message}")
+
+    def _culprit(self) -> WorkerLost | None:
+        until_s = time.monotonic() + CAUSE_S
+        while True:
+            for rank, process in self._processes.items():
+                code = process.poll()
+                if code is not None and code < 0:
+                    return WorkerLost(f"rank {rank} (pid {process.pid}) ended: {_ending(code)}")
+                with contextlib.suppress(psutil.Error):
+                    if code is None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+                        return WorkerLost(f"rank {rank} (pid {process.pid}) is stopped")
+            if time.monotonic() > until_s:
+                return None
+            time.sleep(POLL_S)
+
+    def _how_it_ended(self, rank: int) -> str:
+        process = self._processes.get(rank)
+        if process is None:
+            return f"(pid {self.hellos[rank].pid} on another host) is gone"
+        try:
+            return f"(pid {process.pid}) ended: {_ending(process.wait(CAUSE_S))}"
+        except subprocess.TimeoutExpired:
+            return f"(pid {process.pid}) closed its connection"
+
+    def _lose(self, error: LegatoError) -> None:
+        self.lost = error
+        logger.error("the worker is lost: %s", error)
+        self._kill()
+        for waiting in self._results.values():
+            waiting.put(None)
+        for _ in self._links:
+            self._ready.put(None)
+        self._fail_copies(error)
+        self.on_lost(error)
+
+    def _fail_copies(self, error: LegatoError) -> None:
+        for copy_id in list(self._copies):
+            if (copying := self._copies.pop(copy_id, None)) is not None:
+                copying.set_exception(error)
+
+    def cause(self, error: LegatoError) -> LegatoError:
+        """Why the worker is really lost, where `error` is what rank 0 saw of it."""
+        until_s = time.monotonic() + 2 * CAUSE_S
+        while self.lost is None and time.monotonic() < until_s:
+            time.sleep(POLL_S)
+        return self.lost or self._culprit() or error
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def _kill(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for link in self._links.values():
+            rank_link.close(link)
+
+    def close(self) -> None:
+        """Returns when no rank of this host runs any more, and those of others have been told."""
+        self._ending = True
+        with contextlib.suppress(OSError):
+            self._listener.close()
+        if self.lost is None:
+            with contextlib.suppress(LegatoError, KeyError):
+                self.send_bytes(tuple(self._links), Command(stop=Command.Stop()).SerializeToString())
+        until_s = time.monotonic() + STOP_S
+        for process in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until_s - time.monotonic()))
+        self._kill()
+        for process in self._processes.values():
+            process.wait()
+        if self._reader.is_alive():
+            self._reader.join()
+
+
+def _start(config: WorkerConfig, rank: int, num_ranks: int, address: str) -> subprocess.Popen[bytes]:
+    """Its configuration holds the cluster's key, and so goes through a pipe."""
+    command = [sys.executable, "-m", "worker.rank", "--rank", str(rank)]
+    process = subprocess.Popen([*command, "--local-ranks", str(num_ranks), "--control", address], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(to_yaml(config).encode())
+        process.stdin.close()
+    return process
+
+
+def _accept(listener: Listener, key: bytes, accepted: queue.SimpleQueue[Connection]) -> None:
+    """In a thread, until the listener is closed; a stranger who says nothing keeps nobody else out."""
+    while True:
+        try:
+            link = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=_admit, args=(link, key, accepted), name="ranks-admit", daemon=True).start()
+
+
+def _admit(link: Connection, key: bytes, accepted: queue.SimpleQueue[Connection]) -> None:
+    try:
+        deliver_challenge(link, key)
+        answer_challenge(link, key)
+    except (AuthenticationError, EOFError, OSError):
+        link.close()
+        return
+    accepted.put(link)
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
