@@ -4,20 +4,23 @@
     embedding:  out[t] = weight[token_ids[t]]
 
 On CUDA this is the vendor's GEMM through torch; there is no Triton kernel to beat it. On a CPU the weight is packed
-into panels of columns (kernels/cpu/product.h), which is all that is kept of it.
+into panels of columns (kernels/cpu/product.h), which is all that is kept of it. A quantised weight stays quantised in
+memory: on a CPU its codes are expanded in registers (kernels/cpu/quantised.h), elsewhere a slice at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.library import Library, library_for
+from kernels.quantised import QuantisedWeight, dequantise
 
-WIDE_COLUMNS = 8192
+BLOCK_COLUMNS = 8192
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -25,11 +28,12 @@ class PackedLinear:
     """One weight as the kernel wants it. With tied embeddings, one of these serves both `linear` and `embedding`."""
 
     weight: Tensor  # [n, k], contiguous; panels, one dimension, where there is a library
-    bias: Tensor | None  # [n]
+    bias: Tensor | None  # [n], of `dtype`
     n: int
     k: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of x, and of what an embedding returns
     library: Library | None = None  # what packed the weight, and alone can read it
+    quantised: QuantisedWeight | None = None  # where there is no library; `weight` is its codes
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -44,20 +48,38 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     )
 
 
+def pack_quantised(weight: QuantisedWeight, dtype: torch.dtype, bias: Tensor | None = None) -> PackedLinear:
+    """As `pack`. `dtype` is that of activations and of bias, [N]."""
+    assert bias is None or (bias.shape == (weight.n,) and bias.dtype == dtype)
+    library = library_for(weight.codes.new_empty(0, dtype=dtype))
+    bias = None if bias is None else bias.contiguous()
+    if library is None:
+        return PackedLinear(weight.codes, bias, weight.n, weight.k, dtype, quantised=weight)
+    return PackedLinear(library.pack_quantised(weight), bias, weight.n, weight.k, dtype, library)
+
+
 def unpack(packed: PackedLinear) -> Tensor:
-    """[N, K]; a copy where the weight is packed."""
-    if packed.library is None:
-        return packed.weight
-    return packed.library.unpack(packed.weight, packed.n, packed.k)
+    """[N, K]: in float32 where the weight is quantised, a copy where it is packed."""
+    if packed.library is not None:
+        return packed.library.unpack(packed.weight, packed.n, packed.k)
+    return packed.weight if packed.quantised is None else dequantise(packed.quantised)
 
 
 def reference(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
-    weight = unpack(packed)
-    if not wide:
-        return F.linear(x, weight, packed.bias)
-    # In blocks of columns, so that no second copy of a large weight is made.
-    out = torch.cat([F.linear(x.float(), block.float()) for block in torch.split(weight, WIDE_COLUMNS)], dim=1)
-    return out if packed.bias is None else out + packed.bias.float()
+    if packed.library is None and packed.quantised is None and not wide:
+        return F.linear(x, packed.weight, packed.bias)
+    out = torch.cat([F.linear(x.float(), block.float()) for block in _blocks(packed)], dim=1)
+    out = out if packed.bias is None else out + packed.bias.float()
+    return out if wide else out.to(x.dtype)
+
+
+def _blocks(packed: PackedLinear) -> Iterator[Tensor]:
+    """Columns of the product, a block at a time, so that no second copy of a large weight is made."""
+    if packed.quantised is None:
+        yield from torch.split(unpack(packed), BLOCK_COLUMNS)
+    else:
+        for first in range(0, packed.n, BLOCK_COLUMNS):
+            yield dequantise(packed.quantised[first : first + BLOCK_COLUMNS])
 
 
 def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
@@ -71,7 +93,9 @@ def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
 
 
 def embedding(token_ids: Tensor, packed: PackedLinear) -> Tensor:
-    """token_ids: [T] int64, each in [0, N). Returns [T, K] in the weight's dtype."""
-    if packed.library is None:
-        return F.embedding(token_ids, packed.weight)
-    return packed.library.embedding(token_ids, packed.weight, packed.n, packed.k)
+    """token_ids: [T] int64, each in [0, N). Returns [T, K] in packed.dtype."""
+    if packed.library is not None:
+        return packed.library.embedding(token_ids, packed.weight, packed.n, packed.k, packed.dtype)
+    if packed.quantised is not None:
+        return dequantise(packed.quantised[token_ids]).to(packed.dtype)
+    return F.embedding(token_ids, packed.weight)

@@ -11,20 +11,54 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kernels.cpu.build import BuildFailed, build, default_cache, recipe
 from kernels.kv_rows import row_dims
+from kernels.quantised import GROUP_MULTIPLE, QuantisedWeight
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _KV_SUFFIX = {**_SUFFIX, torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # the last two row-quantised
 _NO_WINDOW = 1 << 31  # more than any position
 _ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")  # in the order of activation.h
 _SCORINGS = ("softmax", "softmax_chosen", "sigmoid")  # in the order of moe_route.cpp
+_CODES = ("int8", "fp8", "int4", "fp4")  # in the order of quantised.h, as are the dtypes of factors
+_FACTORS = (None, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
 _P, _N, _F, _I, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int, ctypes.c_bool
+
+_QUANTISED = torch.uint8  # of panels: bytes that say themselves what they hold
+_LINEAR = {  # (x, panels, result)
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16): "bf16",
+    (torch.bfloat16, torch.bfloat16, torch.float32): "wide_bf16",
+    (torch.float32, torch.float32, torch.float32): "fp32",
+    (torch.bfloat16, _QUANTISED, torch.bfloat16): "quantised_bf16",
+    (torch.bfloat16, _QUANTISED, torch.float32): "quantised_wide_bf16",
+    (torch.float32, _QUANTISED, torch.float32): "quantised_fp32",
+}
+_EMBEDDING = {  # (panels, result)
+    (torch.bfloat16, torch.bfloat16): "bf16",
+    (torch.float32, torch.float32): "fp32",
+    (_QUANTISED, torch.bfloat16): "quantised_bf16",
+    (_QUANTISED, torch.float32): "quantised_fp32",
+}
+
+
+class _QuantisedHeader(ctypes.Structure):
+    """quantised.h's Header: what the packed form says of itself."""
+
+    _fields_: ClassVar = [
+        ("num_outputs", ctypes.c_int64),
+        ("depth", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("codes", ctypes.c_int32),
+        ("scales", ctypes.c_int32),
+        ("offsets", ctypes.c_int32),
+        ("output_scales", ctypes.c_int32),
+        ("unused", ctypes.c_uint8 * 24),
+    ]
 
 
 class Library:
@@ -34,9 +68,16 @@ class Library:
         self.path = path
         self._handle = ctypes.CDLL(str(path))
         self._pack = self._by_dtype("pack", _P, _P, _N, _N, _I)
-        self._linear = self._by_dtype("linear", _P, _P, _P, _P, _N, _N, _N, _I)
-        self._linear_wide = self._function("linear_wide_bf16", _P, _P, _P, _P, _N, _N, _N, _I)
-        self._embedding = self._by_dtype("embedding", _P, _P, _P, _N, _N, _N, result=ctypes.c_bool)
+        self._pack_quantised = self._function("pack_quantised", *[_P] * 6, _I)
+        self._quantised_bytes = self._function("quantised_bytes", _P, result=_N)
+        self._linear = {
+            (x, panels, out): self._function(f"linear_{name}", _P, _P, _P, _P, _N, _N, _N, _I)
+            for (x, panels, out), name in _LINEAR.items()
+        }
+        self._embedding = {
+            (panels, out): self._function(f"embedding_{name}", _P, _P, _P, _N, _N, _N, result=_B)
+            for (panels, out), name in _EMBEDDING.items()
+        }
         self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _F, _I)
         self._gated_activation = self._by_dtype("gated_activation", _P, _P, _N, _N, _I, _I)
         self._rope_kv_write = self._by_two_dtypes(
@@ -76,21 +117,34 @@ class Library:
         self._pack[weight.dtype](weight.data_ptr(), panels.data_ptr(), num_outputs, depth, torch.get_num_threads())
         return panels
 
+    def pack_quantised(self, weight: QuantisedWeight) -> Tensor:
+        """The panels, a new tensor of bytes. They serve bfloat16 and float32 alike."""
+        codes, scales, offsets, output_scales = (None if t is None else t.contiguous() for t in weight.tensors())
+        assert codes is not None
+        assert scales is not None
+        group = -(-min(weight.group, weight.k) // GROUP_MULTIPLE) * GROUP_MULTIPLE
+        factors = [_FACTORS.index(None if t is None else t.dtype) for t in (scales, offsets, output_scales)]
+        header = _QuantisedHeader(weight.n, weight.k, group, _CODES.index(weight.kind), *factors)
+        panels = torch.empty(self._quantised_bytes(ctypes.byref(header)), dtype=_QUANTISED)
+        sources = [None if t is None else t.data_ptr() for t in (codes, scales, offsets, output_scales)]
+        self._pack_quantised(ctypes.byref(header), *sources, panels.data_ptr(), torch.get_num_threads())
+        return panels
+
     def unpack(self, panels: Tensor, num_outputs: int, depth: int) -> Tensor:
-        """The inverse of `pack`: [N, K], a new tensor."""
+        """The inverse of `pack`, and of `pack_quantised` in float32: [N, K], a new tensor."""
+        if panels.dtype == _QUANTISED:
+            return self.embedding(torch.arange(num_outputs), panels, num_outputs, depth, torch.float32)
         step = 2 if panels.element_size() == 2 else 1
         steps = -(-depth // step)
         columns = panels.view(-1, steps, self.panel_columns, step).transpose(1, 2)
         return columns.reshape(-1, steps * step)[:num_outputs, :depth].contiguous()
 
     def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int, *, wide: bool = False) -> Tensor:
-        """x: [T, K]; bias: [N]. Returns [T, N] in x.dtype, or in float32 where `wide`."""
+        """x: [T, K]; bias: [N], in x.dtype. Returns [T, N] in x.dtype, or in float32 where `wide`."""
         num_rows, depth = x.shape
         x = x.contiguous()
-        wide = wide and x.dtype == torch.bfloat16
         out = x.new_empty(num_rows, num_outputs, dtype=torch.float32 if wide else x.dtype)
-        function = self._linear_wide if wide else self._linear[x.dtype]
-        function(
+        self._linear[x.dtype, panels.dtype, out.dtype](
             x.data_ptr(),
             panels.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -102,12 +156,12 @@ class Library:
         )
         return out
 
-    def embedding(self, token_ids: Tensor, panels: Tensor, num_outputs: int, depth: int) -> Tensor:
-        """token_ids: [T] int64. Returns [T, K]."""
+    def embedding(self, token_ids: Tensor, panels: Tensor, num_outputs: int, depth: int, dtype: torch.dtype) -> Tensor:
+        """token_ids: [T] int64. Returns [T, K] in `dtype`: that of the panels, or any where they are quantised."""
         assert token_ids.dtype == torch.int64
         token_ids = token_ids.contiguous()
-        out = panels.new_empty(token_ids.shape[0], depth)
-        inside = self._embedding[panels.dtype](
+        out = panels.new_empty(token_ids.shape[0], depth, dtype=dtype)
+        inside = self._embedding[panels.dtype, dtype](
             token_ids.data_ptr(), panels.data_ptr(), out.data_ptr(), out.shape[0], num_outputs, depth
         )
         assert inside, f"token ids lie in [0, {num_outputs})"

@@ -29,7 +29,9 @@ constexpr ptrdiff_t panel_elements(ptrdiff_t depth) {
 #if defined(__AVX512BF16__)
 struct PairOfWeights {
     __m512bh pairs;
+    PairOfWeights() = default;
     explicit PairOfWeights(const Bf16 *from) { memcpy(&pairs, from, sizeof pairs); }
+    explicit PairOfWeights(Words bits) : pairs((__m512bh)bits) {}
 };
 struct PairOfRow {
     __m512bh pair;
@@ -41,12 +43,14 @@ inline Floats multiply_add(const PairOfRow &row, const PairOfWeights &weights, F
 #else
 struct PairOfWeights {
     Floats even, odd;
+    PairOfWeights() = default;
     explicit PairOfWeights(const Bf16 *from) {
         Words pairs;
         memcpy(&pairs, from, sizeof pairs);
-        even = (Floats)(pairs << 16);
-        odd = (Floats)(pairs & 0xffff0000u);
+        *this = PairOfWeights(pairs);
     }
+    explicit PairOfWeights(Words bits) : PairOfWeights((Floats)(bits << 16), (Floats)(bits & 0xffff0000u)) {}
+    PairOfWeights(Floats even, Floats odd) : even(even), odd(odd) {}
 };
 struct PairOfRow {
     Floats even, odd;

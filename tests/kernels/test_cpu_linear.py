@@ -73,14 +73,14 @@ def test_a_row_of_nans_stays_in_its_row(library: Library, dtype: torch.dtype) ->
 def test_an_embedding_is_a_row_of_the_weight(library: Library, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     weight = drawn(*shape, dtype=dtype)
     token_ids = torch.tensor([shape[0] - 1, 0, shape[0] // 2, 0])
-    assert torch.equal(library.embedding(token_ids, library.pack(weight), *shape), weight[token_ids])
+    assert torch.equal(library.embedding(token_ids, library.pack(weight), *shape, dtype), weight[token_ids])
 
 
 def test_a_token_id_out_of_range_reads_nothing(library: Library, dtype: torch.dtype) -> None:
     panels = library.pack(drawn(40, 8, dtype=dtype))
     for outside in (40, -1):
         with pytest.raises(AssertionError, match="token ids"):
-            library.embedding(torch.tensor([0, outside]), panels, 40, 8)
+            library.embedding(torch.tensor([0, outside]), panels, 40, 8, dtype)
 
 
 @pytest.mark.parametrize("served", [True, False])

@@ -1,0 +1,144 @@
+"""Weights of four or eight bits, in one form whatever file they come from.
+
+    value[n, k] = (scales[n, k // group] · number(codes[n, k]) + offsets[n, k // group]) · output_scales[n]
+
+    kind    number                                      such weights
+    int8    -128 ... 127                                Q8_0, compressed-tensors; a scale per output or group
+    int4    -8 ... 7, stored as 0 ... 15                GPTQ, AWQ, Q4_0; with offsets Q4_1 and zero points
+    fp8     E4M3 without infinities                     DeepSeek's blocks of 128 x 128; a scale per tensor or output
+    fp4     E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and sign   MXFP4 (E8M0 scale per 32), NVFP4 (E4M3 per 16, one per tensor)
+
+A zero point z of codes 0 ... 15 is the offset scale · (8 - z). Activations are not quantised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kind = Literal["int8", "int4", "fp8", "fp4"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
+OFFSET_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn, "fp4": torch.uint8}
+NUMBERS: dict[str, tuple[float, ...]] = {
+    "int4": tuple(float(code - 8) for code in range(16)),
+    "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+GROUP_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class QuantisedWeight:
+    """A weight [N, K]. Tensors lie on one device, and those that an output has of its own are row by row."""
+
+    kind: Kind
+    codes: Tensor  # [N, K] int8 or float8_e4m3fn; four bits: [N, ceil(K / 2)] uint8, an even k in the low half
+    scales: Tensor  # [N, ceil(K / group)], one of SCALE_DTYPES
+    k: int
+    group: int  # a multiple of 8; or K or more: one scale per output
+    offsets: Tensor | None = None  # as the scales, one of OFFSET_DTYPES
+    output_scales: Tensor | None = None  # [N] float32
+
+    def __post_init__(self) -> None:
+        width = -(-self.k // 2) if self.kind in NUMBERS else self.k
+        groups = (self.codes.shape[0], -(-self.k // self.group))
+        assert self.group % GROUP_MULTIPLE == 0 or self.group >= self.k
+        assert self.codes.shape == (self.n, width)
+        assert self.codes.dtype == CODE_DTYPES[self.kind]
+        assert self.scales.shape == groups
+        assert self.scales.dtype in SCALE_DTYPES
+        assert self.offsets is None or (self.offsets.shape == groups and self.offsets.dtype in OFFSET_DTYPES)
+        assert self.output_scales is None or self.output_scales.shape == (self.n,)
+        assert self.output_scales is None or self.output_scales.dtype == torch.float32
+
+    @property
+    def n(self) -> int:
+        return self.codes.shape[0]
+
+    def __getitem__(self, outputs: slice | Tensor) -> QuantisedWeight:
+        """The weight of these outputs: a slice of rows, or [M] int64."""
+        return self._with(*(None if tensor is None else _bytes_of(tensor)[outputs] for tensor in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.codes, self.scales, self.offsets, self.output_scales
+
+    def _with(self, *tensors: Tensor | None) -> QuantisedWeight:
+        codes, scales, offsets, output_scales = (
+            None if new is None or old is None else new.view(old.dtype)
+            for new, old in zip(tensors, self.tensors(), strict=True)
+        )
+        assert codes is not None
+        assert scales is not None
+        return QuantisedWeight(self.kind, codes, scales, self.k, self.group, offsets, output_scales)
+
+
+def concatenate(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
+    """One after the other along the outputs, of one kind, K, group and dtypes: a fused projection."""
+    first = parts[0]
+    columns = list(zip(*(part.tensors() for part in parts), strict=True))
+    for part in parts:
+        assert (part.kind, part.k, part.group) == (first.kind, first.k, first.group)
+    for column in columns:
+        assert len({None if tensor is None else tensor.dtype for tensor in column}) == 1
+    return first._with(
+        *(None if column[0] is None else torch.cat([_bytes_of(t) for t in column]) for column in columns)
+    )
+
+
+def dequantise(weight: QuantisedWeight) -> Tensor:
+    """[N, K] float32. What every kernel's product is measured against."""
+    if weight.kind in NUMBERS:
+        numbers = torch.tensor(NUMBERS[weight.kind], device=weight.codes.device)
+        halves = torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).flatten(1)[:, : weight.k]
+        values = numbers[halves.long()]
+    else:
+        values = weight.codes.float()
+    values = values * _spread(weight.scales, weight)
+    if weight.offsets is not None:
+        values = values + _spread(weight.offsets, weight)
+    return values if weight.output_scales is None else values * weight.output_scales[:, None]
+
+
+def quantise(weight: Tensor, kind: Kind, group: int | None = None) -> QuantisedWeight:
+    """weight: [N, K] of any float dtype. Symmetric, rounded to nearest and saturated; not for fp4.
+
+    A float32 scale per output, or with `group` a float16 one per group of K. The greatest magnitude takes the greatest
+    number; in int4 it takes -8 whatever its sign, so that all sixteen numbers are of use (as Q4_0 has it).
+    """
+    assert kind != "fp4"
+    n, k = weight.shape
+    group = k if group is None else group
+    groups = F.pad(weight.float(), (0, -k % group)).view(n, -1, group)
+    if kind == "int4":
+        scales = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2) / -8
+    else:
+        scales = groups.abs().amax(2) / LARGEST[kind]
+    scales = scales if group >= k else scales.half()
+    divisor = scales.float()[:, :, None]
+    numbers = torch.where(divisor == 0, 0, groups / divisor).view(n, -1)[:, :k]
+    if kind == "fp8":
+        codes = numbers.clamp(-LARGEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn)
+    elif kind == "int8":
+        codes = numbers.round().clamp(-LARGEST[kind], LARGEST[kind]).to(torch.int8)
+    else:
+        whole = F.pad(numbers.round().clamp(-8, 7) + 8, (0, k % 2)).to(torch.uint8)
+        codes = whole[:, ::2] | whole[:, 1::2] << 4
+    return QuantisedWeight(kind, codes.contiguous(), scales, k, group)
+
+
+def _spread(factors: Tensor, weight: QuantisedWeight) -> Tensor:
+    """[N, groups] -> [N, K] float32."""
+    return factors.float().repeat_interleave(min(weight.group, weight.k), dim=1)[:, : weight.k]
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The same memory in a dtype of which torch can index and join rows: it cannot do so with all of those here."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
