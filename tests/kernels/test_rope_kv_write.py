@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from rope_inputs import CASES, QUANTISED, Inputs, rows_at_the_ends, wide
+from rope_inputs import CASES, NORMED, QUANTISED, Inputs, rows_at_the_ends, wide
 from torch import Tensor
 
 from kernels import rms_norm, rope_kv_write
@@ -55,24 +55,15 @@ def test_reference_and_what_a_cpu_runs(run: Callable[..., Tensor], dtype: torch.
     check(inputs, inputs.run(run))
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.query_norm and case.key_norm])
+@pytest.mark.parametrize("case", NORMED)
 def test_a_head_is_rounded_between_its_norm_and_its_turn(library: Library, dtype: torch.dtype, case: str) -> None:
     """As Qwen3RMSNorm and Gemma3RMSNorm do: a norm of its own before, and the turn, give the same bits."""
     for norm, run in ((library.rms_norm, library.rope_kv_write), (rms_norm.reference, rope_kv_write.reference)):
-        shape, inputs = CASES[case], Inputs(CASES[case], 31, dtype, dtype)
-        at_once = (inputs.run(run), *inputs.written())
-        heads = inputs.qkv.view(31, -1, shape.head_dim).clone()
-        ends = {"query_norm": (0, shape.num_heads), "key_norm": (shape.num_heads, shape.num_heads + shape.num_kv_heads)}
-        for name, (begin, end) in ends.items():
-            rows = heads[:, begin:end].reshape(-1, shape.head_dim)
-            normed, _ = norm(rows, inputs.norms[name], 0.1, offset=shape.norm_offset)
-            heads[:, begin:end] = normed.view(31, end - begin, shape.head_dim)
-        for one, other in zip(
-            at_once,
-            (inputs.run(run, heads.flatten(1), rotary_offset=shape.rotary_offset), *inputs.written()),
-            strict=True,
-        ):
-            assert one is other or torch.equal(one, other)
+        inputs = Inputs(CASES[case], 31, dtype, dtype)
+        queries, (keys, _) = inputs.run(run), inputs.written()
+        turned = inputs.run(run, inputs.normed_by(norm), rotary_offset=inputs.case.rotary_offset)
+        assert torch.equal(turned, queries)
+        assert torch.equal(inputs.written()[0], keys)
 
 
 @pytest.mark.parametrize("kv_dtype", QUANTISED.values(), ids=QUANTISED)

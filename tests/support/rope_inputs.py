@@ -45,6 +45,7 @@ CASES = {
     "queries normed": Case(3, 2, 20, 20, query_norm=True),
     "keys normed": Case(3, 2, 20, 20, key_norm=True, norm_offset=1.0),
 }
+NORMED = [name for name, case in CASES.items() if case.query_norm and case.key_norm]
 
 
 class Inputs:
@@ -80,6 +81,16 @@ class Inputs:
         qkv = self.qkv if qkv is None else qkv
         tables, place = (self.cos, self.sin), (self.positions, self.slots, self.memory[:, 1, 0], values)
         return function(qkv, *tables, *place, self.case.num_heads, **(options or self.options))
+
+    def normed_by(self, norm: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        """What `run` is to be given, with no norms, for the same result: queries and keys normed and rounded before."""
+        case = self.case
+        heads = self.qkv.view(self.rows, -1, case.head_dim).clone()
+        parts = torch.split(heads[:, : case.num_heads + case.num_kv_heads], [case.num_heads, case.num_kv_heads], dim=1)
+        for weight, part in zip(self.norms.values(), parts, strict=True):
+            rows = part.reshape(-1, case.head_dim)
+            part.copy_(norm(rows, weight, 0.1, offset=case.norm_offset)[0].view(part.shape))
+        return heads.flatten(1)
 
     def written(self) -> tuple[Tensor, Tensor | None]:
         """Rows of keys and values, [T, Hkv, a row]; everything else is what it was."""
