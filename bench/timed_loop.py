@@ -11,7 +11,7 @@ from engine.engine import Engine, EngineOptions
 from engine.model_base import ModelFiles
 from scheduler.batch import Event, Scheduler, SchedulerConfig
 from scheduler.sequence import Sequence
-from spec.sampling import SamplingParams
+from spec.sampling import SamplingParams, Speculation
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ class TimedLoop:
         )
         self._names = itertools.count()
 
-    def add(self, prompt: Many[int], num_tokens: int) -> str:
+    def add(self, prompt: Many[int], num_tokens: int, speculation: Speculation | None = None) -> str:
         """A greedy request that ends after `num_tokens`, never before. Returns its sequence id."""
         name = str(next(self._names))
-        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, speculation=speculation)
         self.scheduler.add(Sequence(name, tuple(prompt), [], params), time.monotonic())
         return name
 

@@ -8,7 +8,8 @@ and bit for bit the same answer where a row's logits do not depend on the rows b
 The draft model inverts its own cumulative distribution q at the same u. The two agree where the intervals of one token
 in [0, 1) overlap: sum_x |I_p(x) ∩ I_q(x)|, where I_p(x) = [P(ids < x), P(ids <= x)) in order of token ids. The rule of
 Leviathan et al. 2023 (arXiv:2211.17192) accepts with sum_x min(p(x), q(x)), the most that any coupling of p and q can
-reach, and draws anew where it rejects; the answer then depends on the guesses. docs/log.md has both figures.
+reach, and draws anew where it rejects; the answer then depends on the guesses. At temperature 0 both ask for the same
+likeliest token; above it the overlap is clearly less, the more so the flatter p is: docs/log.md has the figures.
 """
 
 from __future__ import annotations
