@@ -5,12 +5,15 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 
+from kvtransfer.grids import WINDOW_PIECES, TransferPlan
 from kvtransfer.transport import Piece
 from spec.errors import InvalidParameter
 
 
 def check_pieces(pieces: Sequence[Piece], source_bytes: int, target_bytes: int) -> int:
     """Total bytes. Raises InvalidParameter naming the first piece that lies outside of either region."""
+    if isinstance(pieces, TransferPlan) and len(pieces) and pieces.fits(source_bytes, target_bytes):
+        return pieces.nbytes
     total_bytes = 0
     for source_offset, target_offset, nbytes in pieces:
         if nbytes < 1 or source_offset < 0 or target_offset < 0:
@@ -29,6 +32,11 @@ def check_pieces(pieces: Sequence[Piece], source_bytes: int, target_bytes: int) 
     if not total_bytes:
         raise InvalidParameter("are none", field="pieces")
     return total_bytes
+
+
+def kept(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """For as long as a transfer takes, whatever the caller does with his."""
+    return pieces if isinstance(pieces, TransferPlan) and len(pieces) > WINDOW_PIECES else list(pieces)
 
 
 def check_memory(nbytes: int, memory: memoryview | None) -> None:

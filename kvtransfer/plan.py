@@ -5,8 +5,8 @@ KV memory is block-major (spec/layout.py): the byte of (block, layer, plane, hea
     block · block_bytes + ((layer · planes + plane) · num_kv_heads + head) · run_bytes + slot · row_bytes
 
 A *segment* is a run of tokens within one block on both sides; a *unit* is a run of bytes within a block that is
-contiguous on both sides. Pieces = segments × units, neighbours merged: with equal layouts a whole block becomes one
-piece, and adjacent blocks become one.
+contiguous on both sides. Pieces = segments × units, and remain that (grids.py); where a whole block of all layers is
+one unit, as between equal layouts, adjacent blocks become one piece.
 """
 
 from __future__ import annotations
@@ -19,19 +19,9 @@ from typing import NamedTuple
 import numpy
 from numpy.typing import NDArray
 
-from kvtransfer.transport import Piece
+from kvtransfer.grids import Grid, Offsets, TransferPlan
 from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
-
-Offsets = NDArray[numpy.int64]
-
-
-class Spans(NamedTuple):
-    """Runs of bytes to copy, as three arrays of one length."""
-
-    sources: Offsets
-    targets: Offsets
-    sizes: Offsets
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +48,17 @@ class RankKV:
         return cls(layout, range(layout.num_layers), range(layout.num_kv_heads))
 
 
+class Segments(NamedTuple):
+    """The tokens to carry, cut where a block of either side ends. The same for all ranks of two workers. int64 [S]."""
+
+    source_blocks: Offsets
+    source_slots: Offsets
+    target_blocks: Offsets
+    target_slots: Offsets
+    num_tokens: Offsets
+    is_whole: NDArray[numpy.bool_]  # a block on both sides
+
+
 def plan_transfer(
     source: RankKV,
     source_blocks: Sequence[int],
@@ -65,60 +66,65 @@ def plan_transfer(
     target_blocks: Sequence[int],
     first_token: int,
     num_tokens: int,
-) -> list[Piece]:
+) -> TransferPlan:
     """The pieces that carry tokens [first_token, first_token + num_tokens) of what both ranks hold.
 
-    Both block tables begin at token 0 of the sequence. Offsets are bytes into the two KV memories. An empty list when
-    the ranks have no layer or no head in common. Raises InvalidConfiguration for ranks that no copy converts (other
-    dtype, head_dim or planes), InvalidParameter for a block table that is too short or names a target block twice.
+    Both block tables begin at token 0 of the sequence. Offsets are bytes into the two KV memories. No piece when the
+    ranks have no layer or no head in common. Raises InvalidConfiguration for ranks that no copy converts (other dtype,
+    head_dim or planes), InvalidParameter for a block table that is too short or names a target block twice.
     """
-    return pieces_of([spans(source, source_blocks, target, target_blocks, first_token, num_tokens)])
+    segments = segments_of(source.layout, source_blocks, target.layout, target_blocks, first_token, num_tokens)
+    return TransferPlan(grids_of(segments, source, 0, target, 0))
 
 
-def spans(
-    source: RankKV,
+def segments_of(
+    source: KVLayout,
     source_blocks: Sequence[int],
-    target: RankKV,
+    target: KVLayout,
     target_blocks: Sequence[int],
     first_token: int,
     num_tokens: int,
-) -> Spans:
-    """What plan_transfer() gives, before neighbours are merged. Raises as it does."""
-    _check_convertible(source.layout, target.layout)
+) -> Segments:
+    """Raises InvalidParameter as plan_transfer() does."""
     if num_tokens <= 0 or first_token < 0:
         raise InvalidParameter(
             f"[{first_token}, {first_token} + {num_tokens}) is no range of tokens", field="num_tokens"
         )
     end_token = first_token + num_tokens
-    source_table = _table(source_blocks, source.layout, end_token, "source_blocks")
-    target_table = _table(target_blocks, target.layout, end_token, "target_blocks")
-    touched = target_table[first_token // target.layout.block_tokens : target.layout.blocks_for(end_token)]
+    source_table = _table(source_blocks, source, end_token, "source_blocks")
+    target_table = _table(target_blocks, target, end_token, "target_blocks")
+    touched = target_table[first_token // target.block_tokens : target.blocks_for(end_token)]
     if len(numpy.unique(touched)) != len(touched):
         raise InvalidParameter("names a block twice", field="target_blocks")
+    starts, lengths = _cut(first_token, end_token, source.block_tokens, target.block_tokens)
+    source_indices, source_slots = numpy.divmod(starts, source.block_tokens)
+    target_indices, target_slots = numpy.divmod(starts, target.block_tokens)
+    is_whole = (lengths == source.block_tokens) & (lengths == target.block_tokens)
+    return Segments(
+        source_table[source_indices], source_slots, target_table[target_indices], target_slots, lengths, is_whole
+    )
 
-    starts, lengths = _segments(first_token, end_token, source.layout.block_tokens, target.layout.block_tokens)
+
+def grids_of(
+    segments: Segments, source: RankKV, source_offset_bytes: int, target: RankKV, target_offset_bytes: int
+) -> list[Grid]:
+    """What one rank sends another, in offsets into memories in which the ranks' own begin at the offsets given.
+
+    The segments are of ranks with these block sizes. Raises InvalidConfiguration as plan_transfer() does."""
+    _check_convertible(source.layout, target.layout)
     row_bytes = source.layout.row_bytes
-    source_bases = _bases(starts, source_table, source.layout, row_bytes)
-    target_bases = _bases(starts, target_table, target.layout, row_bytes)
-    whole = (lengths == source.layout.block_tokens) & (lengths == target.layout.block_tokens)
-
-    parts: list[Spans] = []
-    for first, last in _runs_of_equal(whole):
-        units = _units(source, target, whole_blocks=bool(whole[first]))
+    source_bases = segments.source_blocks * source.layout.block_bytes + segments.source_slots * row_bytes
+    target_bases = segments.target_blocks * target.layout.block_bytes + segments.target_slots * row_bytes
+    source_bases += source_offset_bytes
+    target_bases += target_offset_bytes
+    grids = []
+    for first, last in _runs_of_equal(segments.is_whole):
         group = slice(first, last)
-        parts.append(_cross(source_bases[group], target_bases[group], lengths[group] * row_bytes, units))
-    return _joined(parts)
-
-
-def pieces_of(parts: Sequence[Spans]) -> list[Piece]:
-    """All of them as pieces, neighbours merged."""
-    return _merged(_joined(parts))
-
-
-def _joined(parts: Sequence[Spans]) -> Spans:
-    if len(parts) == 1:
-        return parts[0]
-    return Spans(*(numpy.concatenate(column) for column in zip(*parts, strict=True)))
+        units = _units(source, target, whole_blocks=bool(segments.is_whole[first]))
+        grids.append(Grid(source_bases[group], target_bases[group], segments.num_tokens[group] * row_bytes, *units))
+    if all(len(grid.source_units) == 1 for grid in grids):
+        return [_merged(grids)]
+    return [_merged([grid]) if len(grid.source_units) == 1 else grid for grid in grids]
 
 
 def _check_convertible(source: KVLayout, target: KVLayout) -> None:
@@ -137,7 +143,7 @@ def _table(blocks: Sequence[int], layout: KVLayout, end_token: int, field: str) 
     return table
 
 
-def _segments(first_token: int, end_token: int, source_step: int, target_step: int) -> tuple[Offsets, Offsets]:
+def _cut(first_token: int, end_token: int, source_step: int, target_step: int) -> tuple[Offsets, Offsets]:
     """Start and length, in tokens, of each run that crosses no block boundary of either side."""
     cuts = [
         numpy.arange((first_token // step + 1) * step, end_token, step, dtype=numpy.int64)
@@ -145,13 +151,6 @@ def _segments(first_token: int, end_token: int, source_step: int, target_step: i
     ]
     starts = numpy.unique(numpy.concatenate([numpy.array([first_token], dtype=numpy.int64), *cuts]))
     return starts, numpy.diff(starts, append=end_token)
-
-
-def _bases(starts: Offsets, table: Offsets, layout: KVLayout, row_bytes: int) -> Offsets:
-    """Byte offset of a segment's first row in head 0 of layer 0 of its block."""
-    blocks, slots = numpy.divmod(starts, layout.block_tokens)
-    bases: Offsets = table[blocks] * layout.block_bytes + slots * row_bytes
-    return bases
 
 
 def _runs_of_equal(flags: NDArray[numpy.bool_]) -> list[tuple[int, int]]:
@@ -162,13 +161,19 @@ def _runs_of_equal(flags: NDArray[numpy.bool_]) -> list[tuple[int, int]]:
 def _units(source: RankKV, target: RankKV, *, whole_blocks: bool) -> tuple[Offsets, Offsets, Offsets]:
     """(source offset, target offset, number of heads' runs) within a block, of what the ranks have in common.
 
-    Only in whole blocks does one head's run touch the next, so only there do units grow beyond one head."""
+    Only in whole blocks does one head's run touch the next, so only there do units grow beyond one head: to all heads
+    in common and, where these are all that either rank holds, to all layers in common."""
     layers = _common(source.layers, target.layers)
     heads = _common(source.heads, target.heads)
-    heads_of_a_unit = max(len(heads), 1) if whole_blocks else 1
-    first_heads = numpy.arange(heads.start, heads.stop, heads_of_a_unit, dtype=numpy.int64)
     each = source.layout.planes
     planes = numpy.arange(each * layers.start, each * layers.stop, dtype=numpy.int64)  # layer · planes + plane
+    runs_of_a_unit = 1
+    if whole_blocks and heads:
+        runs_of_a_unit = len(heads)
+        if source.heads == target.heads and layers:
+            runs_of_a_unit *= len(planes)
+            planes = planes[:1]
+    first_heads = numpy.arange(heads.start, heads.stop, len(heads) if whole_blocks and heads else 1, dtype=numpy.int64)
 
     def offsets(rank: RankKV) -> Offsets:
         runs = (planes - each * rank.layers.start)[:, None] * rank.layout.num_kv_heads + (
@@ -177,7 +182,7 @@ def _units(source: RankKV, target: RankKV, *, whole_blocks: bool) -> tuple[Offse
         flat: Offsets = (runs * rank.layout.run_bytes).reshape(-1)
         return flat
 
-    return offsets(source), offsets(target), numpy.full(len(planes) * len(first_heads), heads_of_a_unit, numpy.int64)
+    return offsets(source), offsets(target), numpy.full(len(planes) * len(first_heads), runs_of_a_unit, numpy.int64)
 
 
 def _common(left: range, right: range) -> range:
@@ -185,23 +190,12 @@ def _common(left: range, right: range) -> range:
     return range(start, max(start, min(left.stop, right.stop)))
 
 
-def _cross(
-    source_bases: Offsets, target_bases: Offsets, run_bytes: Offsets, units: tuple[Offsets, Offsets, Offsets]
-) -> Spans:
-    source_units, target_units, unit_runs = units
-    return Spans(
-        (source_bases[:, None] + source_units).reshape(-1),
-        (target_bases[:, None] + target_units).reshape(-1),
-        (run_bytes[:, None] * unit_runs).reshape(-1),
-    )
-
-
-def _merged(spans: Spans) -> list[Piece]:
-    """Neighbours in the list that touch on both sides become one piece."""
-    sources, targets, sizes = spans
-    if len(sizes) == 0:
-        return []
+def _merged(grids: Sequence[Grid]) -> Grid:
+    """Of one unit each: neighbours that touch on both sides become one piece."""
+    sources = numpy.concatenate([grid.source_bases + grid.source_units for grid in grids])
+    targets = numpy.concatenate([grid.target_bases + grid.target_units for grid in grids])
+    sizes = numpy.concatenate([grid.segment_bytes * grid.unit_runs for grid in grids])
     touches = (sources[:-1] + sizes[:-1] == sources[1:]) & (targets[:-1] + sizes[:-1] == targets[1:])
     heads = numpy.concatenate([numpy.zeros(1, numpy.int64), numpy.flatnonzero(~touches) + 1])
-    merged_sizes = numpy.add.reduceat(sizes, heads)
-    return list(map(Piece, sources[heads].tolist(), targets[heads].tolist(), merged_sizes.tolist()))
+    alone = numpy.zeros(1, numpy.int64)
+    return Grid(sources[heads], targets[heads], numpy.add.reduceat(sizes, heads), alone, alone, alone + 1)

@@ -15,8 +15,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from kvtransfer.plan import RankKV, pieces_of, spans
-from kvtransfer.transport import Piece
+from kvtransfer.grids import Grid, TransferPlan
+from kvtransfer.plan import RankKV, grids_of, segments_of
 from legato.v1 import worker_pb2
 from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
@@ -74,19 +74,21 @@ def plan_handoff(
     target_blocks: Sequence[int],
     first_token: int,
     num_tokens: int,
-) -> list[Piece]:
+) -> TransferPlan:
     """The pieces that carry tokens [first_token, first_token + num_tokens) of all layers and heads, in region offsets.
 
     The ranks are those of one group on either side; both block tables begin at token 0 of the sequence. Raises as
     plan_transfer() and routes_between() do."""
     routes = routes_between(tuple(rank.kv for rank in source_ranks), tuple(rank.kv for rank in target_ranks))
-    parts = []
+    layouts = source_ranks[0].kv.layout, target_ranks[0].kv.layout
+    segments = segments_of(layouts[0], source_blocks, layouts[1], target_blocks, first_token, num_tokens)
+    grids: list[Grid] = []
     for route in routes:
         source, target = source_ranks[route.source], target_ranks[route.target]
-        part = spans(source.kv, source_blocks, target.kv, target_blocks, first_token, num_tokens)
-        shifted = part._replace(sources=part.sources + source.offset_bytes, targets=part.targets + target.offset_bytes)
-        parts.append(shifted)
-    return pieces_of(parts)
+        assert source.kv.layout.block_tokens == layouts[0].block_tokens
+        assert target.kv.layout.block_tokens == layouts[1].block_tokens
+        grids += grids_of(segments, source.kv, source.offset_bytes, target.kv, target.offset_bytes)
+    return TransferPlan(grids)
 
 
 def _common(left: range, right: range) -> range:

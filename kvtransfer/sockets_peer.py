@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from kvtransfer.frames import advance, batches, dial, receive_frame, send_frame, spelled
 from kvtransfer.ledger import Ledger
-from kvtransfer.pieces import check_pieces
+from kvtransfer.pieces import check_pieces, kept
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
 from legato.v1.transfer_pb2 import SocketsAddress, TransferFrame
 from spec.errors import TransferFailed
@@ -27,7 +27,7 @@ ASK_AGAIN_S = 0.2
 class _Outgoing:
     transfer: Transfer
     source: memoryview
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
     total_bytes: int
     unacknowledged_frames: int
 
@@ -67,7 +67,7 @@ class SocketsPeer(Peer):
             if self._lost:
                 raise TransferFailed(self._lost, address=self._named)
             transfer_id = next(self._ids)
-            self._outgoing[transfer_id] = _Outgoing(transfer, source.buffer, list(pieces), total_bytes, frames)
+            self._outgoing[transfer_id] = _Outgoing(transfer, source.buffer, kept(pieces), total_bytes, frames)
             self._queue.append(transfer_id)
             self._ledger.began(transfer)
             self._changed.notify_all()
@@ -142,7 +142,7 @@ class SocketsPeer(Peer):
             except OSError as error:
                 self._lose(f"the link to {self._named} broke: {error}")
 
-    def _send_write(self, transfer_id: int, source: memoryview, pieces: list[Piece]) -> None:
+    def _send_write(self, transfer_id: int, source: memoryview, pieces: Sequence[Piece]) -> None:
         write = TransferFrame.Write(
             write_id=transfer_id,  # the same for all Writes of a transfer: they are counted
             target_offsets=[piece.target_offset for piece in pieces],

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from kvtransfer import libucp, ucx_key
 from kvtransfer.ledger import Ledger
-from kvtransfer.pieces import check_pieces
+from kvtransfer.pieces import check_pieces, kept
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
 from legato.v1.transfer_pb2 import TransferFrame, UcxAddress
@@ -100,7 +100,7 @@ class UcxPeer(Peer):
         if self._why:
             raise TransferFailed(self._why)
         held = ctypes.c_ubyte.from_buffer(source.buffer)
-        write = _Write(Transfer(), held, ctypes.addressof(held), list(pieces), total_bytes)
+        write = _Write(Transfer(), held, ctypes.addressof(held), kept(pieces), total_bytes)
         write.transfer.set_running_or_notify_cancel()
         self._ledger.began(write.transfer)
         try:

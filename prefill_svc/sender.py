@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,10 +22,10 @@ import grpc
 
 from kvtransfer.digest import rank_digests
 from kvtransfer.routes import RankMemory, plan_handoff
-from kvtransfer.transport import Peer, Piece
+from kvtransfer.transport import Peer
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from legato.v1.common_pb2 import TransferStats
-from prefill_svc.staging import SourceKV, Staged, Staging
+from prefill_svc.staging import SourceKV, Staging
 from service import logs
 from service.status import error_from_reason, error_from_rpc
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
@@ -215,7 +214,9 @@ class Sender:
         if end <= first:
             return
         staged = await self._staging.stage(chunk.group, chunk.block_table, first, end)
-        pieces = await self._planned(staged, first, end - first)
+        pieces = plan_handoff(
+            staged.ranks, staged.block_table, self._target.ranks, ticket.block_ids, first, end - first
+        )
         self.first_write_ns = self.first_write_ns or time.time_ns()
         started_s = time.monotonic()
         transfer = self._target.peer.post(staged.region, pieces)
@@ -241,27 +242,12 @@ class Sender:
         finally:
             digests = await digesting
         self.stats.moving_s += time.monotonic() - started_s
-        self.stats.bytes += sum(piece.nbytes for piece in pieces)
+        self.stats.bytes += sum(rank.kv.layout.token_bytes for rank in self._target.ranks) * (end - first)
         self.stats.pieces += len(pieces)
         self.stats.sent_tokens += end - first
         self._sent_tokens = end
         told = worker_pb2.HandoffRequest.Chunk(first_token=first, num_tokens=end - first, digests=digests)
         await self._write(worker_pb2.HandoffRequest(chunk=told))
-
-    async def _planned(self, staged: Staged, first_token: int, num_tokens: int) -> list[Piece]:
-        """Between layouts that are cut unlike each other a chunk can be 100,000 pieces: not in the event loop then."""
-        plan = functools.partial(
-            plan_handoff,
-            staged.ranks,
-            staged.block_table,
-            self._target.ranks,
-            tuple(self._target.ticket.block_ids),
-            first_token,
-            num_tokens,
-        )
-        if [rank.kv for rank in staged.ranks] == [rank.kv for rank in self._target.ranks]:
-            return plan()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, plan)
 
 
 async def _status_of(call: grpc.aio.StreamStreamCall) -> grpc.aio.AioRpcError:

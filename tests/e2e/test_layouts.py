@@ -97,7 +97,7 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
     def faulty(*arguments: Any) -> list[Piece]:
         nonlocal faults
         faults += 1
-        pieces = plan(*arguments)
+        pieces = list(plan(*arguments))
         if faults > 1:
             return pieces
         core = decode_core(running)

@@ -69,7 +69,7 @@ async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch
 
     def shifted(*arguments: Any) -> list[Piece]:
         nonlocal wrong
-        pieces = plan(*arguments)
+        pieces = list(plan(*arguments))
         if wrong == 0:
             wrong += 1
             pieces = [Piece(piece.source_offset + piece.nbytes, piece.target_offset, piece.nbytes) for piece in pieces]

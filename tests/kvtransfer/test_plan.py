@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtransfer import grids
+from kvtransfer.pieces import check_pieces
 from kvtransfer.plan import RankKV, plan_transfer
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, InvalidParameter
@@ -88,20 +90,68 @@ def test_every_byte_arrives_once_and_nothing_else_is_touched(transfer) -> None: 
 
 @given(transfers())
 @settings(max_examples=100, deadline=None)
-def test_no_two_neighbours_could_be_one(transfer) -> None:  # type: ignore[no-untyped-def]
+def test_no_two_neighbours_of_whole_runs_could_be_one(transfer) -> None:  # type: ignore[no-untyped-def]
     pieces = plan_transfer(*transfer)
+    whole_bytes = transfer[0].layout.run_bytes
     for before, after in itertools.pairwise(pieces):
         touches = (
             before.source_offset + before.nbytes == after.source_offset
             and before.target_offset + before.nbytes == after.target_offset
         )
-        assert not touches
+        assert not touches or min(before.nbytes, after.nbytes) < whole_bytes
+
+
+@given(transfers(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_plan_reads_like_a_list(transfer, data: st.DataObject) -> None:  # type: ignore[no-untyped-def]
+    """Whatever the size of the window in which it is expanded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grids, "WINDOW_PIECES", data.draw(st.integers(1, 9)))
+        plan = plan_transfer(*transfer)
+        pieces = list(plan)
+        assert len(plan) == len(pieces)
+        assert [plan[index] for index in range(len(plan))] == pieces
+        assert [plan[index] for index in reversed(range(-len(plan), 0))] == pieces[::-1]
+        start, stop = data.draw(st.integers(-9, 40)), data.draw(st.integers(-9, 40))
+        assert plan[start:stop] == pieces[start:stop]
+        assert plan[start:stop:2] == pieces[start:stop:2]
+        assert plan[::-3] == pieces[::-3]
+        with pytest.raises(IndexError):
+            plan[len(plan)]
+
+
+@given(transfers())
+@settings(max_examples=200, deadline=None)
+def test_a_plan_that_does_not_fit_is_refused_and_its_size_is_known(transfer) -> None:  # type: ignore[no-untyped-def]
+    plan = plan_transfer(*transfer)
+    pieces = list(plan)
+    assert plan.nbytes == sum(piece.nbytes for piece in pieces)
+    if not pieces:
+        return
+    source_bytes = max(piece.source_offset + piece.nbytes for piece in pieces)
+    target_bytes = max(piece.target_offset + piece.nbytes for piece in pieces)
+    assert check_pieces(plan, source_bytes, target_bytes) == check_pieces(pieces, source_bytes, target_bytes)
+    with pytest.raises(InvalidParameter, match="read"):
+        check_pieces(plan, source_bytes - 1, target_bytes)
+    with pytest.raises(InvalidParameter, match="write"):
+        check_pieces(plan, source_bytes, target_bytes - 1)
+
+
+def test_a_long_prompt_between_unlike_layouts_is_planned_in_few_numbers() -> None:
+    """Eight ranks, each one head of all layers, to the first of four stages: 2,621,440 pieces in all."""
+    source = rank(range(80), range(1), 16, head_dim=128)
+    target = rank(range(20), range(8), 16, head_dim=128)
+    plan = plan_transfer(source, range(2048), target, range(2048), 0, 32768)
+    assert len(plan) == 2048 * 20 * 2
+    assert plan.nbytes == 32768 * 20 * 2 * 256
+    numbers = sum(column.size for grid in plan._grids for column in grid)
+    assert numbers == 3 * (2048 + 40)
 
 
 def test_whole_blocks_of_one_layout_are_one_piece_each_and_neighbours_merge() -> None:
     whole = RankKV.whole(KVLayout(30, 3, 64, 16, Dtype.BFLOAT16))
     size = whole.layout.block_bytes
-    assert plan_transfer(whole, [7, 8, 2], whole, [1, 2, 9], 0, 48) == [
+    assert list(plan_transfer(whole, [7, 8, 2], whole, [1, 2, 9], 0, 48)) == [
         (7 * size, size, 2 * size),
         (2 * size, 9 * size, size),
     ]
@@ -118,8 +168,8 @@ def test_a_partial_last_block_moves_only_its_tokens() -> None:
 
 
 def test_ranks_without_a_common_layer_or_head_exchange_nothing() -> None:
-    assert plan_transfer(rank(range(2), range(2), 4), [0], rank(range(2, 4), range(2), 4), [0], 0, 4) == []
-    assert plan_transfer(rank(range(2), range(1), 4), [0], rank(range(2), range(1, 3), 4), [0], 0, 4) == []
+    assert not plan_transfer(rank(range(2), range(2), 4), [0], rank(range(2, 4), range(2), 4), [0], 0, 4)
+    assert not plan_transfer(rank(range(2), range(1), 4), [0], rank(range(2), range(1, 3), 4), [0], 0, 4)
 
 
 def test_what_no_copy_converts_is_refused_by_name() -> None:
