@@ -24,9 +24,13 @@ import pytest
 
 import kvtransfer.sockets_peer
 import kvtransfer.ucx_peer
+from kvtransfer.grids import WINDOW_PIECES
+from kvtransfer.plan import RankKV, plan_transfer
 from kvtransfer.transport import Piece, Transport
 from legato.v1.transfer_pb2 import SocketsAddress, UcxAddress
+from spec.dtype import Dtype
 from spec.errors import InvalidParameter, TransferFailed
+from spec.layout import KVLayout
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -183,6 +187,22 @@ def test_scattered_pieces_land_where_they_belong_and_nowhere_else(pair: Pair) ->
         expected[slot : slot + size] = source.buffer[piece.source_offset : piece.source_offset + size]
     peer.post(source, pieces).result(20)
     assert pair.far.do("digest") == digest(expected)
+
+
+def test_a_plan_of_many_pieces_lands_as_planned(pair: Pair) -> None:
+    """Between layouts that are cut unlike each other: more pieces than are expanded at a time."""
+    ours = RankKV(KVLayout(10, 1, 2, 4, Dtype.FLOAT16), range(10), range(2, 3))
+    theirs = RankKV(KVLayout(9, 4, 2, 4, Dtype.FLOAT16), range(1, 10), range(4))
+    blocks = random.Random(6).sample(range(300), 300)
+    plan = plan_transfer(ours, blocks, theirs, range(300), 1, 1190)
+    assert len(plan) > WINDOW_PIECES
+    source, peer = pair.connected(300 * theirs.layout.block_bytes)
+    expected = bytearray(source.buffer.nbytes)
+    for source_offset, target_offset, nbytes in plan:
+        expected[target_offset : target_offset + nbytes] = source.buffer[source_offset : source_offset + nbytes]
+    peer.post(source, plan).result(20)
+    assert pair.far.do("digest") == digest(expected)
+    assert pair.near.counts()["written_bytes"] == plan.nbytes
 
 
 def test_many_transfers_in_flight_over_two_peers(pair: Pair) -> None:
