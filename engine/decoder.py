@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine import attention
+from engine.cpu_program import record
 from engine.feed_forward import Experts, dense, gathers, weight_gathered
 from engine.groups import Groups
 from engine.kv_memory import KVMemory
@@ -41,10 +42,11 @@ class Decoder:
         replicas: Replicas | None = None,
     ) -> None:
         self.spec, self.shard, self.weights, self.kv, self.groups = spec, shard, weights, kv, groups
-        self._device, self._dtype = device, dtype
+        self._device, self.dtype = device, dtype
         made = [tables(rope, spec.rotary_dim, spec.max_context_tokens) for rope in spec.ropes]
-        self._tables = [(cos.to(device), sin.to(device)) for cos, sin in made]
+        self.rope_tables = [(cos.to(device), sin.to(device)) for cos, sin in made]
         self.experts = Experts(spec, shard, groups, device, replicas) if spec.moe is not None else None
+        self.recorded = record(self)
         self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
     def forward(self, step: StepTensors, on_layer: Callable[[int], None] | None = None) -> Tensor | None:
@@ -56,6 +58,8 @@ class Decoder:
         """
         layers = self.weights.layers
         stream = self._embed(step) if self.shard.is_first_stage else self._received(step)
+        if self.recorded is not None and on_layer is None and not step.adapters:
+            return self._leave(self.recorded.run(stream, step))
         normed = self._norm(stream, layers[0].attention_norm)
         for index, layer in enumerate(layers):
             rows = step.wanted_rows if self.shard.is_last_stage and index + 1 == len(layers) else None
@@ -67,16 +71,19 @@ class Decoder:
             output = self._feed_forward(normed, layer, index, segments)
             following = layers[index + 1].attention_norm if index + 1 < len(layers) else self.weights.final_norm
             normed, stream = self._join(output, layer.mlp_post_norm, following, stream)
+        return self._leave(normed if self.shard.is_last_stage else stream)
+
+    def _leave(self, rows: Tensor) -> Tensor | None:
         if self.shard.is_last_stage:
-            return normed
-        self.groups.send(stream)
+            return rows
+        self.groups.send(rows.clone() if self.recorded is not None else rows)  # the next step writes over them
         return None
 
     def follow(self) -> None:
         """A step in which this rank's group has no row, and other groups may have some for the experts here."""
         if self.experts is None or self.shard.layout.dp == 1:
             return
-        nothing = torch.empty(0, self.spec.hidden_size, dtype=self._dtype, device=self._device)
+        nothing = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self._device)
         for index, layer in enumerate(self.weights.layers):
             if isinstance(layer.mlp, MoeWeights):
                 self.experts.forward(nothing, layer.mlp, index)
@@ -101,7 +108,7 @@ class Decoder:
         return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
     def _received(self, step: StepTensors) -> Tensor:
-        stream = torch.empty(step.positions.shape[0], self.spec.hidden_size, dtype=self._dtype, device=self._device)
+        stream = torch.empty(step.positions.shape[0], self.spec.hidden_size, dtype=self.dtype, device=self._device)
         return self.groups.receive(stream)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +134,7 @@ class Decoder:
         on_layer: Callable[[int], None] | None,
     ) -> Tensor:
         weights, described = layer.attention, self.spec.layers[self.shard.layers[index]]
-        rope_tables = self._tables[described.rope]
+        rope_tables = self.rope_tables[described.rope]
         if isinstance(weights, LatentWeights):
             queries = attention.latent_queries(normed, weights, self.spec, self.kv, index, rope_tables, step)
             if on_layer is not None:

@@ -22,8 +22,8 @@ from kernels.quantised import GROUP_MULTIPLE, QuantisedWeight
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _KV_SUFFIX = {**_SUFFIX, torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # the last two row-quantised
-_NO_WINDOW = 1 << 31  # more than any position
-_ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")  # in the order of activation.h
+NO_WINDOW = 1 << 31  # more than any position
+ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")  # in the order of activation.h
 _SCORINGS = ("softmax", "softmax_chosen", "sigmoid")  # in the order of moe_route.cpp
 _CODES = ("int8", "fp8", "int4", "fp4")  # in the order of quantised.h, as are the dtypes of factors
 _FACTORS = (None, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
@@ -88,6 +88,8 @@ class Library:
         self._moe_mlp = self._by_dtype("moe_mlp", *[_P] * 5, *[_N] * 5, _I, _I, result=_B)
         self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
         self.panel_columns: int = self._function("panel_columns", result=_I)()
+        self.operation_bytes = self._function("operation_bytes", result=_N)
+        self.run_program = self._function("run_program", _P, _N, _P, _P, _I)
         self._read = self._function("read_bytes", _P, _N, _I, result=ctypes.c_uint64)
 
     def _function(self, name: str, *arguments: Any, result: Any = None) -> Any:
@@ -198,7 +200,7 @@ class Library:
         gate_up = gate_up.contiguous()
         out = gate_up.new_empty(num_rows, size)
         self._gated_activation[gate_up.dtype](
-            gate_up.data_ptr(), out.data_ptr(), num_rows, size, _ACTIVATIONS.index(kind), torch.get_num_threads()
+            gate_up.data_ptr(), out.data_ptr(), num_rows, size, ACTIVATIONS.index(kind), torch.get_num_threads()
         )
         return out
 
@@ -299,7 +301,7 @@ class Library:
             block_tokens,
             block_tables.stride(0),
             *key_blocks.stride()[:3],
-            _NO_WINDOW if window is None else window,
+            NO_WINDOW if window is None else window,
             scale,
             softcap or 0.0,
             torch.get_num_threads(),
@@ -370,15 +372,38 @@ class Library:
             num_experts,
             hidden_size,
             intermediate_size,
-            _ACTIVATIONS.index(activation_kind),
+            ACTIVATIONS.index(activation_kind),
             torch.get_num_threads(),
         )
         assert inside, f"expert ids lie in [-1, {num_experts})"
         return out
 
+    # ---- for kernels/cpu/program.py: addresses of the same functions -------------------------------------------------
+
+    def linear_function(self, x: torch.dtype, panels: torch.dtype, out: torch.dtype) -> int:
+        return _address(self._linear[x, panels, out])
+
+    def rms_norm_function(self, x: torch.dtype) -> int:
+        return _address(self._rms_norm[x])
+
+    def gated_activation_function(self, x: torch.dtype) -> int:
+        return _address(self._gated_activation[x])
+
+    def rope_kv_write_function(self, x: torch.dtype, blocks: torch.dtype) -> int:
+        return _address(self._rope_kv_write[x, blocks])
+
+    def paged_attention_function(self, q: torch.dtype, blocks: torch.dtype) -> int:
+        return _address(self._attention[q, blocks])
+
     def read_bytes(self, memory: Tensor) -> int:
         """Reads `memory` once, all threads sharing, as `linear` reads weights at one row; for measuring bandwidth."""
         return int(self._read(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads()))
+
+
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, _P).value
+    assert address is not None
+    return address
 
 
 @functools.cache
