@@ -88,10 +88,12 @@ def as_folder(model: str, temporary: Path) -> Path:
 
 
 class Ours:
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+    """`form` are options of the engine beside dtype, device and threads."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace, **form: Any) -> None:
         self.num_tokens = max(options.prefill_tokens, options.context_tokens + options.decode_steps + 2)
         self.blocks_each = -(-self.num_tokens // 16)
-        engine_options = EngineOptions(dtype=options.dtype, device="cpu", threads=options.threads)
+        engine_options = EngineOptions(dtype=options.dtype, device="cpu", threads=options.threads, **form)
         self.engine = Engine(open_model(folder), engine_options, self.blocks_each * max(options.batch))
         self.engine.warm_up()
 

@@ -20,7 +20,7 @@ from engine.projection import Segments
 from engine.speculation import DraftModel, draws_of, verified
 from engine.step import StepTensors
 from engine.vocabulary_parallel import Sampler
-from engine.weights import load_weights
+from engine.weights import Quantisation, load_weights
 from scheduler.plan import Draw, Slice, StepPlan, StepResult, TokenLogprobs
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration
@@ -34,8 +34,9 @@ PROMPT_ROWS_AT_ONCE = 64  # whose logits exist at the same time when log-probabi
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantised ones included. kv_dtype
-    "auto": the same. device "auto": the GPU where there is one. threads: of the CPU; None leaves torch's number.
+    """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantised ones included.
+    kv_dtype "auto": the same. quantisation: of the weights, see load_weights. device "auto": the GPU where there is
+    one. threads: of the CPU; None leaves torch's number.
     """
 
     dtype: str = "auto"
@@ -43,6 +44,7 @@ class EngineOptions:
     threads: int | None = None
     block_tokens: int = 16
     kv_dtype: str = "auto"
+    quantisation: Quantisation = "auto"
 
     def dtype_for(self, spec: ModelSpec) -> Dtype:
         """Raises InvalidConfiguration for a name that is no dtype."""
@@ -110,7 +112,7 @@ class Engine:
         value_dim = None if self.spec.latent is None else self.spec.latent.kv_rank
         layout = kv_layout_for(self.spec, options, self.shard)
         self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim)
-        weights = load_weights(files, self.shard, dtype, self.device, progress, adapters)
+        weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
         self._draft_model = draft_model
         self._sampler = Sampler(self.groups, self.spec.vocab_size)

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+from numpy.typing import NDArray
 
 from engine.model_base import ModelFiles, update_with_sample
+from engine.quantised_files import gguf_blocks
 from engine.rope import llama3_divisors
+from kernels.quantised import QuantisedWeight
 from spec.dtype import Dtype
 from spec.errors import InvalidModel, UnsupportedModel
 from spec.gguf import GgufTensor, read_header
@@ -68,6 +71,28 @@ class GgufFile(ModelFiles):
         if ".k_proj." in name:
             return _hf_rows(values, self.spec.num_kv_heads)
         return values
+
+    def quantised(self, name: str, expert: int | None = None) -> QuantisedWeight | None:
+        tensor = self._tensors[name]
+        kind = TYPES[tensor.type_id]
+        if kind.name not in ("Q4_0", "Q4_1", "Q8_0"):
+            return None
+        _, block_bytes = GGML_QUANT_SIZES[kind]
+        raw = torch.from_numpy(self._raw(tensor)).view(tensor.shape[0], -1, block_bytes)
+        weight = gguf_blocks(raw, kind.name)
+        for part, num_heads in ((".q_proj.", self.spec.num_heads), (".k_proj.", self.spec.num_kv_heads)):
+            if part in name:
+                return weight[_hf_rows(torch.arange(weight.n), num_heads)]
+        return weight
+
+    def _raw(self, tensor: GgufTensor) -> NDArray[np.uint8]:
+        num_bytes = _data_bytes(tensor, TYPES[tensor.type_id])
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset)
+            raw = np.fromfile(file, dtype=np.uint8, count=num_bytes)
+        if raw.size != num_bytes:
+            raise InvalidModel(f"{self.path} was cut short while tensor {tensor.name} was read", file=self.path)
+        return raw
 
     @cached_property
     def revision(self) -> str:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from engine.families import tensor_shapes
 from engine.model_base import ModelFiles, update_with_sample
+from engine.quantised_files import QuantisedTensors
+from kernels.quantised import QuantisedWeight, dequantise
 from spec.dtype import Dtype
 from spec.errors import InvalidModel, UnsupportedModel
 from spec.hf_config import model_from_hf
@@ -36,9 +38,6 @@ class HuggingFaceFolder(ModelFiles):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._config_bytes, config = _read_json(path / "config.json", f"{path} is no model folder")
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method")
-            raise UnsupportedModel(f"{path} is quantized ({method}); weights in float32, bfloat16 or float16 are read")
         self.spec = self._with_generation_config(model_from_hf(config))
         self._shards = _shards(path)
         self._entries: dict[str, _Entry] = {}
@@ -47,6 +46,11 @@ class HuggingFaceFolder(ModelFiles):
         # A model that sees images too holds its text part under a name of its own.
         self._stored_names = {_text_name(name): name for name in self._entries}
         self._entries = {name: self._entries[stored] for name, stored in self._stored_names.items()}
+        self._quantised: QuantisedTensors | None = None
+        self._quantised_shapes: dict[str, tuple[int, ...]] = {}
+        if quantisation := config.get("quantization_config"):
+            self._quantised = QuantisedTensors(quantisation, self._entries, self.shape, self._stored)
+            self._quantised_shapes = self._quantised.shapes()
         embedding = self._entries.get(next(iter(tensor_shapes(self.spec))))
         if embedding is not None and embedding.stored is not None:
             self.spec = dataclasses.replace(self.spec, stored_dtype=embedding.stored)
@@ -64,27 +68,43 @@ class HuggingFaceFolder(ModelFiles):
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._entries)
+        return frozenset(self._entries) | frozenset(self._quantised_shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._quantised_shapes:
+            return self._quantised_shapes[name]
         return self._entries[name].shape
 
     def file_of(self, name: str) -> Path:
-        return self._entries[name].file
+        return self._entries[name].file if name in self._entries else self.path
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if name in self._quantised_shapes and len(self._quantised_shapes[name]) == 3:
+            experts = (self.quantised(name, expert) for expert in range(self._quantised_shapes[name][0]))
+            stacked = torch.stack([dequantise(expert).T for expert in experts if expert is not None])
+            return stacked if dtype is None else stacked.to(dtype)
+        if (quantised := self.quantised(name)) is not None:
+            return dequantise(quantised).to(dtype or torch.float32)
         entry = self._entries[name]
         if entry.stored is None:
             known = ", ".join(_STORED_DTYPES)
             raise UnsupportedModel(
                 f"tensor {name} in {entry.file} is of type {entry.type_name}; known are {known}", tensor=name
             )
+        tensor = self._stored(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def quantised(self, name: str, expert: int | None = None) -> QuantisedWeight | None:
+        return None if self._quantised is None else self._quantised.weight(name, expert)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
         try:  # opened anew for each tensor: the mapping of a whole shard would stay resident beside the packed weights
             with safe_open(entry.file, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(self._stored_names[name])
         except (SafetensorError, OSError) as error:
             raise InvalidModel(f"{entry.file} cannot be read: {error}", file=entry.file, tensor=name) from None
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor
 
     @cached_property
     def revision(self) -> str:

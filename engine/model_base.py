@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from engine.families import tensor_shapes
+from kernels.quantised import QuantisedWeight
 from spec.errors import InvalidModel
 from spec.model import ModelSpec
 
@@ -45,10 +46,15 @@ class ModelFiles(abc.ABC):
 
     @abc.abstractmethod
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor on the CPU, in `dtype` or as stored (quantized ones then come as float32). Nothing is kept of it.
+        """One tensor on the CPU, in `dtype` or as stored (quantised ones then come as float32). Nothing is kept of it.
 
         Raises InvalidModel when the file no longer holds what its head promised.
         """
+
+    def quantised(self, name: str, expert: int | None = None) -> QuantisedWeight | None:
+        """The same matrix as it is stored, where it is stored quantised, in Hugging Face order of rows; with `expert`
+        that one of a stacked tensor, [out, in]. None: only `tensor` has it."""
+        return None
 
     @cached_property
     @abc.abstractmethod

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.families import Weight, sizes_of
+from kernels.quantised import QuantisedWeight
+from spec.errors import InvalidConfiguration
 from spec.model import ModelSpec
 from spec.shard import RankShard, split
 
@@ -60,6 +62,21 @@ class Cutter:
                 pieces = [tensor.narrow(dimension, own.start, len(own)) for own in ranges]
                 tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dimension)
         return tensor
+
+    def cut_quantised(self, weight: QuantisedWeight, words: tuple[str, ...]) -> QuantisedWeight:
+        """As `cut` of [N, K]. Raises InvalidConfiguration where a group of columns that share a scale would be cut."""
+        if (rows := self.ranges(words[0])) is not None:
+            weight = weight[torch.cat([torch.arange(own.start, own.stop) for own in rows])]
+        columns = self.ranges(words[1])
+        if columns is None:
+            return weight
+        (own,) = columns
+        if not weight.can_cut(own.start, own.stop):
+            raise InvalidConfiguration(
+                f"{self.shard.layout} cuts {weight.k} columns at {own.start} and {own.stop}, within a quantised group "
+                f"of {weight.group}; a smaller tp does not"
+            )
+        return weight.columns(own.start, own.stop)
 
     def owns_bias(self, weight: Weight) -> bool:
         """Whether the rank adds the bias. Where sums of several ranks are added up, the first of them does."""

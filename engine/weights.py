@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +19,15 @@ from engine.families import FAMILIES, Moe, Weight
 from engine.model_base import ModelFiles
 from engine.projection import Projection
 from engine.sharding import Cutter
-from kernels.linear import PackedLinear, pack
-from kernels.moe_mlp import PackedExperts, pack_experts
+from kernels.linear import PackedLinear, pack, pack_quantised
+from kernels.moe_mlp import PackedExperts, join_experts
+from kernels.quantised import QuantisedWeight, concatenate, dequantise, quantise
 from spec.model import LatentSpec
 from spec.shard import RankShard
+
+Part = Tensor | QuantisedWeight  # [rows, columns], both taking a tensor of row numbers as an index
+Quantisation = Literal["auto", "none", "int8", "int4", "fp8"]
+INT4_GROUP = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -90,13 +96,15 @@ def load_weights(
     device: torch.device,
     progress: Callable[[float], None] | None = None,
     adapters: Mapping[str, AdapterFiles] | None = None,
+    quantisation: Quantisation = "auto",
 ) -> ModelWeights:
-    """Reads each tensor once. `progress` hears the fraction done, rising from above 0 to 1.
+    """Reads each tensor once. `quantisation` "auto": as they are stored; "none": none; else what is not stored so is
+    brought into it. `progress` hears the fraction done, rising from above 0 to 1.
 
     Peak memory above the packed weights is about twice the largest projection, or the experts of one layer. Raises what
     ModelFiles.tensor does.
     """
-    loader = _Loader(files, shard, dtype, device, adapters or {})
+    loader = _Loader(files, shard, dtype, device, adapters or {}, quantisation)
     family = FAMILIES[files.spec.family]
     total, done = len(shard.layers) + 2, 0
 
@@ -130,8 +138,10 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         adapters: Mapping[str, AdapterFiles],
+        quantisation: Quantisation,
     ) -> None:
         self._files, self._shard, self._dtype, self._device, self._adapters = files, shard, dtype, device, adapters
+        self._quantisation = quantisation
         self._spec, self._family = files.spec, FAMILIES[files.spec.family]
         self._cutter = Cutter(files.spec, shard)
 
@@ -141,6 +151,14 @@ class _Loader:
         """The rank's part, in the dtype of computation; may lie in the mapping of its file still."""
         stored = self._files.tensor(weight.tensor_name(layer, expert))
         return self._cutter.cut(stored, weight.shape).to(self._dtype)
+
+    def part(self, weight: Weight, layer: int = 0, expert: int = 0) -> Part:
+        """As `matrix`, or quantised where it is stored so and wanted so."""
+        if self._quantisation == "auto":
+            stored = self._files.quantised(weight.tensor_name(layer, expert))
+            if stored is not None:
+                return self._cutter.cut_quantised(stored, weight.shape)
+        return self.matrix(weight, layer, expert)
 
     def vector(self, weight: Weight, layer: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         stored = self._files.tensor(weight.tensor_name(layer))
@@ -160,7 +178,24 @@ class _Loader:
         """The weights one after the other along their rows."""
         biases = [bias for weight in weights if (bias := self.bias(weight, layer)) is not None]
         bias = _fused(biases, self._device) if biases else None
-        return pack(_fused([self.matrix(weight, layer) for weight in weights], self._device), bias)
+        is_vocabulary = weights[0].shape[0] == "vocab"
+        return self.packed([self.part(weight, layer) for weight in weights], bias, is_vocabulary=is_vocabulary)
+
+    def packed(self, parts: list[Part], bias: Tensor | None = None, *, is_vocabulary: bool = False) -> PackedLinear:
+        """One after the other along their rows, `parts` being emptied; quantised where they are so, and all alike."""
+        stored = [part for part in parts if isinstance(part, QuantisedWeight)]
+        if len(stored) == len(parts) and _alike(stored):
+            return pack_quantised(concatenate(stored).to(self._device), self._dtype, bias)
+        for index, part in enumerate(parts):
+            if isinstance(part, QuantisedWeight):
+                parts[index] = dequantise(part).to(self._dtype)
+        whole = _fused([part for part in parts if isinstance(part, Tensor)], self._device)
+        kind = self._quantisation
+        if kind not in ("int8", "int4", "fp8"):
+            return pack(whole, bias)
+        if kind == "int4" and is_vocabulary:  # rare tokens suffer first, and the head is read once for all layers
+            kind = "int8"
+        return pack_quantised(quantise(whole, kind, INT4_GROUP if kind == "int4" else None), self._dtype, bias)
 
     def projection(self, weights: Sequence[Weight], layer: int) -> Projection:
         adapters = {}
@@ -197,17 +232,17 @@ class _Loader:
         names = self._family.latent
         assert names is not None
         through_rank = latent.query_rank is not None
-        queries = self.matrix(names.query_up if through_rank else names.query, index)
+        queries = self.part(names.query_up if through_rank else names.query, index)
         queries = _halves(queries, latent.plain_dim + latent.rope_dim, latent.rope_dim)
-        row = _halves(self.matrix(names.down, index), latent.kv_rank + latent.rope_dim, latent.rope_dim)
-        first = self.matrix(names.query_down, index) if through_rank else queries
+        row = _halves(self.part(names.down, index), latent.kv_rank + latent.rope_dim, latent.rope_dim)
+        first = self.part(names.query_down, index) if through_rank else queries
         up = self.matrix(names.up, index).to(self._device)
         per_head = up.view(-1, latent.plain_dim + latent.value_dim, latent.kv_rank)
         key_up, value_up = torch.split(per_head, [latent.plain_dim, latent.value_dim], dim=1)
         return LatentWeights(
-            down=pack(_fused([first, row], self._device)),
+            down=self.packed([first, row]),
             query_norm=self.vector(names.query_norm, index) if through_rank else None,
-            query_up=pack(_fused([queries], self._device)) if through_rank else None,
+            query_up=self.packed([queries]) if through_rank else None,
             norm=self.vector(names.norm, index),
             key_up=key_up.contiguous(),
             value_up=value_up.transpose(1, 2).contiguous(),
@@ -236,29 +271,39 @@ class _Loader:
         )
 
     def _experts(self, names: Moe, index: int) -> PackedExperts:
-        experts = self._shard.experts[index - self._shard.layers.start]
-        each = [
-            _fused([self.matrix(part, index, expert) for part in names.gate_up], self._device) for expert in experts
-        ]
-        down = [self.matrix(names.down, index, expert).to(self._device) for expert in experts]
-        return pack_experts(torch.stack(each), torch.stack(down))
+        gate_up, down = [], []
+        for expert in self._shard.experts[index - self._shard.layers.start]:
+            gate_up.append(self.packed([self.part(part, index, expert) for part in names.gate_up]))
+            down.append(self.packed([self.part(names.down, index, expert)]))
+        return join_experts(gate_up, down)
 
     def _stacked_experts(self, names: Moe, index: int) -> PackedExperts:
-        resident = torch.tensor(self._shard.experts[index - self._shard.layers.start])
-        (gate_up,) = names.gate_up
+        (pairs,) = names.gate_up
+        pair_bias, down_bias = self.bias(pairs, index), self.bias(names.down, index)
+        assert pair_bias is not None and down_bias is not None
+        gate_up, down = [], []
+        each_pair, each_down = self._stacked(pairs, index), self._stacked(names.down, index)
+        for expert in self._shard.experts[index - self._shard.layers.start]:
+            rows, bias = each_pair(expert), pair_bias[expert]
+            sorted_bias = torch.cat((bias[::2], bias[1::2])).to(self._device)
+            order = torch.arange(len(bias))
+            gate_up.append(self.packed([rows[torch.cat((order[::2], order[1::2]))]], sorted_bias))
+            down.append(self.packed([each_down(expert)], down_bias[expert].to(self._device)))
+        return join_experts(gate_up, down)
 
-        def own(stored: Tensor | None) -> Tensor:
+    def _stacked(self, weight: Weight, index: int) -> Callable[[int], Part]:
+        """expert -> the rank's part of its matrix, [out, in]."""
+        name, words = weight.tensor_name(index), (weight.shape[2], weight.shape[1])
+        if self._quantisation != "auto" or self._files.quantised(name, 0) is None:
+            whole = self.matrix(weight, index)
+            return lambda expert: whole[expert].T
+
+        def one(expert: int) -> Part:
+            stored = self._files.quantised(name, expert)
             assert stored is not None
-            return stored[resident].to(self._device)
+            return self._cutter.cut_quantised(stored, words)
 
-        pairs = own(self.matrix(gate_up, index)).transpose(1, 2)
-        pair_bias = own(self.bias(gate_up, index))
-        return pack_experts(
-            torch.cat((pairs[:, ::2], pairs[:, 1::2]), dim=1),
-            own(self.matrix(names.down, index)).transpose(1, 2).contiguous(),
-            torch.cat((pair_bias[:, ::2], pair_bias[:, 1::2]), dim=1),
-            own(self.bias(names.down, index)),
-        )
+        return one
 
 
 def _trim() -> None:
@@ -267,12 +312,22 @@ def _trim() -> None:
         libc.malloc_trim(0)
 
 
-def _halves(rows: Tensor, head_rows: int, rotary_dim: int) -> Tensor:
+def _halves(rows: Part, head_rows: int, rotary_dim: int) -> Part:
     """[heads · head_rows, K]: the last `rotary_dim` rows of each head from pairs (x0, x1), (x2, x3), … into two halves
     (x0, x2, …, x1, x3, …). Queries and keys are sorted alike, so that their products stay."""
-    heads = rows.view(-1, head_rows, rows.shape[1])
+    num_rows = rows.n if isinstance(rows, QuantisedWeight) else rows.shape[0]
+    heads = torch.arange(num_rows).view(-1, head_rows)
     plain, turned = torch.split(heads, [head_rows - rotary_dim, rotary_dim], dim=1)
-    return torch.cat((plain, turned[:, ::2], turned[:, 1::2]), dim=1).reshape(rows.shape)
+    return rows[torch.cat((plain, turned[:, ::2], turned[:, 1::2]), dim=1).flatten()]
+
+
+def _alike(weights: list[QuantisedWeight]) -> bool:
+    """Whether they can be one weight."""
+    kinds = {
+        (part.kind, part.k, part.group, *(None if tensor is None else tensor.dtype for tensor in part.tensors()))
+        for part in weights
+    }
+    return len(kinds) == 1
 
 
 def _fused(parts: list[Tensor], device: torch.device) -> Tensor:

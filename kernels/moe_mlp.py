@@ -12,7 +12,7 @@ arXiv:2211.15841), whose tiles are counted from shapes alone: no step waits for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class PackedExperts:
     @property
     def intermediate_size(self) -> int:
         return self.down[0].k
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.down[0].weight.dtype != self.down[0].dtype
 
     @property
     def library(self) -> Library | None:
@@ -82,14 +86,30 @@ def join_experts(gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear]) 
 def reference(
     x: Tensor, experts: PackedExperts, expert_ids: Tensor, weights: Tensor, activation_kind: ActivationKind
 ) -> Tensor:
+    def product(x: Tensor, packed: PackedLinear, wide: bool) -> Tensor:
+        return linear.reference(x, packed, wide=wide)
+
+    return _one_by_one(x, experts, expert_ids, weights, activation_kind, product, gated_activation.reference)
+
+
+def _one_by_one(
+    x: Tensor,
+    experts: PackedExperts,
+    expert_ids: Tensor,
+    weights: Tensor,
+    activation_kind: ActivationKind,
+    product: Callable[[Tensor, PackedLinear, bool], Tensor],
+    activation: Callable[[Tensor, ActivationKind], Tensor],
+) -> Tensor:
+    """Each expert as a plain layer; the way of quantised ones, whose products have kernels of their own."""
     num_tokens, experts_per_token = expert_ids.shape
     assert ((expert_ids >= -1) & (expert_ids < len(experts.down))).all()
     answers = x.new_zeros(num_tokens, experts_per_token, experts.hidden_size, dtype=torch.float32)
     for expert, (gate_up, down) in enumerate(zip(experts.gate_up, experts.down, strict=True)):
         token, choice = (expert_ids == expert).nonzero(as_tuple=True)
         if token.numel():
-            activated = gated_activation.reference(linear.reference(x[token], gate_up), activation_kind)
-            answers[token, choice] = linear.reference(activated, down, wide=True)
+            activated = activation(product(x[token], gate_up, False), activation_kind)
+            answers[token, choice] = product(activated, down, True)
     out = x.new_zeros(x.shape, dtype=torch.float32)
     here = (expert_ids >= 0)[..., None]
     for j in range(experts_per_token):
@@ -272,6 +292,16 @@ def moe_mlp(
     assert x.shape[1] == experts.hidden_size
     assert x.dtype == experts.down[0].dtype
     assert weights.shape == expert_ids.shape == (x.shape[0], expert_ids.shape[1])
+    if experts.is_quantised:
+        return _one_by_one(
+            x,
+            experts,
+            expert_ids,
+            weights,
+            activation_kind,
+            lambda rows, packed, wide: linear.linear(rows, packed, wide=wide),
+            gated_activation.gated_activation,
+        )
     if x.is_cuda:
         return launch(x, experts, expert_ids, weights, activation_kind)
     if experts.library is None:

@@ -67,6 +67,24 @@ class QuantisedWeight:
         """The weight of these outputs: a slice of rows, or [M] int64."""
         return self._with(*(None if tensor is None else _bytes_of(tensor)[outputs] for tensor in self.tensors()))
 
+    def can_cut(self, start: int, stop: int) -> bool:
+        """Whether columns [start, stop) are whole groups and whole bytes."""
+        unit = GROUP_MULTIPLE if self.group >= self.k else self.group
+        return start % unit == 0 and (stop % unit == 0 or stop == self.k)
+
+    def columns(self, start: int, stop: int) -> QuantisedWeight:
+        """The weight of these inputs."""
+        assert self.can_cut(start, stop)
+        per_byte = 2 if self.kind in NUMBERS else 1
+        codes = _bytes_of(self.codes)[:, start // per_byte : -(-stop // per_byte)].contiguous().view(self.codes.dtype)
+        groups = slice(None) if self.group >= self.k else slice(start // self.group, -(-stop // self.group))
+        scales = _bytes_of(self.scales)[:, groups].contiguous().view(self.scales.dtype)
+        offsets = None if self.offsets is None else self.offsets[:, groups].contiguous()
+        return QuantisedWeight(self.kind, codes, scales, stop - start, self.group, offsets, self.output_scales)
+
+    def to(self, device: torch.device) -> QuantisedWeight:
+        return self._with(*(None if tensor is None else tensor.to(device) for tensor in self.tensors()))
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.codes, self.scales, self.offsets, self.output_scales
 

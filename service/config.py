@@ -73,6 +73,8 @@ class EngineConfig(Section):
     model: str = Field(default="smollm2", min_length=1)  # a name service/model_source.py resolves, or a path
     draft_model: str | None = Field(default=None, min_length=1)  # guesses for `model`; the same vocabulary, and smaller
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3"] = "auto"  # auto: dtype
+    quantisation: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"  # of the weights; auto: as they are stored
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     layout: str = "tp1"  # of the worker's ranks, a process each: "tp2", "pp2-tp2", "dp2-ep2"
     threads: Count | None = None  # of each rank; None: the engine decides, or the host's cores shared out
@@ -170,10 +172,11 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _pools_exchange_blocks(self) -> ClusterConfig:
         pools = self._engine(self.prefill_engine), self._engine(self.decode_engine)
-        if pools[0].dtype != pools[1].dtype:
-            raise ValueError(
-                "dtype must be the same in both pools, for a prompt is read and answered in one: set it under engine"
-            )
+        for key in ("dtype", "quantisation"):
+            if getattr(pools[0], key) != getattr(pools[1], key):
+                raise ValueError(
+                    f"{key} must be the same in both pools, for one reads what the other answers: set it under engine"
+                )
         return self
 
     def resolve(self, redis_url: str) -> ClusterConfig:

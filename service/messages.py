@@ -131,11 +131,13 @@ def finish_to_proto(reason: str | None) -> common_pb2.FinishReason:
     return _FINISH_TO_PROTO[reason]
 
 
-def model_identity(model_id: str, revision: str, compute_dtype: Dtype, adapter: str = "") -> worker_pb2.ModelIdentity:
-    """What must be equal for two workers to exchange KV. Compare with ==; `revision` is ModelFiles.revision."""
-    return worker_pb2.ModelIdentity(
-        model_id=model_id, revision=revision, adapter=adapter, compute_dtype=compute_dtype.value
-    )
+def model_identity(
+    model_id: str, revision: str, compute_dtype: Dtype, quantisation: str = "auto", adapter: str = ""
+) -> worker_pb2.ModelIdentity:
+    """What must be equal for two workers to exchange KV. Compare with ==; `revision` is ModelFiles.revision, and
+    `quantisation` the engine's option: weights that are rounded otherwise compute other KV."""
+    computed = compute_dtype.value if quantisation == "auto" else f"{compute_dtype.value}/{quantisation}"
+    return worker_pb2.ModelIdentity(model_id=model_id, revision=revision, adapter=adapter, compute_dtype=computed)
 
 
 def identity_text(identity: worker_pb2.ModelIdentity) -> str:

@@ -63,7 +63,14 @@ def options_for(config: EngineConfig, place: Place) -> EngineOptions:
     device = config.device
     if device in ("auto", "cuda") and place.local_ranks > 1 and torch.cuda.is_available():
         device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
-    return EngineOptions(dtype=config.dtype, device=device, threads=threads, block_tokens=config.block_tokens)
+    return EngineOptions(
+        dtype=config.dtype,
+        device=device,
+        threads=threads,
+        block_tokens=config.block_tokens,
+        kv_dtype=config.kv_dtype,
+        quantisation=config.quantisation,
+    )
 
 
 def free_bytes(options: EngineOptions) -> int:

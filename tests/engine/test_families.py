@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,17 @@ def test_in_mixed_steps(model: tuple[Path, object]) -> None:
         stepper.step([(each, max(1, min(11, each.num_prompt - each.computed))) for each in taken])
     for each in running:
         assert worst_difference(rows_of(each), reference_of(oracle, each.token_ids)) < TOLERANCE, each.name
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3"])
+def test_quantised_kv_is_near(model: tuple[Path, object], kv_dtype: str) -> None:
+    """A scale for each row: int8 is off by less than 1/254 of a row's greatest value, E4M3 by 1/16 of each value. Of
+    the rows' differences the median: a token may go to another expert, and then differs more."""
+    folder, oracle = model
+    options = EngineOptions(device="cpu", block_tokens=5, kv_dtype=kv_dtype)
+    engine = Engine(open_model(folder), options, 300)
+    token_ids = prompt(77, engine.spec.vocab_size)
+    expected = reference_of(oracle, token_ids)
+    found = Stepper(engine).run(token_ids, 33)
+    rows = [worst_difference(one[None], other[None]) for one, other in zip(found, expected, strict=True)]
+    assert 1e-6 < statistics.median(rows) < (0.01 if kv_dtype == "int8" else 0.05)

@@ -124,7 +124,7 @@ def test_refuses_a_broken_config(folder: Path, content: bytes) -> None:
         ({"hidden_act": "gelu"}, UnsupportedModel, ["gelu"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedModel, ["dynamic", "yarn"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, InvalidModel, ["original_max_position_embeddings"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModel, ["gptq"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, UnsupportedModel, ["bitsandbytes", "gptq"]),
         ({"hidden_size": None}, InvalidModel, ["hidden_size"]),
         ({"hidden_size": "many"}, InvalidModel, ["many"]),
         ({"num_key_value_heads": 3}, InvalidModel, ["4 heads", "3 KV heads"]),

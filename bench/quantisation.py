@@ -1,0 +1,210 @@
+"""What quantisation costs and gains: quality on a real text, and speed, of one model in each form.
+
+Quality: perplexity of the text, and the mean Kullback-Leibler divergence of the next-token distribution from that of
+the reference, the same weights in bfloat16, in nats a token. Speed: decode at batch 1 and 8 and prefill, all forms
+interleaved A-B-C-A-B-C; the ratio is to the reference in the same round. Bytes are those of all weights in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.engine import Ours
+from bench.record import append_line
+from engine.engine import Engine
+from engine.projection import Projection
+from engine.step import StepTensors
+from kernels.linear import PackedLinear
+from kernels.moe_mlp import PackedExperts
+from service.model_source import resolve_model
+from service.tokenizer import load_tokenizer
+
+EXAMPLES = """examples:
+  python -m bench.quantisation                                  SmolLM2 on this repository's README
+  python -m bench.quantisation --text book.txt --tokens 4096
+  python -m bench.quantisation --model ./Llama-3.2-1B --forms bfloat16 int8 int4
+"""
+# name -> options of the engine; the first is the reference
+FORMS: dict[str, dict[str, str]] = {
+    "bfloat16": {"quantisation": "none"},
+    "int8": {"quantisation": "int8"},
+    "fp8": {"quantisation": "fp8"},
+    "int4": {"quantisation": "int4"},
+    "as stored": {"quantisation": "auto"},
+    "KV int8": {"quantisation": "none", "kv_dtype": "int8"},
+    "KV fp8": {"quantisation": "none", "kv_dtype": "float8_e4m3"},
+}
+WINDOW_TOKENS = 512  # the text is cut into windows that are read alone
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    path = resolve_model(options.model)
+    forms = {name: FORMS[name] for name in dict.fromkeys(["bfloat16", *options.forms])}
+    windows = read_windows(path, options)
+    sides = {name: side_of(path, chosen, options) for name, chosen in forms.items()}
+    quality = measure_quality(sides, windows)
+    speed = measure_speed(sides, options)
+    report(sides, quality, speed, options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quantisation",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="smollm2", help="a folder, a .gguf file or smollm2 (default: %(default)s)")
+    parser.add_argument("--text", type=Path, default=Path("README.md"), help="that is read (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the text at most (default: %(default)s)")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), help="(default: all)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/quantisation.jsonl"), help="gets one JSON line more"
+    )
+    return parser.parse_args()
+
+
+def read_windows(path: Path, options: argparse.Namespace) -> list[list[int]]:
+    token_ids = load_tokenizer(path).encode(options.text.read_text(encoding="utf-8"))[: options.tokens]
+    windows = [token_ids[start : start + WINDOW_TOKENS] for start in range(0, len(token_ids), WINDOW_TOKENS)]
+    found = [window for window in windows if len(window) > 1]
+    if not found:
+        sys.exit(f"{options.text} holds no text to read")
+    return found
+
+
+def side_of(path: Path, chosen: dict[str, str], options: argparse.Namespace) -> Ours:
+    """bench.engine's own side, with an engine in another form."""
+    settings = argparse.Namespace(
+        prefill_tokens=1024,
+        context_tokens=128,
+        decode_steps=48,
+        batch=[1, 8],
+        dtype="bfloat16",
+        threads=options.threads,
+    )
+    return Ours(path, settings, **chosen)
+
+
+@torch.inference_mode()
+def logprobs_of(engine: Engine, window: list[int]) -> torch.Tensor:
+    """[len(window) - 1, vocab] float32: of each next token."""
+    count = len(window)
+    step = StepTensors(
+        token_ids=torch.tensor(window),
+        positions=torch.arange(count),
+        slots=torch.arange(count),
+        block_tables=torch.arange(engine.kv.layout.blocks_for(count), dtype=torch.int32)[None],
+        query_starts=torch.tensor([0, count], dtype=torch.int32),
+        context_lens=torch.tensor([count], dtype=torch.int32),
+        wanted_rows=None,
+    )
+    hidden = engine.decoder.forward(step)
+    assert hidden is not None
+    return torch.log_softmax(engine.decoder.logits(hidden[:-1]), dim=-1)
+
+
+def measure_quality(sides: dict[str, Ours], windows: list[list[int]]) -> dict[str, dict[str, float]]:
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    divergences: dict[str, list[float]] = {name: [] for name in sides}
+    for number, window in enumerate(windows):
+        print(f"\rtext {number + 1}/{len(windows)}", end="", file=sys.stderr, flush=True)
+        reference: torch.Tensor | None = None
+        for name, side in sides.items():
+            rows = logprobs_of(side.engine, window)
+            reference = rows if reference is None else reference
+            losses[name].extend((-rows.gather(1, torch.tensor(window[1:])[:, None])).flatten().tolist())
+            divergences[name].extend((reference.exp() * (reference - rows)).sum(1).tolist())
+    print(file=sys.stderr)
+    return {
+        name: {"perplexity": math.exp(statistics.fmean(losses[name])), "kl": statistics.fmean(divergences[name])}
+        for name in sides
+    }
+
+
+def measure_speed(sides: dict[str, Ours], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    times: dict[str, dict[str, list[float]]] = {name: {"b1": [], "b8": [], "prefill": []} for name in sides}
+    for number in range(options.rounds + 1):
+        print(f"\rround {number}/{options.rounds}", end="", file=sys.stderr, flush=True)
+        for name, side in sides.items():
+            vocab = side.engine.spec.vocab_size
+            prompts = [[(7 * i + 13 * j) % vocab for j in range(128)] for i in range(8)]
+            long = [[(31 * j + 5) % vocab for j in range(1024)]]
+            taken = side.decode(prompts[:1], 48), side.decode(prompts, 48), side.prefill(long)
+            if number:
+                for key, value in zip(("b1", "b8", "prefill"), taken, strict=True):
+                    times[name][key].append(value)
+    print(file=sys.stderr)
+    return times
+
+
+def weight_bytes(value: Any) -> int:
+    """Of all tensors, each memory once."""
+    seen: dict[int, int] = {}
+
+    def walk(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            seen[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, (Projection, PackedLinear, PackedExperts)) or dataclasses.is_dataclass(item):
+            for field in dataclasses.fields(item):
+                walk(getattr(item, field.name))
+        elif isinstance(item, dict):
+            walk(tuple(item.values()))
+        elif isinstance(item, tuple):
+            for each in item:
+                walk(each)
+
+    walk(value)
+    return sum(seen.values())
+
+
+def report(
+    sides: dict[str, Ours],
+    quality: dict[str, dict[str, float]],
+    speed: dict[str, dict[str, list[float]]],
+    options: argparse.Namespace,
+) -> None:
+    table = Table("", "weights, MB", "KV, bytes a token", "perplexity", "KL, nats", "decode b1", "b8", "prefill")
+    reference, rows = speed["bfloat16"], {}
+    for name, side in sides.items():
+        ratios = {
+            key: statistics.median(a / b for a, b in zip(reference[key], values, strict=True))
+            for key, values in speed[name].items()
+        }
+        held = weight_bytes(side.engine.decoder.weights)
+        kv = side.engine.kv.layout.token_bytes
+        rows[name] = {
+            "weight_bytes": held,
+            "kv_token_bytes": kv,
+            **quality[name],
+            "ratios": ratios,
+            "times": speed[name],
+        }
+        table.add_row(
+            name,
+            f"{held / 1e6:.0f}",
+            str(kv),
+            f"{quality[name]['perplexity']:.2f}",
+            f"{quality[name]['kl']:.4f}",
+            *(f"{ratios[key]:.2f}×" for key in ("b1", "b8", "prefill")),
+        )
+    Console().print(table)
+    append_line(options.results, "quantisation", options, rows)
+
+
+if __name__ == "__main__":
+    main()

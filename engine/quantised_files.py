@@ -1,0 +1,206 @@
+"""Quantised weights as checkpoints store them, brought into the one form of kernels/quantised.py without a loss.
+
+GPTQ                  qweight int32 [K · bits / 32, N], qzeros int32 [groups, N · bits / 32], scales [groups, N],
+                      g_idx [K]; a stored zero point is one too low ("gptq"), or as it is ("gptq_v2")
+AWQ                   qweight int32 [K, N / 8], qzeros int32 [groups, N / 8], scales [groups, N]; the eight columns
+                      of a word in the order 0 2 4 6 1 3 5 7
+FP8                   weight E4M3 [N, K], weight_scale_inv [N / 128, K / 128] (DeepSeek), or weight_scale [1] or
+                      [N, 1] (compressed-tensors)
+MXFP4                 blocks uint8 [E, N, K / 32, 16], scales uint8 [E, N, K / 32], E8M0 (gpt-oss)
+NVFP4                 weight_packed uint8 [N, K / 2], weight_scale E4M3 [N, K / 16], weight_global_scale [1], by
+                      which is divided (compressed-tensors)
+GGUF Q4_0 Q4_1 Q8_0   blocks of 32: a float16 scale (and minimum), then codes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.quantised import QuantisedWeight
+from spec.errors import InvalidModel, UnsupportedModel
+
+METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors")
+_AWQ_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # where the columns of a word lie in it
+
+
+class QuantisedTensors:
+    """Finds and reads the quantised weights of a Hugging Face folder; `read(name)` gives a tensor as it is stored.
+
+    Raises UnsupportedModel for a method or option that is not known."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        names: Collection[str],
+        shape: Callable[[str], tuple[int, ...]],
+        read: Callable[[str], Tensor],
+    ) -> None:
+        self._config, self._shape, self._read = config, shape, read
+        method = config.get("quant_method")
+        if method not in METHODS:
+            raise UnsupportedModel(f"quant_method {method!r} is not known; known are {', '.join(METHODS)}")
+        self._bits = int(config.get("bits") or config.get("w_bit") or 4)
+        if method == "gptq" and self._bits not in (4, 8):
+            raise UnsupportedModel(f"GPTQ of {self._bits} bits is not known; 4 and 8 are")
+        if method == "awq" and (self._bits != 4 or config.get("version", "gemm").lower() != "gemm"):
+            raise UnsupportedModel("of AWQ, 4 bits in the form 'gemm' are known")
+        self._method = str(method)
+        self._stems = {name: self._stem_of(name) for name in names}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names that the weights would have, were they not quantised, and their shapes. Where a weight is only scaled,
+        its name is in the files as well."""
+        found = {}
+        for name, stem in self._stems.items():
+            if stem is not None:
+                found[stem] = self._whole_shape(name)
+        return found
+
+    def weight(self, name: str, expert: int | None = None) -> QuantisedWeight | None:
+        """The weight that would be `name` ("...q_proj.weight"), or one expert of a stacked one; None: it is not
+        quantised, or in an order that only `dense` reads."""
+        stem = name.removesuffix(".weight")
+        if self._method == "gptq" and f"{stem}.qweight" in self._stems:
+            return self._gptq(stem)
+        if self._method == "awq" and f"{stem}.qweight" in self._stems:
+            return self._awq(stem)
+        if self._method == "mxfp4" and f"{name}_blocks" in self._stems:
+            assert expert is not None
+            return mxfp4(self._read(f"{name}_blocks")[expert], self._read(f"{name}_scales")[expert])
+        if f"{stem}.weight_packed" in self._stems:
+            return self._nvfp4(stem)
+        if f"{stem}.weight_scale_inv" in self._stems:
+            return block_fp8(self._read(name), self._read(f"{stem}.weight_scale_inv"), self._block())
+        if f"{stem}.weight_scale" in self._stems:
+            return scaled_fp8(self._read(name), self._read(f"{stem}.weight_scale"))
+        return None
+
+    def num_experts(self, name: str) -> int:
+        return self._shape(f"{name}_blocks")[0]
+
+    # ---- names and shapes --------------------------------------------------------------------------------------------
+
+    def _stem_of(self, name: str) -> str | None:
+        """The plain name of the weight whose codes `name` holds."""
+        for suffix, plain in ((".qweight", ".weight"), ("_blocks", ""), (".weight_packed", ".weight")):
+            if name.endswith(suffix):
+                return name.removesuffix(suffix) + plain
+        return None
+
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
+        shape = self._shape(name)
+        if name.endswith("_blocks"):
+            experts, outputs, groups, half = shape
+            return experts, groups * half * 2, outputs
+        if name.endswith(".weight_packed"):
+            return shape[0], shape[1] * 2
+        if self._method == "awq":
+            return shape[1] * 8, shape[0]
+        return shape[1], shape[0] * (32 // self._bits)
+
+    # ---- methods -----------------------------------------------------------------------------------------------------
+
+    def _gptq(self, stem: str) -> QuantisedWeight | None:
+        scales = self._read(f"{stem}.scales")
+        num_inputs = self._shape(f"{stem}.qweight")[0] * (32 // self._bits)
+        group = num_inputs // scales.shape[0]
+        if f"{stem}.g_idx" in self._stems:
+            in_order = torch.arange(num_inputs) // group
+            if not torch.equal(self._read(f"{stem}.g_idx").long(), in_order):
+                raise UnsupportedModel(f"{stem} is GPTQ in the order of activations (desc_act), which is not known")
+        add = 0 if self._config.get("checkpoint_format") == "gptq_v2" else 1
+        codes = unpacked(self._read(f"{stem}.qweight"), self._bits, 0).T.contiguous()
+        zeros = unpacked(self._read(f"{stem}.qzeros"), self._bits, 1) + add
+        return _from_codes(codes, scales, zeros, self._bits, group)
+
+    def _awq(self, stem: str) -> QuantisedWeight:
+        scales = self._read(f"{stem}.scales")
+        codes, zeros = (self._awq_columns(f"{stem}.{part}") for part in ("qweight", "qzeros"))
+        return _from_codes(codes.T.contiguous(), scales, zeros, 4, codes.shape[0] // scales.shape[0])
+
+    def _awq_columns(self, name: str) -> Tensor:
+        """[R, C / 8] words to [R, C] codes."""
+        words = unpacked(self._read(name), 4, 1)
+        return words.view(words.shape[0], -1, 8)[:, :, list(_AWQ_COLUMN)].flatten(1)
+
+    def _nvfp4(self, stem: str) -> QuantisedWeight:
+        codes = self._read(f"{stem}.weight_packed")
+        divisor = self._read(f"{stem}.weight_global_scale").float()
+        return QuantisedWeight(
+            "fp4",
+            codes,
+            self._read(f"{stem}.weight_scale"),
+            codes.shape[1] * 2,
+            16,
+            output_scales=(1.0 / divisor).expand(codes.shape[0]).contiguous(),
+        )
+
+    def _block(self) -> tuple[int, int]:
+        rows, columns = self._config.get("weight_block_size") or (128, 128)
+        return int(rows), int(columns)
+
+
+def unpacked(words: Tensor, bits: int, dimension: int) -> Tensor:
+    """int32 words of codes, lowest bits first, to one code each along `dimension`: int32."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = shifts.view(-1, *[1] * (words.dim() - 1 - dimension))
+    codes: Tensor = (words.unsqueeze(dimension + 1) >> shifts) & (2**bits - 1)
+    return codes.flatten(dimension, dimension + 1)
+
+
+def _from_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> QuantisedWeight:
+    """codes [N, K], scales and zeros [groups, N]: value = scale · (code - zero)."""
+    middle = 2 ** (bits - 1)
+    offsets = (scales.float() * (middle - zeros)).T.contiguous()
+    scales = scales.T.contiguous()
+    if bits == 8:
+        return QuantisedWeight("int8", (codes - middle).to(torch.int8), scales, codes.shape[1], group, offsets)
+    return QuantisedWeight("int4", nibbles(codes), scales, codes.shape[1], group, offsets)
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """[N, K] of 0 ... 15 to [N, K / 2] uint8, an even k in the low half."""
+    codes = codes.to(torch.uint8)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def block_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> QuantisedWeight:
+    """Raises InvalidModel where the blocks do not cover the weight."""
+    outputs, inputs = codes.shape
+    if scales.shape != (-(-outputs // block[0]), -(-inputs // block[1])):
+        raise InvalidModel(f"scales {tuple(scales.shape)} are not those of blocks {block} of {tuple(codes.shape)}")
+    each = scales.float().repeat_interleave(block[0], dim=0)[:outputs].contiguous()
+    return QuantisedWeight("fp8", codes, each, inputs, block[1])
+
+
+def scaled_fp8(codes: Tensor, scales: Tensor) -> QuantisedWeight:
+    outputs, inputs = codes.shape
+    return QuantisedWeight("fp8", codes, scales.float().reshape(-1, 1).expand(outputs, 1).contiguous(), inputs, inputs)
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> QuantisedWeight:
+    """blocks uint8 [N, K / 32, 16], scales uint8 [N, K / 32], the exponent and 127."""
+    return QuantisedWeight(
+        "fp4", blocks.flatten(1).contiguous(), scales.contiguous().view(torch.float8_e8m0fnu), blocks.shape[1] * 32, 32
+    )
+
+
+def gguf_blocks(raw: Tensor, kind: str) -> QuantisedWeight:
+    """raw uint8 [N, K / 32, bytes of a block] of Q4_0, Q4_1 or Q8_0."""
+    scales = _half(raw, 0)
+    inputs = raw.shape[1] * 32
+    if kind == "Q8_0":
+        return QuantisedWeight("int8", raw[:, :, 2:].flatten(1).contiguous().view(torch.int8), scales, inputs, 32)
+    first = 2 if kind == "Q4_0" else 4
+    halves = raw[:, :, first:]  # element i beside element i + 16
+    codes = nibbles(torch.cat((halves & 15, halves >> 4), dim=2).flatten(1))
+    offsets = None if kind == "Q4_0" else _half(raw, 2).float() + 8.0 * scales.float()
+    return QuantisedWeight("int4", codes, scales, inputs, 32, offsets)
+
+
+def _half(raw: Tensor, at: int) -> Tensor:
+    return raw[:, :, at : at + 2].contiguous().view(torch.float16).squeeze(2)

@@ -1,0 +1,148 @@
+"""Quantised checkpoints against transformers on the weights that they stand for, in float32."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantised_models import METHODS, quantise_folder
+from ranks import ranked_engine
+from safetensors.torch import load_file, save_file
+from stepper import Stepper, worst_difference
+from tiny_llama import load_reference, reference_of
+from tiny_models import make_model
+
+from engine.engine import Engine, EngineOptions
+from engine.model_files import open_model
+from engine.weights import load_weights
+from kernels.linear import PackedLinear
+from spec.errors import InvalidConfiguration, InvalidModel, UnsupportedModel
+from spec.layout import ParallelLayout
+from spec.shard import shard_of
+
+TOLERANCE = 1e-4
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole groups of 16 and 32
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("plain"), "qwen3", **SIZES)
+
+
+def oracle_of(plain: Path, values: dict[str, torch.Tensor], token_ids: list[int]) -> Any:
+    """transformers' own loader turns names into those of its modules; so the values go through a folder."""
+    folder = plain.parent / f"values-{random.getrandbits(40):x}"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((plain / "config.json").read_bytes())
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    return reference_of(load_reference(folder), token_ids)
+
+
+TOKENS = [random.Random(5).randrange(131) for _ in range(41)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_are_those_of_the_weights_it_stands_for(method: str, plain: Path, tmp_path: Path) -> None:
+    values = quantise_folder(plain, tmp_path / "quantised", method)
+    expected = oracle_of(plain, values, TOKENS)
+    files = open_model(tmp_path / "quantised")
+    for quantisation in ("auto", "none"):
+        engine = Engine(files, EngineOptions(dtype="float32", device="cpu", quantisation=quantisation), 20)
+        assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE, quantisation
+
+
+@pytest.mark.parametrize("method", ["gptq-int4", "fp8-blocks", "nvfp4"])
+def test_it_is_cut_among_ranks(method: str, plain: Path, tmp_path: Path) -> None:
+    values = quantise_folder(plain, tmp_path / "quantised", method)
+    expected = oracle_of(plain, values, TOKENS)
+    with ranked_engine(tmp_path / "quantised", ParallelLayout(tp=2, pp=2), 20, dtype="float32") as engine:
+        assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "layout"),
+    [
+        ("gpt-oss", "mxfp4", ParallelLayout()),
+        ("gpt-oss", "mxfp4", ParallelLayout(dp=2, ep=2)),
+        ("deepseek-v3", "fp8-blocks", ParallelLayout()),
+        ("deepseek-v3", "fp8-blocks", ParallelLayout(tp=2, ep=2)),
+        ("qwen3-moe", "awq", ParallelLayout()),
+    ],
+    ids=str,
+)
+def test_mixtures_of_experts(name: str, method: str, layout: ParallelLayout, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    if name == "deepseek-v3":
+        sizes |= {"kv_lora_rank": 16, "q_lora_rank": 16, "moe_intermediate_size": 32, "v_head_dim": 8}
+    plain = make_model(tmp_path / "plain", name, **sizes)
+    values = quantise_folder(plain, tmp_path / "quantised", method)
+    expected = oracle_of(plain, values, TOKENS)
+    with ranked_engine(tmp_path / "quantised", layout, 20, dtype="float32") as engine:
+        assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE
+
+
+def test_a_cut_group_is_said(tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain", "qwen3", hidden_size=64, intermediate_size=80, head_dim=16)
+    quantise_folder(plain, tmp_path / "quantised", "nvfp4")
+    files = open_model(tmp_path / "quantised")
+    with pytest.raises(InvalidConfiguration, match=r"tp2 cuts 80 columns at 0 and 40.*group of 16"):
+        load_weights(files, shard_of(files.spec, ParallelLayout(tp=2), 0), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("kind", "bytes_each"), [("int8", 1.0), ("fp8", 1.0), ("int4", 0.5625)])
+def test_a_plain_model_is_quantised_as_it_is_loaded(kind: str, bytes_each: float, tmp_path: Path) -> None:
+    """The weights take what the kind says, and the logits stay near: int4 by about a tenth of their size."""
+    plain = make_model(tmp_path / "plain", "llama3", hidden_size=256, intermediate_size=512, head_dim=32)
+    files = open_model(plain)
+    engine = Engine(files, EngineOptions(dtype="float32", device="cpu", quantisation=kind), 20)
+    expected = reference_of(load_reference(plain), TOKENS)
+    found = Stepper(engine).run(TOKENS)
+    error = worst_difference(found, expected)
+    assert 1e-5 < error < {"int8": 0.06, "fp8": 0.2, "int4": 0.5}[kind]
+    down: PackedLinear = engine.decoder.weights.layers[0].mlp.down.base
+    held = down.weight.untyped_storage().nbytes()
+    assert held < 1.15 * (bytes_each * down.n * down.k + 4 * down.n)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        ({"quant_method": "eetq"}, UnsupportedModel, "eetq.*gptq"),
+        ({"quant_method": "gptq", "bits": 3}, UnsupportedModel, "3 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, UnsupportedModel, "gemm"),
+    ],
+)
+def test_what_is_not_known_is_refused(
+    config: dict[str, Any], error: type, words: str, plain: Path, tmp_path: Path
+) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "awq")
+    file = tmp_path / "quantised" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+    with pytest.raises(error, match=words):
+        open_model(tmp_path / "quantised")
+
+
+def test_the_order_of_activations_is_refused(plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "gptq-int4")
+    file = tmp_path / "quantised" / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("g_idx"):
+            tensors[name] = tensors[name].flip(0)
+    save_file(tensors, file)
+    with pytest.raises(UnsupportedModel, match="desc_act"):
+        Engine(open_model(tmp_path / "quantised"), EngineOptions(device="cpu"), 20)
+
+
+def test_a_quantised_tensor_that_is_missing_is_said(plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "gptq-int4")
+    file = tmp_path / "quantised" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj.qweight"]
+    save_file(tensors, file)
+    with pytest.raises(InvalidModel, match="up_proj"):
+        open_model(tmp_path / "quantised")
