@@ -21,7 +21,7 @@ from scheduler.holdings import Holdings
 from scheduler.lifetime import Stage
 from scheduler.plan import NO_TOKEN, Drawn, Slice, StepPlan, StepResult
 from scheduler.sequence import Sequence
-from scheduler.speculation import Guesser, draft_computed_after
+from scheduler.speculation import Guesser, draft_computed_after, guess_limit_after
 from spec import errors
 
 __all__ = ["Computed", "Event", "Failed", "Finish", "Load", "Preempted", "Scheduler", "SchedulerConfig", "Tokens"]
@@ -262,6 +262,8 @@ class Scheduler(Holdings):
             if drawn:
                 kept, finish = sequence.extend(drawn, self.config.eos_token_ids, self.context_limit)
             accepted = min(len(kept), max(len(drawn) - 1, 0))
+            if piece.num_guesses:
+                sequence.guess_limit = guess_limit_after(piece.num_guesses, accepted)
             if piece.proposal is not None:
                 sequence.draft_computed_tokens = draft_computed_after(piece.proposal, known, accepted)
             sequence.computed_tokens = piece.start + len(piece.token_ids) + max(len(kept) - 1, 0)

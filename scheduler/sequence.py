@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from scheduler.events import Finish
 from scheduler.lifetime import Stage, advance
 from scheduler.plan import Draw, Drawn, Proposal, Slice, TokenLogprobs
-from spec.sampling import SamplingParams
+from spec.sampling import MAX_DRAFT_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
     from scheduler.speculation import PromptLookup
@@ -48,6 +48,7 @@ class Sequence:
     published_blocks: int = 0
     prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)  # the first token takes them along
     lookup: PromptLookup | None = None  # its n-grams, once prompt lookup has been asked for
+    guess_limit: int = MAX_DRAFT_TOKENS  # fewer where the last guesses were wrong
     draft_computed_tokens: int = 0  # the draft model's KV of positions [0, ...) is in the same blocks of its own memory
     _table: tuple[int, ...] = ()
 

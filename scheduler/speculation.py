@@ -103,7 +103,13 @@ def room_for_guesses(sequence: Sequence, context_limit: int) -> int:
     most = min(sequence.params.max_tokens - output, context_limit - known) - 1
     if sequence.draws_here is not None:
         most = min(most, sequence.draws_here - sequence.drawn_here - 1)
-    return max(0, min(most, sequence.params.speculation.num_draft_tokens))
+    return max(0, min(most, sequence.params.speculation.num_draft_tokens, sequence.guess_limit))
+
+
+def guess_limit_after(proposed_tokens: int, accepted_tokens: int) -> int:
+    """How many to guess next: one more than were right, two more where all were. A wrong guess costs a row of a step,
+    and text that was hard to guess a moment ago mostly still is."""
+    return accepted_tokens + (2 if accepted_tokens == proposed_tokens else 1)
 
 
 def draft_computed_after(proposal: Proposal, known_tokens: int, accepted_tokens: int) -> int:

@@ -74,6 +74,29 @@ async def test_without_a_draft_model_the_answer_is_the_same(model: Path, redis_u
     assert asked.usage.proposed_tokens == 0
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("kind", ["prompt_lookup", "draft_model"])
+async def test_ranks_verify_what_was_guessed(model: Path, redis_url: str, layout: str, kind: str) -> None:
+    """Rank 0 guesses for all; sampled and greedy answers are those of one rank."""
+    options: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "num_draft_tokens": 4, "ngram": 1}
+    asked = [
+        (prompt, {**options, "temperature": 0.7 * (seed % 2), "seed": seed})
+        for seed, (prompt, _) in enumerate(requests()[:6])
+    ]
+    engine = {"num_blocks": None, "kv_memory": "4MiB"}
+    async with cluster(model, redis_url, prefill=0, engine=engine) as running:
+        plain = await asyncio.gather(*(running.client.generate(prompt, **given) for prompt, given in asked))
+    split = {"layout": layout, "draft_model": str(model)}
+    async with cluster(model, redis_url, prefill=0, engine=engine, decode_engine=split) as running:
+        found = await asyncio.gather(
+            *(running.client.generate(prompt, speculation=kind, **given) for prompt, given in asked)
+        )
+        await running.assert_as_at_start()
+    assert sum(answer.usage.accepted_tokens for answer in found) > 0
+    same = sum(one.token_ids == other.token_ids for one, other in zip(found, plain, strict=True))
+    assert same >= len(asked) - 1  # sums over ranks round differently, and a draw may fall on an edge
+
+
 async def test_a_stop_string_among_guesses(model: Path, redis_url: str) -> None:
     prompt, options = requests()[4]
     options = {**options, "logprobs": None, "ignore_eos": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,17 @@ def test_room_for_guesses(max_tokens: int, known: int, drawn_here: int, draws_he
     each = Sequence("s", (1,) * (known - 2), [1, 1], params, draws_here=draws_here)
     each.drawn_here = drawn_here
     assert room_for_guesses(each, 90) == expected
+
+
+def test_wrong_guesses_become_fewer_and_right_ones_more(fake: SimpleNamespace) -> None:
+    """An answer that takes up the pattern of its prompt, then has a new token behind every 3, and takes it up again."""
+    pattern, new = (3, 4, 5, 6) * 4, tuple(token_id for new in range(20, 30) for token_id in (3, new))
+    given = {"forced_token_ids": (*pattern, *new, *pattern)}
+    _, _, told = run(fake, config(), sequence(60, Speculation("prompt_lookup", 8, 1), **given))
+    for before, after in itertools.pairwise(event for event in told if event.proposed_tokens):
+        most = before.accepted_tokens + (2 if before.accepted_tokens == before.proposed_tokens else 1)
+        assert after.proposed_tokens <= min(most, 8)
+    assert {1, 8} <= {event.proposed_tokens for event in told}
 
 
 @pytest.mark.parametrize(
