@@ -130,5 +130,5 @@ def latent_output(
         spec.attention_scale,
     )
     attended = attended if rows is None else attended[rows]
-    per_head = attended.view(attended.shape[0], weights.value_up.shape[0], -1)
+    per_head = attended.view(attended.shape[0], *weights.value_up.shape[:2])  # of no row, too
     return weights.output(torch.einsum("thk,hkv->thv", per_head, weights.value_up).flatten(1))

@@ -7,12 +7,14 @@ import statistics
 from pathlib import Path
 
 import pytest
-from stepper import Stepper, rows_of, worst_difference
+from stepper import Stepper, rows_of, whole_row, worst_difference
 from tiny_llama import load_reference, reference_of
 from tiny_models import MODELS, make_model
 
 from engine.engine import Engine, EngineOptions
 from engine.model_files import open_model
+from scheduler.plan import Draw, Slice, StepPlan
+from spec.sampling import SamplingParams
 
 TOLERANCE = 1e-4
 
@@ -54,6 +56,20 @@ def test_in_mixed_steps(model: tuple[Path, object]) -> None:
         stepper.step([(each, max(1, min(11, each.num_prompt - each.computed))) for each in taken])
     for each in running:
         assert worst_difference(rows_of(each), reference_of(oracle, each.token_ids)) < TOLERANCE, each.name
+
+
+def test_a_chunk_that_draws_nothing(model: tuple[Path, object]) -> None:
+    """As those of a long prompt but the last: of none of its rows logits are wanted."""
+    folder, oracle = model
+    engine = engine_on(folder)
+    vocab, token_ids = engine.spec.vocab_size, prompt(77, engine.spec.vocab_size)
+    table = tuple(range(engine.kv.layout.blocks_for(77)))
+    last = Draw(SamplingParams(temperature=0.0, logprobs=vocab), 77, 77, ())
+    first_chunk = Slice("a", tuple(token_ids[:19]), 0, table[: engine.kv.layout.blocks_for(19)], None)
+    assert engine.execute(StepPlan(0, (first_chunk,))).drawn == ((),)
+    ((drawn,),) = engine.execute(StepPlan(1, (Slice("a", tuple(token_ids[19:]), 19, table, last),))).drawn
+    found = whole_row(drawn.logprobs, vocab)
+    assert worst_difference(found[None], reference_of(oracle, token_ids)[-1:]) < TOLERANCE
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3"])
