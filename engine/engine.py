@@ -87,7 +87,8 @@ class Engine:
     """Not thread-safe: one step at a time. `kv_buffer`, where given, must outlive the engine.
 
     `groups`, where given, is this rank among the others of its worker, who all execute the same steps in one order.
-    `replicas`: those with which `groups.shard` was made.
+    `replicas`: those with which `groups.shard` was made. `draft_model` makes the guesses that slices propose to have;
+    it lives on the same thread.
     """
 
     def __init__(

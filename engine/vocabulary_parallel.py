@@ -152,7 +152,7 @@ class Sampler:
         """Puts the tokens of the rows without top-k into `token_ids`."""
         filtered = {row: draws[row].params for row in wide if _filters(draws[row].params)}
         summed = [row for row in wide if row not in filtered or filtered[row].top_p < 1.0]
-        sums, masses = self._sums(logits, [wide[row] for row in summed])
+        sums, masses = self._sums(logits, [(wide[row], row in filtered) for row in summed])
         by_row = {row: (sums[place], masses[place]) for place, row in enumerate(summed)}
         plain = [row for row in wide if row not in filtered]
         places = [find_group(by_row[row][0], uniform(draws[row].params.seed, draws[row].position)) for row in plain]
@@ -175,20 +175,21 @@ class Sampler:
             u = uniform(params.seed, draws[row].position)
             token_ids[row] = sample_weights(weights, ids, params, u, wholes.get(row))
 
-    def _sums(self, logits: torch.Tensor, weights: list[Floats]) -> tuple[Floats, Floats]:
-        """([rows, groups] sums of the whole vocabulary, [rows, _MASSES] of weights by size)"""
+    def _sums(self, logits: torch.Tensor, weights: list[tuple[Floats, bool]]) -> tuple[Floats, Floats]:
+        """([rows, groups] sums of the whole vocabulary, [rows, _MASSES] of weights by size, where asked for)"""
         if not weights:
             return np.empty((0, 0)), np.empty((0, 0))
         num_groups, cut = -(-self._vocab_size // GROUP), self._cut_groups
         own = np.zeros((len(weights), num_groups + len(cut) * GROUP + _MASSES))
         whole = self._whole_groups
-        for row, each in zip(own, weights, strict=True):
+        for row, (each, with_masses) in zip(own, weights, strict=True):
             if whole:
                 first = whole.start * GROUP - self._own.start
                 row[whole.start : whole.stop] = group_sums(each[first : whole.stop * GROUP - self._own.start])
             for place, group in enumerate(cut):
                 self._put_group(row[num_groups + place * GROUP :][:GROUP], each, group)
-            row[-_MASSES:] = np.bincount(_sizes(each), each, _MASSES)
+            if with_masses:
+                row[-_MASSES:] = np.bincount(_sizes(each), each, _MASSES)
         summed = self._sum(logits, own)
         for place, group in enumerate(cut):
             length = min(GROUP, self._vocab_size - group * GROUP)
