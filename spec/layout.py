@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration
@@ -100,19 +100,24 @@ class ParallelLayout:
 
     @classmethod
     def parse(cls, text: str) -> ParallelLayout:
-        """From "tp2", "pp2-tp2", "ep4·tp2·dp2"; what is not named is 1. Raises InvalidConfiguration."""
-        found: dict[str, int] = {}
+        """From "tp2", "pp2-tp2", "ep4·tp2·dp2", "tp8-gathered"; what is not named is 1. Raises InvalidConfiguration."""
+        found: dict[str, Any] = {}
         for part in re.split(r"[\s,·x*_-]+", text.strip().lower()):
+            if part == "gathered":
+                found["mlp"] = part
+                continue
             match = re.fullmatch(r"(tp|pp|dp|ep)=?(\d{1,5})", part)
             if match is None or match[1] in found:
                 raise InvalidConfiguration(
-                    f'layout {text!r} is none; write for example "tp2", "pp2-tp2", "ep4-tp2-dp2"'
+                    f'layout {text!r} is none; write for example "tp2", "pp2-tp2", "ep4-tp2-dp2", "tp8-gathered"'
                 )
             found[match[1]] = int(match[2])
-        return cls(**found)  # type: ignore[arg-type]
+        return cls(**found)
 
     def __str__(self) -> str:
         named = [f"{name}{getattr(self, name)}" for name in ("pp", "dp", "tp", "ep") if getattr(self, name) > 1]
+        if self.mlp == "gathered":
+            named.append("gathered")
         return "-".join(named) or "tp1"
 
     @property

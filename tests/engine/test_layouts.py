@@ -136,3 +136,5 @@ def test_a_layout_reads_what_it_writes() -> None:
         if tp * dp % ep == 0:
             layout = ParallelLayout(tp, pp, dp, ep)
             assert ParallelLayout.parse(str(layout)) == layout
+    gathered = ParallelLayout(tp=8, mlp="gathered")
+    assert ParallelLayout.parse(str(gathered)) == gathered
