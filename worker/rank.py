@@ -48,13 +48,13 @@ Report, Command = rank_pb2.RankReport, rank_pb2.RankCommand
 class Rank:
     """Owned by the process."""
 
-    def __init__(self, config: WorkerConfig, place: Place) -> None:
+    def __init__(self, config: WorkerConfig, place: Place, dial_timeout_s: float) -> None:
         assert place.control is not None
         self._config, self._place = config, place
         self._options = options_for(config.engine, place)
         self._files = open_model(resolve_model(config.engine.model, lambda fraction: None))
         key = config.cluster_key.get_secret_value().encode()
-        self._link = rank_link.dial(*place.control, key, DIAL_TIMEOUT_S)
+        self._link = rank_link.dial(*place.control, key, dial_timeout_s)
         self._sending = threading.Lock()
         self._commands: queue.SimpleQueue[rank_pb2.RankCommand] = queue.SimpleQueue()
         self._copies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="copy")
@@ -181,13 +181,14 @@ def map_file(path: str) -> mmap.mmap:
         raise InvalidConfiguration(f"rank 0's KV memory cannot be opened ({error.strerror}): {path}") from None
 
 
-def run_rank(config: WorkerConfig, place: Place) -> int:
-    """Returns the exit code. It ends when rank 0 says so, and leaves the signals for rank 0 to heed."""
+def run_rank(config: WorkerConfig, place: Place, dial_timeout_s: float = DIAL_TIMEOUT_S) -> int:
+    """Returns the exit code. It ends when rank 0 says so, and leaves the signals for rank 0 to heed. A launcher may
+    start it long before rank 0 listens."""
     logs.setup(f"{config.worker_id or config.role}/{place.rank}", config.telemetry.log_level)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
-        Rank(config, place).run()
+        Rank(config, place, dial_timeout_s).run()
     except WorkerLost as error:
         logger.error("rank %d ends: %s", place.rank, error)
         return EXIT_DEFECT
@@ -215,7 +216,7 @@ def main() -> int:
     _die_with_parent()
     host, _, port = given.control.rpartition(":")
     config = load(WorkerConfig, Path("/dev/stdin"), {})
-    return run_rank(config, Place(given.rank, given.rank, given.local_ranks, (host, int(port))))
+    return run_rank(config, Place(given.rank, given.rank, given.local_ranks, (host, int(port))), dial_timeout_s=0.0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""A rank that dies, or is stopped, takes its worker down, quickly, typed and whole: no process of it stays.
+
+The worker is a process as an operator starts it, of three ranks or two; the router is in this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster import KEY, Cluster, cluster
+from tiny_llama import Shape, make_llama
+
+from legato.errors import LegatoError
+from service.config import EngineConfig, WorkerConfig, save
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks share memory as Linux alone does it")
+
+# Slow enough that a stream is still going on when a process is killed.
+SHAPE = Shape("slow", hidden_size=256, intermediate_size=1024, num_hidden_layers=10, head_dim=64)
+SOON_S = 20.0  # far below the timeout of a collective, and far above what it takes
+PROMPT = list(range(3, 40))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama") / "model", SHAPE)
+
+
+class Worker:
+    """`ranks` are the processes of ranks 1, 2, ..."""
+
+    def __init__(self, folder: Path, model: Path, redis_url: str, layout: str, rank_timeout_s: float) -> None:
+        engine = EngineConfig(
+            model=str(model), device="cpu", threads=1, kv_memory=2**26, layout=layout, rank_timeout_s=rank_timeout_s
+        )
+        config = WorkerConfig(
+            role="decode", worker_id="decode-0", redis_url=redis_url, cluster="test", cluster_key=KEY, engine=engine
+        )
+        save(config, folder / "config.yaml")
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            command = [sys.executable, "-m", "decode_svc", "--config", str(folder / "config.yaml")]
+            self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
+        self.ranks: list[psutil.Process] = []
+
+    async def until(self, words: str, num_others: int) -> None:
+        """It has said so, and has started so many ranks."""
+        until_s = time.monotonic() + 60
+        while words not in self.log.read_text() or len(self.ranks) < num_others:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until_s, self.log.read_text()
+            await asyncio.sleep(0.01)
+            children = [each for each in psutil.Process(self.process.pid).children() if "--rank" in each.cmdline()]
+            self.ranks = sorted(children, key=_rank_of)
+
+    async def ended(self) -> int:
+        """The exit code of rank 0, once nobody of it runs any more."""
+        until_s = time.monotonic() + SOON_S
+        while self.process.poll() is None or any(rank.is_running() and _alive(rank) for rank in self.ranks):
+            assert time.monotonic() < until_s, self.log.read_text()
+            await asyncio.sleep(0.02)
+        code = self.process.returncode
+        assert code is not None
+        return code
+
+    def kill_all(self) -> None:
+        for each in (self.process, *self.ranks):
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                each.kill()
+        self.process.wait()
+
+
+def _rank_of(process: psutil.Process) -> int:
+    words = process.cmdline()
+    return int(words[words.index("--rank") + 1])
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@contextlib.asynccontextmanager
+async def streaming(model: Path, redis_url: str) -> AsyncIterator[None]:
+    """Its block runs while tokens are being drawn."""
+    begun = asyncio.Event()
+
+    async def read(running: Cluster) -> None:
+        with contextlib.suppress(LegatoError):
+            async for _ in running.client.stream(PROMPT, max_tokens=900, ignore_eos=True):
+                begun.set()
+
+    async with cluster(model, redis_url, prefill=0, decode=0) as running:
+        reading = asyncio.create_task(read(running))
+        await asyncio.wait_for(begun.wait(), 30)
+        await asyncio.sleep(0.1)
+        yield
+        reading.cancel()
+        await asyncio.wait([reading])
+
+
+MOMENTS = {"starting": "starting ranks", "loading": "loading weights", "idle": "state=ready", "in a step": "state=ready"}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("layout", "victim"), [("tp2", 1), ("pp3", 2), ("pp3", 0)])
+async def test_whoever_is_killed_and_whenever(
+    tmp_path: Path, model: Path, redis_url: str, moment: str, layout: str, victim: int
+) -> None:
+    worker = Worker(tmp_path, model, redis_url, layout, rank_timeout_s=30.0)
+    try:
+        await worker.until(MOMENTS[moment], int(layout[-1]) - 1)
+        pid = worker.process.pid if victim == 0 else worker.ranks[victim - 1].pid
+        async with streaming(model, redis_url) if moment == "in a step" else contextlib.nullcontext():
+            os.kill(pid, signal.SIGKILL)
+            code = await worker.ended()
+        log = worker.log.read_text()
+        if victim == 0:
+            assert code == -signal.SIGKILL
+        else:
+            assert code == 1, log
+            assert "legato: WORKER_LOST: rank" in log
+            assert f"rank {victim} (pid {pid}) ended" in log
+            assert "SIGKILL" in log
+            assert "Traceback" not in log
+    finally:
+        worker.kill_all()
+
+
+async def test_a_rank_that_is_stopped(tmp_path: Path, model: Path, redis_url: str) -> None:
+    worker = Worker(tmp_path, model, redis_url, "pp3", rank_timeout_s=3.0)
+    try:
+        await worker.until("state=ready", 2)
+        async with streaming(model, redis_url):
+            os.kill(worker.ranks[1].pid, signal.SIGSTOP)
+            code = await worker.ended()
+        log = worker.log.read_text()
+        assert code == 1, log
+        assert f"rank 2 (pid {worker.ranks[1].pid}) is stopped" in log
+    finally:
+        worker.kill_all()
+
+
+async def test_asked_to_stop_it_stops_whole(tmp_path: Path, model: Path, redis_url: str) -> None:
+    worker = Worker(tmp_path, model, redis_url, "pp2-tp2", rank_timeout_s=30.0)
+    try:
+        await worker.until("state=ready", 3)
+        worker.process.terminate()
+        assert await worker.ended() == 0, worker.log.read_text()
+    finally:
+        worker.kill_all()
+
+
+async def test_what_a_rank_cannot_load_is_the_workers_error(tmp_path: Path, model: Path, redis_url: str) -> None:
+    worker = Worker(tmp_path, model, redis_url, "tp3", rank_timeout_s=30.0)
+    try:
+        assert await worker.ended() == 78
+        assert "tp 3" in worker.log.read_text()
+    finally:
+        worker.kill_all()
