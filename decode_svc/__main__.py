@@ -1,4 +1,8 @@
-"""`python -m decode_svc --config FILE`: one decode worker."""
+"""`python -m decode_svc --config FILE`: one decode worker.
+
+A worker of several ranks starts the others itself. Where a launcher has started them all (torchrun: RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), rank 0 is the worker, and the others do what it says.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,11 @@ import os
 import sys
 
 from decode_svc.pool import DecodePool
-from service.config import WorkerConfig
-from service.run import arguments, run_service
-from worker.serving import serve
+from worker.serving import main_of
 
 
 def main() -> int:
-    config, exit_with_stdin = arguments("a Legato decode worker", WorkerConfig, {**os.environ, "LEGATO_ROLE": "decode"})
-    return run_service(lambda stop: serve(config, stop, DecodePool), exit_with_stdin=exit_with_stdin)
+    return main_of("a Legato decode worker", "decode", DecodePool, os.environ)
 
 
 if __name__ == "__main__":

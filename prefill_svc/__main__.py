@@ -1,4 +1,8 @@
-"""`python -m prefill_svc --config FILE`: one prefill worker."""
+"""`python -m prefill_svc --config FILE`: one prefill worker.
+
+A worker of several ranks starts the others itself. Where a launcher has started them all (torchrun: RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), rank 0 is the worker, and the others do what it says.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,11 @@ import os
 import sys
 
 from prefill_svc.pool import PrefillPool
-from service.config import WorkerConfig
-from service.run import arguments, run_service
-from worker.serving import serve
+from worker.serving import main_of
 
 
 def main() -> int:
-    config, exit_with_stdin = arguments(
-        "a Legato prefill worker", WorkerConfig, {**os.environ, "LEGATO_ROLE": "prefill"}
-    )
-    return run_service(lambda stop: serve(config, stop, PrefillPool), exit_with_stdin=exit_with_stdin)
+    return main_of("a Legato prefill worker", "prefill", PrefillPool, os.environ)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ UNLEASED_LOOK_S = 0.5
 
 def compatible(prefill: worker_pb2.WorkerRecord, decode: worker_pb2.WorkerRecord) -> bool:
     """Whether KV can go from one to the other: the same model and revision. How either side cuts it over ranks and into
-    blocks, and in which dtype it keeps it, is all the same."""
-    return prefill.identity == decode.identity
+    blocks, and in which dtype it keeps it, is all the same. One without an endpoint takes no KV over."""
+    return prefill.identity == decode.identity and bool(decode.endpoints)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

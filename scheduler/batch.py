@@ -6,9 +6,11 @@
             3. then the waiting, in order of arrival, while there is budget, a place and room; preempted ones first
     commit  KV that was computed becomes prefix content, tokens that were drawn become known, what is finished ends
 
-A plan is out until it is committed; several may be (pipeline stages), each sequence in at most one. One caller at a
-time; time is an argument, on the caller's clock. Request errors are raised by add() and adopt(), or come as Failed
-events; everything else that goes wrong in here is an assertion.
+A plan is out until it is committed; several may be, on their way through pipeline stages, and are committed in order.
+Of `steps_out` plans each takes its share of the sequences. A sequence is in one of them at most, but for chunks of
+known tokens, which follow each other: only the last draws. One caller at a time; time is an argument, on the caller's
+clock. Request errors are raised by add() and adopt(), or come as Failed events; everything else that goes wrong in here
+is an assertion.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class Scheduler(Holdings):
         except errors.LegatoError:
             self.pool.release(blocks)
             raise
-        sequence.block_table, sequence.computed_tokens = blocks, computed_tokens
+        sequence.block_table = blocks
+        sequence.computed_tokens = sequence.planned_tokens = computed_tokens
         sequence.published_blocks = computed_tokens // self.config.block_tokens  # by the reservation
         self._roster.enter(sequence, Stage.RUNNING, now_s)
         self._totals["adopted"] += 1
@@ -124,17 +127,17 @@ class Scheduler(Holdings):
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step. None: nothing can be computed before something else happens."""
-        budget = self.config.max_step_tokens
+        budget, places = self.config.max_step_tokens, self._share()
         self._guesser.begin_step()
         spare = budget - self.config.max_sequences
         chosen: list[Sequence] = []
         slices: list[Slice] = []
         for sequence in _decodes_first(self._secure_blocks()):
-            if budget == 0:
+            if budget == 0 or len(slices) == places:
                 break
             taken = self._take(sequence, budget, spare, chosen, slices)
             budget, spare = budget - taken, spare - taken + 1
-        while budget and (admitted := self._admit()) is not None:
+        while budget and len(slices) < places and (admitted := self._admit()) is not None:
             budget -= self._take(admitted, budget, 0, chosen, slices)
         if not slices:
             return None
@@ -146,17 +149,27 @@ class Scheduler(Holdings):
         self._steps += 1
         return plan
 
+    def _share(self) -> int:
+        """Sequences of one of `steps_out` plans, so that those which follow have as many. Who found no room in the last
+        plan is not counted on."""
+        running, most = len(self._roster.running), self.config.max_sequences
+        if self.config.steps_out == 1:
+            return most
+        coming = 0 if self._short_of_blocks and running else len(self._roster.waiting)
+        return -(-min(running + coming, most) // self.config.steps_out)
+
     def _take(self, sequence: Sequence, budget: int, spare: int, chosen: list[Sequence], slices: list[Slice]) -> int:
         """`spare`: tokens of the budget that may be guesses."""
         guesses: tuple[int, ...] = ()
         proposal = None
-        if sequence.params.speculation is not None and sequence.owed_tokens == 1 and sequence.output_token_ids:
+        if sequence.params.speculation is not None and _is_decode(sequence):
             room = 0 if self._short_of_blocks else self._room()
             guesses, proposal = self._guesser.guess(sequence, spare, room)
-        piece = sequence.slice(min(sequence.owed_tokens, budget), self.config.block_tokens, guesses, proposal)
+        piece = sequence.slice(min(sequence.unplanned_tokens, budget), self.config.block_tokens, guesses, proposal)
         slices.append(piece)
         chosen.append(sequence)
-        sequence.in_flight = True
+        sequence.in_flight += 1
+        sequence.planned_tokens += len(piece.token_ids)
         return piece.num_tokens
 
     def _secure_blocks(self) -> list[Sequence]:
@@ -164,7 +177,7 @@ class Scheduler(Holdings):
         self._short_of_blocks = False
         ready: list[Sequence] = []
         for sequence in self._roster.running[: self.config.max_sequences]:
-            if sequence.in_flight or sequence.stage is not Stage.RUNNING:  # preempted a moment ago
+            if sequence.unplanned_tokens == 0 or sequence.stage is not Stage.RUNNING:  # preempted a moment ago
                 continue
             if self._grow(sequence):
                 ready.append(sequence)
@@ -212,7 +225,7 @@ class Scheduler(Holdings):
         self._turned_away = (-1, 0)
         roster.move(sequence, Stage.RUNNING)
         sequence.block_table = shared + self.pool.allocate(missing)
-        sequence.computed_tokens = len(shared) * self.config.block_tokens
+        sequence.computed_tokens = sequence.planned_tokens = len(shared) * self.config.block_tokens
         sequence.published_blocks = len(shared)
         if sequence.preemptions == 0:
             sequence.cached_tokens = sequence.computed_tokens
@@ -246,9 +259,10 @@ class Scheduler(Holdings):
         events, self._untold = self._untold, []
         outcome = zip(plan.slices, sequences, result.drawn, result.prompt_logprobs, strict=True)
         for piece, sequence, drawn, scored in outcome:
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             if sequence.stage is Stage.LEAVING:
-                self._end(sequence)
+                if not sequence.in_flight:
+                    self._end(sequence)
                 continue
             assert bool(drawn) == (piece.draw is not None)
             assert len(scored) == len(piece.prompt_targets)
@@ -266,7 +280,10 @@ class Scheduler(Holdings):
                 sequence.guess_limit = guess_limit_after(piece.num_guesses, accepted)
             if piece.proposal is not None:
                 sequence.draft_computed_tokens = draft_computed_after(piece.proposal, known, accepted)
+            assert sequence.computed_tokens == piece.start
             sequence.computed_tokens = piece.start + len(piece.token_ids) + max(len(kept) - 1, 0)
+            if not sequence.in_flight:
+                sequence.planned_tokens = sequence.computed_tokens
             sequence.prompt_logprobs += scored
             self._publish(sequence)
             count = sequence.computed_tokens - piece.start
@@ -329,5 +346,9 @@ class Scheduler(Holdings):
 
 
 def _decodes_first(ready: list[Sequence]) -> list[Sequence]:
-    decodes = [sequence for sequence in ready if sequence.owed_tokens == 1]
-    return decodes if len(decodes) == len(ready) else decodes + [s for s in ready if s.owed_tokens > 1]
+    decodes = [sequence for sequence in ready if sequence.unplanned_tokens == 1]
+    return decodes if len(decodes) == len(ready) else decodes + [s for s in ready if s.unplanned_tokens > 1]
+
+
+def _is_decode(sequence: Sequence) -> bool:
+    return sequence.unplanned_tokens == 1 and not sequence.in_flight and bool(sequence.output_token_ids)

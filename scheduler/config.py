@@ -20,9 +20,10 @@ class SchedulerConfig:
     prefix_caching: bool = True
     draft_model: bool = False  # the engine has one to guess with
     group: int = 0  # the one of the worker's groups whose blocks are scheduled
+    steps_out: int = 1  # plans that are out at once, on their way through pipeline stages
 
     def __post_init__(self) -> None:
-        for field in ("num_blocks", "block_tokens", "max_sequences", "max_waiting"):
+        for field in ("num_blocks", "block_tokens", "max_sequences", "max_waiting", "steps_out"):
             if getattr(self, field) < 1:
                 raise InvalidConfiguration(f"{field} must be at least 1, is {getattr(self, field)}")
         if self.max_step_tokens < self.max_sequences:

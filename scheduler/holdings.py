@@ -66,8 +66,9 @@ class Holdings:
         assert all(self.pool.references(block) >= count for block, count in self.references().items())
         for sequence in self._roster:
             assert sequence.computed_tokens < sequence.known_tokens
+            assert sequence.computed_tokens <= sequence.planned_tokens <= sequence.known_tokens
+            assert sequence.in_flight or sequence.computed_tokens == sequence.planned_tokens
             assert len(sequence.block_table) >= self.pool.blocks_for(sequence.computed_tokens)
         assert not any(sequence.block_table for sequence in self._roster.waiting)
-        flying = [id(sequence) for _, sequences in self._flights.values() for sequence in sequences]
-        assert len(flying) == len(set(flying))
-        assert set(flying) == {id(sequence) for sequence in self._roster if sequence.in_flight}
+        flying = collections.Counter(id(each) for _, sequences in self._flights.values() for each in sequences)
+        assert flying == {id(sequence): sequence.in_flight for sequence in self._roster if sequence.in_flight}

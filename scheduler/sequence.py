@@ -36,8 +36,9 @@ class Sequence:
 
     stage: Stage = Stage.NEW
     arrival: int = -1  # place in the order of arrival; the smaller goes first
-    in_flight: bool = False  # a step that is not committed yet writes its blocks
+    in_flight: int = 0  # steps that are not committed yet and write its blocks
     computed_tokens: int = 0  # KV of positions [0, computed_tokens) is in the blocks
+    planned_tokens: int = 0  # once the steps in flight are done, that of positions [0, planned_tokens) is
     cached_tokens: int = 0  # of these, found in the prefix cache when it first ran
     drawn_here: int = 0
     preemptions: int = 0
@@ -60,6 +61,12 @@ class Sequence:
     def owed_tokens(self) -> int:
         """Known tokens whose KV is not computed."""
         return len(self.prompt_token_ids) + len(self.output_token_ids) - self.computed_tokens
+
+    @property
+    def unplanned_tokens(self) -> int:
+        """Known tokens that no step computes yet. Behind a step that draws there are none: which token follows is not
+        known before it is committed."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) - self.planned_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -99,15 +106,16 @@ class Sequence:
     def forget_blocks(self) -> list[int]:
         """Back to nothing computed; the caller releases the blocks."""
         blocks, self.block_table, self._table = self.block_table, [], ()
-        self.computed_tokens = self.published_blocks = self.draft_computed_tokens = 0
+        assert not self.in_flight
+        self.computed_tokens = self.planned_tokens = self.published_blocks = self.draft_computed_tokens = 0
         self.prompt_logprobs.clear()
         return blocks
 
     def slice(
         self, num_tokens: int, block_tokens: int, guesses: tuple[int, ...] = (), proposal: Proposal | None = None
     ) -> Slice:
-        """Its share of a step: the next `num_tokens` owed tokens, and a draw if these are all; guesses only then."""
-        start, prompt_tokens = self.computed_tokens, len(self.prompt_token_ids)
+        """Its share of a step: the next `num_tokens` unplanned ones, and a draw if these are all; guesses only then."""
+        start, prompt_tokens = self.planned_tokens, len(self.prompt_token_ids)
         end, known = start + num_tokens, prompt_tokens + len(self.output_token_ids)
         table = self._table
         if len(table) != len(self.block_table):

@@ -50,7 +50,7 @@ def arguments(
     try:
         return load(model, given.config, environment), given.exit_with_stdin
     except SetupError as error:
-        _say(error)
+        say(error)
         raise SystemExit(EXIT_CONFIGURATION) from None
 
 
@@ -64,7 +64,7 @@ def run_service(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]], *, e
         try:
             runner.run(_main(main, exit_with_stdin))
         except LegatoError as error:
-            _say(error)
+            say(error)
             return EXIT_CONFIGURATION if isinstance(error, SetupError) else EXIT_DEFECT
         except Exception:
             logs.get(__name__).exception("the process ends on a defect")
@@ -114,5 +114,6 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _say(error: LegatoError) -> None:
+def say(error: LegatoError) -> None:
+    """The one line with which a process ends."""
     print(f"legato: {error.reason}: {error}", file=sys.stderr, flush=True)

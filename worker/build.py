@@ -44,6 +44,7 @@ from worker.lanes import LaneReservations, Lanes
 from worker.meter import Meter
 from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
 from worker.ranks import Ranks
+from worker.stage_times import StageTimes
 
 logger = logs.get(__name__)
 
@@ -100,6 +101,7 @@ class _Builder:
             self._report("starting ranks", 0.0)
             self._others = Ranks(self._config, self._layout.num_ranks, self._place)
             self._others.accept()
+            self._refuse_hosts()
         shards = [shard_of(self._files.spec, self._layout, rank) for rank in range(self._layout.num_ranks)]
         memory = self._place_memory(shards)
         draft_model = open_draft_model(
@@ -124,7 +126,25 @@ class _Builder:
             self._warm_up(engine)
         finally:
             memory.close()
-        return self._core(Meter(telemetry), engine, shards, memory, draft_model)
+        return self._core(telemetry, engine, shards, memory, draft_model)
+
+    @property
+    def _is_on_one_host(self) -> bool:
+        here = host_name()
+        return self._others is None or all(hello.host == here for hello in self._others.hellos.values())
+
+    def _refuse_hosts(self) -> None:
+        if self._is_on_one_host:
+            return
+        if self._config.role == "prefill":
+            raise InvalidConfiguration(
+                "ranks of a prefill worker must be on one host: from several, KV is not handed over in this version"
+            )
+        logger.warning("ranks are on several hosts: this worker takes no KV over, and prefills what it decodes")
+
+    @property
+    def _steps_out(self) -> int:
+        return 1 if self._others is None else self._config.engine.micro_batches or self._layout.pp
 
     @property
     def _is_on_cpu(self) -> bool:
@@ -202,7 +222,7 @@ class _Builder:
 
     def _core(
         self,
-        meter: Meter,
+        telemetry: Telemetry,
         engine: Engine,
         shards: Sequence[RankShard],
         memory: RankMemories,
@@ -221,10 +241,11 @@ class _Builder:
         )
         record = self._record(engine, ranks, memory.num_blocks * self._layout.dp)
         lanes = self._lanes(record, memory.num_blocks, draft_model is not None)
+        meter = Meter(telemetry)
         executor: StepExecutor = OneRank(engine, meter)
         if self._others is not None:
-            steps_out = config.engine.micro_batches or self._layout.pp
-            executor = AllRanks(engine, self._others, shards, steps_out, meter, draft_model)
+            stages = StageTimes(self._layout.pp, telemetry)
+            executor = AllRanks(engine, self._others, shards, self._steps_out, meter, draft_model, stages)
         return Core(
             config=config,
             cluster_key=config.cluster_key.get_secret_value().encode(),
@@ -261,6 +282,7 @@ class _Builder:
                 cache_salt=identity_text(record.identity).encode() + self._files.revision.encode(),
                 draft_model=has_draft_model,
                 group=group,
+                steps_out=self._steps_out,
             )
             for group in range(self._layout.dp)
         )
@@ -282,7 +304,7 @@ class _Builder:
                 worker_pb2.TransportEndpoint(
                     name=name, address=transport.address, region=self._regions[name].descriptor
                 )
-                for name, transport in self._transports.items()
+                for name, transport in (self._transports.items() if self._is_on_one_host else ())
             ],
             model_path=str(files.path),
             pid=os.getpid(),

@@ -27,7 +27,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.GetCountsRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.Counts:
         with self._core.loop.lock:
-            totals = self._core.scheduler.totals()
+            totals = self._core.scheduler.totals() | self._core.executor.totals()
         return worker_pb2.Counts(live=self._core.live() | self._live(), total=totals, load=self._core.load())
 
     async def Drain(

@@ -17,6 +17,7 @@ from spec.shard import RankShard
 from worker.meter import Meter
 from worker.rank_messages import PlanWriter, result_from_message
 from worker.ranks import Ranks
+from worker.stage_times import StageTimes
 
 
 class StepExecutor(Protocol):
@@ -31,6 +32,10 @@ class StepExecutor(Protocol):
 
     def result(self) -> Sequence[StepResult]:
         """Of the oldest step whose result was not taken, in the order of its plans. Raises as submit() does."""
+        ...
+
+    def totals(self) -> dict[str, int]:
+        """What only grows, of its own."""
         ...
 
 
@@ -53,6 +58,9 @@ class OneRank:
     def result(self) -> tuple[StepResult, ...]:
         return (self._results.popleft(),)
 
+    def totals(self) -> dict[str, int]:
+        return {}
+
 
 class AllRanks:
     """Every rank executes the same steps in one order, each its group's plan. `steps_out` of them may be on their way
@@ -67,10 +75,11 @@ class AllRanks:
         steps_out: int,
         meter: Meter,
         draft_model: DraftModel | None,
+        stages: StageTimes,
     ) -> None:
         self.steps_out = steps_out
         self._engine, self._ranks, self._meter = engine, ranks, meter
-        self._draft_model = draft_model
+        self._draft_model, self._stages = draft_model, stages
         self._writer = PlanWriter()
         self._steps = 0
         self._out: collections.deque[tuple[Sequence[StepPlan], StepResult, float]] = collections.deque()
@@ -84,6 +93,8 @@ class AllRanks:
             for group in range(layout.dp)
         ]
         self._silent = [shard.rank for shard in shards if shard.rank and shard.rank not in self._drawing]
+        self._stage_of = [shard.stage for shard in shards]
+        self._stage_ranks = layout.stage_ranks
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
         """Raises what the worker is lost for."""
@@ -94,10 +105,13 @@ class AllRanks:
                 command = rank_pb2.RankCommand(execute=self._writer.write(self._steps, plan))
                 self._ranks.send_bytes(members, command.SerializeToString())
         self._steps += 1
+        self._stages.submitted()
+        executing_s = time.monotonic()
         try:
             result = self._engine.execute(guessed[0])
         except WorkerLost as error:
             raise self._ranks.cause(error) from None
+        self._busy(0, time.monotonic() - executing_s)
         self._out.append((plans, result, started_s))
 
     def _with_guesses(self, plan: StepPlan) -> StepPlan:
@@ -108,8 +122,21 @@ class AllRanks:
     def result(self) -> tuple[StepResult, ...]:
         """Raises what the worker is lost for."""
         plans, own, started_s = self._out.popleft()
-        results = tuple(own if rank == 0 else result_from_message(self._ranks.result(rank)) for rank in self._drawing)
+        results = tuple(own if rank == 0 else result_from_message(self._heard(rank)) for rank in self._drawing)
         for rank in self._silent:  # so that none falls behind for ever
-            self._ranks.result(rank)
+            self._heard(rank)
+        self._stages.taken(is_last=not self._out)
         self._meter.step(plans, results, time.monotonic() - started_s)
         return results
+
+    def _heard(self, rank: int) -> rank_pb2.RankResult:
+        message = self._ranks.result(rank)
+        self._busy(rank, message.busy_s)
+        return message
+
+    def _busy(self, rank: int, seconds: float) -> None:
+        self._stages.busy(self._stage_of[rank], seconds / self._stage_ranks)
+
+    def totals(self) -> dict[str, int]:
+        """The time of each stage; see StageTimes."""
+        return self._stages.totals()

@@ -47,7 +47,6 @@ class Ranks:
         self.lost: LegatoError | None = None
         self.hellos: dict[int, rank_pb2.RankReport.Hello] = {}
         self.progress: dict[int, float] = dict.fromkeys(range(1, num_ranks), 0.0)
-        self.busy_s: dict[int, float] = dict.fromkeys(range(1, num_ranks), 0.0)
         self._links: dict[int, Connection] = {}
         self._results: dict[int, queue.SimpleQueue[rank_pb2.RankResult | None]] = {}
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -164,7 +163,6 @@ class Ranks:
     def _heard(self, rank: int, report: rank_pb2.RankReport) -> None:
         match report.WhichOneof("report"):
             case "result":
-                self.busy_s[rank] += report.result.busy_s
                 self._results[rank].put(report.result)
             case "progress":
                 self.progress[rank] = report.progress.fraction

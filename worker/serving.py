@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from legato.v1 import worker_pb2_grpc
@@ -20,14 +20,16 @@ from service import logs
 from service.config import WorkerConfig
 from service.host import Host
 from service.registry import Registrar, check_redis
+from service.run import EXIT_CONFIGURATION, arguments, run_service, say
 from service.tracing import Spans
-from spec.errors import InternalError, WorkerLost
+from spec.errors import InternalError, InvalidConfiguration, WorkerLost
 from telemetry.setup import setup
 from worker.build import build_core
 from worker.control import WorkerService
 from worker.core import Core
 from worker.loop import EngineLoop
-from worker.rank_setup import Place
+from worker.rank import run_rank
+from worker.rank_setup import Place, layout_of, place_from
 
 logger = logs.get(__name__)
 
@@ -124,6 +126,20 @@ async def running(
             await host.stop()
             await asyncio.to_thread(core.close)
             telemetry.close()
+
+
+def main_of(description: str, role: str, make_pool: MakePool, environment: Mapping[str, str]) -> int:
+    """A worker's process, from its command line to its exit code (service/run.py); also one of the other ranks, where a
+    launcher starts them all."""
+    config, exit_with_stdin = arguments(description, WorkerConfig, {**environment, "LEGATO_ROLE": role})
+    try:
+        place = place_from(environment, layout_of(config))
+    except InvalidConfiguration as error:
+        say(error)
+        return EXIT_CONFIGURATION
+    if place.rank > 0:
+        return run_rank(config, place)
+    return run_service(lambda stop: serve(config, stop, make_pool, place), exit_with_stdin=exit_with_stdin)
 
 
 async def serve(config: WorkerConfig, stop: asyncio.Event, make_pool: MakePool, place: Place | None = None) -> None:

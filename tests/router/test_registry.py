@@ -13,6 +13,7 @@ def record(**identity: str) -> worker_pb2.WorkerRecord:
         identity=worker_pb2.ModelIdentity(**words),
         kv_layout=layout,
         ranks=[worker_pb2.RankKV(num_layers=4, num_heads=2)],
+        endpoints=[worker_pb2.TransportEndpoint(name="sockets")],
     )
 
 
@@ -28,3 +29,10 @@ def test_whatever_the_layouts_if_the_model_is_the_same() -> None:
 def test_never_between_models_revisions_adapters_or_dtypes_of_computing() -> None:
     for field in ("model_id", "revision", "adapter", "compute_dtype"):
         assert not compatible(record(), record(**{field: "other"}))
+
+
+def test_never_to_one_that_takes_no_kv_over() -> None:
+    """Its ranks are on several hosts."""
+    far = record()
+    del far.endpoints[:]
+    assert not compatible(record(), far)

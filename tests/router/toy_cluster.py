@@ -110,6 +110,7 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
             total_blocks=total_blocks,
             max_context_tokens=400,
             max_step_tokens=max_step_tokens,
+            endpoints=[worker_pb2.TransportEndpoint(name="toy")],
             model_path="toy",
             vocab_size=VOCAB,
             eos_token_ids=[EOS],

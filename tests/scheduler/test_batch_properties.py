@@ -171,6 +171,7 @@ def judge(fake: SimpleNamespace, job: Job, config: SchedulerConfig, limit: int) 
     caching=st.booleans(),
     depth=st.sampled_from([1, 1, 2, 3]),
     draft_model=st.booleans(),
+    sharing=st.booleans(),
 )
 def test_tokens_are_those_of_one_sequence_alone(
     fake: SimpleNamespace,
@@ -182,6 +183,7 @@ def test_tokens_are_those_of_one_sequence_alone(
     caching: bool,
     depth: int,
     draft_model: bool,
+    sharing: bool,
 ) -> None:
     config = SchedulerConfig(
         num_blocks=num_blocks,
@@ -192,6 +194,7 @@ def test_tokens_are_those_of_one_sequence_alone(
         eos_token_ids=EOS,
         prefix_caching=caching,
         draft_model=draft_model,
+        steps_out=depth if sharing else 1,
     )
     rng = random.Random(seed)
     jobs = make_jobs(rng, config, count=rng.randint(1, 9))

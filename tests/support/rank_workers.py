@@ -103,6 +103,9 @@ class MemoryCore(Core):
     def result(self) -> Sequence[StepResult]:
         return self.results
 
+    def totals(self) -> dict[str, int]:
+        return {}
+
     def _slice(self, piece: Slice, group: int) -> tuple[Drawn, ...]:
         state = state_after(b"", self._read(piece.block_table, piece.start, group))
         places = slots(piece.block_table, self.cut.whole)

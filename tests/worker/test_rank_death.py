@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks share mem
 
 # Slow enough that a stream is still going on when a process is killed.
 SHAPE = Shape("slow", hidden_size=256, intermediate_size=1024, num_hidden_layers=10, head_dim=64)
-SOON_S = 20.0  # far below the timeout of a collective, and far above what it takes
+SOON_S = 25.0  # far below the timeout of a collective, and far above what it takes
 PROMPT = list(range(3, 40))
 
 
@@ -55,13 +55,13 @@ class Worker:
 
     async def until(self, words: str, num_others: int) -> None:
         """It has said so, and has started so many ranks."""
-        until_s = time.monotonic() + 60
+        until_s = time.monotonic() + 120
         while words not in self.log.read_text() or len(self.ranks) < num_others:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < until_s, self.log.read_text()
             await asyncio.sleep(0.01)
-            children = [each for each in psutil.Process(self.process.pid).children() if "--rank" in each.cmdline()]
-            self.ranks = sorted(children, key=_rank_of)
+            by_rank = {_rank_of(each): each for each in psutil.Process(self.process.pid).children()}
+            self.ranks = [by_rank[rank] for rank in sorted(by_rank) if rank > 0]
 
     async def ended(self) -> int:
         """The exit code of rank 0, once nobody of it runs any more."""
@@ -81,8 +81,11 @@ class Worker:
 
 
 def _rank_of(process: psutil.Process) -> int:
-    words = process.cmdline()
-    return int(words[words.index("--rank") + 1])
+    """0: it is none, or not yet."""
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return int(words[words.index("--rank") + 1]) if "--rank" in words else 0
+    return 0
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -110,7 +113,8 @@ async def streaming(model: Path, redis_url: str) -> AsyncIterator[None]:
         await asyncio.wait([reading])
 
 
-MOMENTS = {"starting": "starting ranks", "loading": "loading weights", "idle": "state=ready", "in a step": "state=ready"}
+READY = "state=ready"
+MOMENTS = {"starting": "starting ranks", "loading": "loading weights", "idle": READY, "in a step": READY}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -141,7 +145,7 @@ async def test_whoever_is_killed_and_whenever(
 async def test_a_rank_that_is_stopped(tmp_path: Path, model: Path, redis_url: str) -> None:
     worker = Worker(tmp_path, model, redis_url, "pp3", rank_timeout_s=3.0)
     try:
-        await worker.until("state=ready", 2)
+        await worker.until(READY, 2)
         async with streaming(model, redis_url):
             os.kill(worker.ranks[1].pid, signal.SIGSTOP)
             code = await worker.ended()
@@ -155,7 +159,7 @@ async def test_a_rank_that_is_stopped(tmp_path: Path, model: Path, redis_url: st
 async def test_asked_to_stop_it_stops_whole(tmp_path: Path, model: Path, redis_url: str) -> None:
     worker = Worker(tmp_path, model, redis_url, "pp2-tp2", rank_timeout_s=30.0)
     try:
-        await worker.until("state=ready", 3)
+        await worker.until(READY, 3)
         worker.process.terminate()
         assert await worker.ended() == 0, worker.log.read_text()
     finally:
