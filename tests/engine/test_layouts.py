@@ -29,7 +29,7 @@ def grid() -> list[tuple[str, ParallelLayout]]:
     """ep cuts the ranks of a stage; an ep beyond tp takes dp groups."""
     found = []
     for name, tp, pp, ep in itertools.product(MODELS, (1, 2, 4), (1, 2), (1, 2, 4)):
-        if ep == 1 or name in MOE_MODELS:
+        if (ep == 1 or name in MOE_MODELS) and not (name == "llama-odd" and tp == 4):  # four ranks for three KV heads
             found.append((name, ParallelLayout(tp=tp, pp=pp, dp=max(1, ep // tp), ep=ep)))
     return found
 
@@ -37,6 +37,7 @@ def grid() -> list[tuple[str, ParallelLayout]]:
 COVERING = [
     *((name, ParallelLayout(tp=2, pp=2)) for name in MODELS),
     ("llama3", ParallelLayout(tp=4)),
+    ("llama-odd", ParallelLayout(tp=3)),
     ("llama3", ParallelLayout(pp=4)),
     ("llama3.2-tied", ParallelLayout(tp=4)),  # more ranks than KV heads
     ("gemma2", ParallelLayout(tp=4)),

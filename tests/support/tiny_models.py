@@ -68,6 +68,9 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama3": _config("Llama", head_dim=12, rope_theta=500000.0, tie_word_embeddings=False),
     "llama3.1": _config("Llama", rope_scaling=LLAMA3_ROPE, tie_word_embeddings=False),
     "llama3.2-tied": _config("Llama", rope_scaling=LLAMA3_ROPE, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama-odd": _config(  # nothing of it is even: three KV heads, 9 heads, 77 columns
+        "Llama", num_attention_heads=9, num_key_value_heads=3, head_dim=8, intermediate_size=77, hidden_size=45
+    ),
     "mistral": _config("Mistral", head_dim=10, sliding_window=19, tie_word_embeddings=False),
     "mixtral": _config("Mixtral", num_local_experts=4, sliding_window=None, **EXPERTS),
     "gpt-moe": _config("Mixtral", num_local_experts=8, num_key_value_heads=8, **EXPERTS),
