@@ -13,6 +13,8 @@ from cluster import Cluster, cluster
 from tiny_llama import write_tokenizer
 from tiny_models import make_model
 
+import worker.build
+
 PROMPTS = [[random.Random(seed).randrange(3, 90) for _ in range(length)] for seed, length in enumerate((5, 37, 61, 18))]
 TOKENS = 14
 
@@ -52,4 +54,18 @@ async def test_a_decode_worker_that_prefills_itself(
     async with cluster(models[name], redis_url, prefill=0, engine={**options, "layout": layout}) as running:
         assert await answers(running) == expected
         assert await answers(running) == expected  # with what is in the prefix caches
+        await running.assert_as_at_start()
+
+
+async def test_ranks_on_several_hosts_take_part_in_no_handoff(
+    models: dict[str, Path], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written into the memory of rank 0's host would not be the other rank's."""
+    options = {"num_blocks": None, "kv_memory": "4MiB"}
+    async with cluster(models["llama3"], redis_url, prefill=0, engine=options) as running:
+        expected = await answers(running)
+    monkeypatch.setattr(worker.build, "host_name", lambda: "another")
+    async with cluster(models["llama3"], redis_url, engine=options, decode_engine={"layout": "tp2"}) as running:
+        assert await answers(running) == expected
+        assert running.workers["decode-0"].core.reservations.totals()["reserved"] == 0
         await running.assert_as_at_start()
