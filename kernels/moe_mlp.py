@@ -45,7 +45,7 @@ class PackedExperts:
 
     @property
     def is_quantised(self) -> bool:
-        return self.down[0].weight.dtype != self.down[0].dtype
+        return any(side[0].weight.dtype != side[0].dtype for side in (self.gate_up, self.down))
 
     @property
     def library(self) -> Library | None:
@@ -73,6 +73,7 @@ def join_experts(gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear]) 
     assert all((part.n, part.k) == (down[0].n, down[0].k) for part in down)
     assert len({(part.dtype, part.library) for part in parts}) == 1
     assert all(len({part.weight.dtype for part in side}) == 1 for side in (gate_up, down))
+    assert all(len({part.bias is None for part in side}) == 1 for side in (gate_up, down))
     addresses = [
         [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         for side in (gate_up, down)
@@ -86,10 +87,7 @@ def join_experts(gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear]) 
 def reference(
     x: Tensor, experts: PackedExperts, expert_ids: Tensor, weights: Tensor, activation_kind: ActivationKind
 ) -> Tensor:
-    def product(x: Tensor, packed: PackedLinear, wide: bool) -> Tensor:
-        return linear.reference(x, packed, wide=wide)
-
-    return _one_by_one(x, experts, expert_ids, weights, activation_kind, product, gated_activation.reference)
+    return _one_by_one(x, experts, expert_ids, weights, activation_kind, linear.reference, gated_activation.reference)
 
 
 def _one_by_one(
@@ -98,18 +96,18 @@ def _one_by_one(
     expert_ids: Tensor,
     weights: Tensor,
     activation_kind: ActivationKind,
-    product: Callable[[Tensor, PackedLinear, bool], Tensor],
+    product: Callable[..., Tensor],  # linear, or its reference
     activation: Callable[[Tensor, ActivationKind], Tensor],
 ) -> Tensor:
-    """Each expert as a plain layer; the way of quantised ones, whose products have kernels of their own."""
+    """Each expert as a plain layer; on a GPU the way of quantised ones, whose products have kernels of their own."""
     num_tokens, experts_per_token = expert_ids.shape
     assert ((expert_ids >= -1) & (expert_ids < len(experts.down))).all()
     answers = x.new_zeros(num_tokens, experts_per_token, experts.hidden_size, dtype=torch.float32)
     for expert, (gate_up, down) in enumerate(zip(experts.gate_up, experts.down, strict=True)):
         token, choice = (expert_ids == expert).nonzero(as_tuple=True)
         if token.numel():
-            activated = activation(product(x[token], gate_up, False), activation_kind)
-            answers[token, choice] = product(activated, down, True)
+            activated = activation(product(x[token], gate_up), activation_kind)
+            answers[token, choice] = product(activated, down, wide=True)
     out = x.new_zeros(x.shape, dtype=torch.float32)
     here = (expert_ids >= 0)[..., None]
     for j in range(experts_per_token):
@@ -292,20 +290,18 @@ def moe_mlp(
     assert x.shape[1] == experts.hidden_size
     assert x.dtype == experts.down[0].dtype
     assert weights.shape == expert_ids.shape == (x.shape[0], expert_ids.shape[1])
-    if experts.is_quantised:
-        return _one_by_one(
+    if experts.library is not None:
+        return experts.library.moe_mlp(
             x,
-            experts,
+            experts.addresses,
+            (experts.gate_up[0].weight.dtype, experts.down[0].weight.dtype),
             expert_ids,
             weights,
+            experts.intermediate_size,
             activation_kind,
-            lambda rows, packed, wide: linear.linear(rows, packed, wide=wide),
-            gated_activation.gated_activation,
         )
-    if x.is_cuda:
+    if x.is_cuda and not experts.is_quantised:
         return launch(x, experts, expert_ids, weights, activation_kind)
-    if experts.library is None:
-        return reference(x, experts, expert_ids, weights, activation_kind)
-    return experts.library.moe_mlp(
-        x, experts.addresses, expert_ids, weights, experts.intermediate_size, activation_kind
+    return _one_by_one(
+        x, experts, expert_ids, weights, activation_kind, linear.linear, gated_activation.gated_activation
     )

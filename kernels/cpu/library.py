@@ -85,7 +85,7 @@ class Library:
         )
         self._attention = self._by_two_dtypes("paged_attention", *[_P] * 8, *[_N] * 11, _F, _F, _I, others=_KV_SUFFIX)
         self._moe_route = self._function("moe_route", *[_P] * 4, *[_N] * 5, _I, _B, _B, _F, _I)
-        self._moe_mlp = self._by_dtype("moe_mlp", *[_P] * 5, *[_N] * 5, _I, _I, result=_B)
+        self._moe_mlp = self._by_dtype("moe_mlp", *[_P] * 5, *[_N] * 5, _I, _B, _B, _I, result=_B)
         self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
         self.panel_columns: int = self._function("panel_columns", result=_I)()
         self.operation_bytes = self._function("operation_bytes", result=_N)
@@ -348,12 +348,14 @@ class Library:
         self,
         x: Tensor,
         addresses: Tensor,
+        panel_dtypes: tuple[torch.dtype, torch.dtype],
         expert_ids: Tensor,
         weights: Tensor,
         intermediate_size: int,
         activation_kind: str,
     ) -> Tensor:
-        """addresses: [4, E] int64, as kernels.moe_mlp.PackedExperts has them."""
+        """addresses: [4, E] int64, as kernels.moe_mlp.PackedExperts has them; panel_dtypes: of gate_up, of down."""
+        assert all(dtype in (x.dtype, _QUANTISED) for dtype in panel_dtypes)
         assert addresses.dtype == expert_ids.dtype == torch.int64
         assert weights.dtype == torch.float32
         assert addresses.is_contiguous()
@@ -373,6 +375,7 @@ class Library:
             hidden_size,
             intermediate_size,
             ACTIVATIONS.index(activation_kind),
+            *(dtype == _QUANTISED for dtype in panel_dtypes),
             torch.get_num_threads(),
         )
         assert inside, f"expert ids lie in [-1, {num_experts})"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quantised_weights import FORMS, drawn_weight
 from torch import Tensor
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -17,12 +18,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from kernels.cpu import library as library_module
 from kernels.cpu.library import Library
 from kernels.gated_activation import gated_activation
-from kernels.linear import linear, pack
+from kernels.linear import PackedLinear, linear, pack, pack_quantised
 from kernels.moe_mlp import PackedExperts, join_experts, moe_mlp, pack_experts, reference
 from kernels.moe_route import moe_route
 
 Run = Callable[[Tensor, PackedExperts, Tensor, Tensor, Any], Tensor]
 
+FORMS_OF_EXPERTS = ["dense", "int8 per 32", "int4 per 128, zero points", "fp8 per 128", "mxfp4", "dense down"]
 KINDS = ["silu", "gelu_tanh", "swiglu_clamped"]
 SHAPES = [(1, 1, 1, 1), (5, 33, 70, 3), (3, 64, 128, 2), (7, 42, 123, 7)]  # experts, intermediate, hidden, per token
 
@@ -58,6 +60,23 @@ def drawn_weights(num_experts: int, intermediate: int, hidden: int, dtype: torch
         drawn(num_experts, size, dtype=dtype, seed=3) if with_bias else None for size in (2 * intermediate, hidden)
     ]
     return Weights(gate_up.to(dtype), down.to(dtype), *biases)
+
+
+def experts_of(
+    form: str, num_experts: int, intermediate: int, hidden: int, dtype: torch.dtype, with_bias: bool
+) -> PackedExperts:
+    """In a form of weight; "dense down": gate and up are quantised, and down is not."""
+    weights = drawn_weights(num_experts, intermediate, hidden, dtype, with_bias)
+    dense = weights.packed()
+    if form == "dense":
+        return dense
+
+    def quantised(side: tuple[PackedLinear, ...], form: str) -> list[PackedLinear]:
+        return [pack_quantised(drawn_weight(FORMS[form], e.n, e.k, seed=i), dtype, e.bias) for i, e in enumerate(side)]
+
+    if form == "dense down":
+        return join_experts(quantised(dense.gate_up, "int8 per 32"), dense.down)
+    return join_experts(quantised(dense.gate_up, form), quantised(dense.down, form))
 
 
 def drawn_choice(num_tokens: int, per_token: int, num_experts: int, seed: int = 4) -> tuple[Tensor, Tensor]:
@@ -129,24 +148,27 @@ def test_agrees_with_float64(
         assert (np.abs(wide(out) - value) <= bound).all()
 
 
+@pytest.mark.parametrize("form", FORMS_OF_EXPERTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_an_expert_is_a_plain_layer_bit_by_bit(kind: str, with_bias: bool, dtype: torch.dtype) -> None:
+def test_an_expert_is_a_plain_layer_bit_by_bit(form: str, kind: str, with_bias: bool, dtype: torch.dtype) -> None:
     num_experts, hidden = 4, 123
-    experts = drawn_weights(num_experts, 42, hidden, dtype, with_bias).packed()
-    x = drawn(50, hidden, dtype=dtype)
-    expert_ids = torch.arange(50)[:, None] % num_experts
-    out = moe_mlp(x, experts, expert_ids, torch.ones(50, 1), kind)
+    experts = experts_of(form, num_experts, 42, hidden, dtype, with_bias)
+    x = drawn(150, hidden, dtype=dtype)
+    expert_ids = torch.arange(150)[:, None] % num_experts
+    out = moe_mlp(x, experts, expert_ids, torch.ones(150, 1), kind)
     for expert in range(num_experts):
         plain = linear(gated_activation(linear(x, experts.gate_up[expert]), kind), experts.down[expert])
+        assert plain.isfinite().all()
         assert torch.equal(out[expert::num_experts], plain[expert::num_experts])
 
 
+@pytest.mark.parametrize("form", ["dense", "int4 per 128, zero points", "mxfp4"])
 @pytest.mark.parametrize("shape", [(5, 33, 70, 3), (3, 64, 1024, 2)])  # 1024: rows that are moved apart
 @pytest.mark.usefixtures("one_thread")
-def test_a_row_has_the_same_bits_in_any_batch(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     num_experts, intermediate, hidden, per_token = shape
-    experts = drawn_weights(num_experts, intermediate, hidden, dtype, True).packed()
+    experts = experts_of(form, num_experts, intermediate, hidden, dtype, True)
     x, (expert_ids, weights) = drawn(150, hidden, dtype=dtype), drawn_choice(150, per_token, num_experts)
 
     def in_chunks(size: int) -> Tensor:
@@ -154,6 +176,7 @@ def test_a_row_has_the_same_bits_in_any_batch(shape: tuple[int, int, int, int], 
         return torch.cat([moe_mlp(rows, experts, ids, shares, "silu") for rows, ids, shares in pieces])
 
     alone = in_chunks(1)
+    assert alone.isfinite().all()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         for size in (2, 7, 13, 64, 150):
@@ -277,3 +300,21 @@ def test_the_launcher_serves_with_and_without_the_library(
     torch.testing.assert_close(out, reference(x, experts, expert_ids, shares, "silu"), rtol=rtol, atol=atol)
     assert torch.equal(moe_mlp(x, one_by_one, expert_ids, shares, "silu"), out)
     assert moe_mlp(x[:0], experts, expert_ids[:0], shares[:0], "silu").shape == (0, 70)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS_OF_EXPERTS if form != "dense"])
+def test_quantised_experts_agree_with_their_reference(
+    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype
+) -> None:
+    """Of rows so small that gates, whose errors are as large as the terms of their sums, are mostly not clamped."""
+    x, (expert_ids, shares) = (drawn(23, 70) / 512).to(dtype), drawn_choice(23, 2, 4)
+    served = experts_of(form, 4, 33, 70, dtype, True)
+    assert served.library is not None
+    out = moe_mlp(x, served, expert_ids, shares, "swiglu_clamped")
+    monkeypatch.setattr(library_module, "shared_library", lambda: None)
+    plain = experts_of(form, 4, 33, 70, dtype, True)
+    assert plain.library is None
+    assert plain.is_quantised
+    expected = moe_mlp(x, plain, expert_ids, shares, "swiglu_clamped")
+    scale = expected.float().abs().max().item()
+    torch.testing.assert_close(out, expected, rtol=0, atol=scale * (2**-18 if dtype == torch.float32 else 2**-6))
