@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.adapters import AdapterFiles
 from engine.decoder import Decoder
+from engine.grammar import Grammars, refuse
 from engine.groups import Groups
 from engine.kv_memory import TORCH_DTYPES, KVMemory
 from engine.model_base import ModelFiles
@@ -88,7 +89,8 @@ class Engine:
 
     `groups`, where given, is this rank among the others of its worker, who all execute the same steps in one order.
     `replicas`: those with which `groups.shard` was made. `draft_model` makes the guesses that slices propose to have;
-    it lives on the same thread.
+    it lives on the same thread. `grammars`: of the rank's vocabulary; without, a sequence with a constraint draws
+    NO_TOKEN.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Engine:
         replicas: Replicas | None = None,
         adapters: Mapping[str, AdapterFiles] | None = None,
         draft_model: DraftModel | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.spec, self.device, self.dtype = files.spec, options.torch_device(), options.dtype_for(files.spec)
         if options.threads is not None:
@@ -115,7 +118,7 @@ class Engine:
         self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim)
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
-        self._draft_model = draft_model
+        self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
 
     @torch.inference_mode()
@@ -131,17 +134,21 @@ class Engine:
             self.decoder.follow()
             return StepResult((), ())
         slices = plan.slices if self._draft_model is None else self._draft_model.guess(plan.slices)
+        draws = [draws_of(piece) for piece in slices] if self.shard.is_last_stage else []
+        pending = self._grammars.start(slices, draws)
         wanted, num_drawn = _wanted_rows(slices)
         hidden = self.decoder.forward(self._step_tensors(slices, wanted), on_layer)
         if hidden is None:
             return StepResult(((),) * len(slices), ((),) * len(slices))
-        draws = [draws_of(piece) for piece in slices]
         flat = list(itertools.chain.from_iterable(draws))
-        found = iter(self._sampler.draw(self.decoder.logits(hidden[:num_drawn]), flat) if flat else ())
+        logits = self.decoder.logits(hidden[:num_drawn]) if flat else hidden
+        masks = self._grammars.join(pending)
+        found = iter(self._sampler.draw(logits, flat, masks.allowed) if flat else ())
         drawn = tuple(
             verified(piece.guessed_token_ids, list(itertools.islice(found, len(each))))
             for piece, each in zip(slices, draws, strict=True)
         )
+        drawn = self._grammars.settle(slices, draws, drawn, masks)
         return StepResult(drawn, self._prompt_logprobs(slices, hidden[num_drawn:]))
 
     def warm_up(self) -> None:

@@ -5,6 +5,7 @@ in float64, so that a stream resumed on another worker draws what the first woul
 
 Order, with x the row's logits (ties always go to the lower token id):
 
+    constraint           x[i] = -inf where the constraint admits no token i (engine/grammar.py)
     logit bias           x[i] += bias[i]
     repetition penalty   for every id in prompt or output: x /= penalty where x > 0, x *= penalty elsewhere
                          (Keskar et al. 2019, arXiv:1909.05858; transformers' RepetitionPenaltyLogitsProcessor)
@@ -30,11 +31,13 @@ from scheduler.plan import NO_TOKEN, Draw, Drawn, TokenLogprobs
 from spec.sampling import SamplingParams
 
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 GROUP = 256  # tokens summed as one when the cumulative distribution is searched
 
 
-def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    """logits: [len(draws), vocab] float32, on any device. A row without a finite maximum draws NO_TOKEN.
+def draw(logits: torch.Tensor, draws: Sequence[Draw], allowed: Sequence[Mask | None] | None = None) -> list[Drawn]:
+    """logits: [len(draws), vocab] float32, on any device. A row without a finite maximum draws NO_TOKEN. allowed: of
+    each row with a constraint [vocab], the tokens that it admits.
 
     A step in which every sequence is greedy and asks for nothing more costs one argmax, on the logits' device.
     """
@@ -48,7 +51,8 @@ def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
             for each, token_id in zip(draws, found, strict=True)
         ]
     rows = logits.cpu().numpy()
-    return [_draw_row(row, each) for row, each in zip(rows, draws, strict=True)]
+    masks = allowed or [None] * len(draws)
+    return [_draw_row(row, each, mask) for row, each, mask in zip(rows, draws, masks, strict=True)]
 
 
 def token_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprobs:
@@ -65,7 +69,7 @@ def token_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> 
 def needs_row(each: Draw) -> bool:
     """Whether the greatest logit alone does not tell."""
     params = each.params
-    return bool(params.temperature != 0.0 or params.logprobs is not None or params.has_penalties or params.logit_bias)
+    return bool(params.temperature != 0.0 or params.logprobs is not None or params.needs_history or params.logit_bias)
 
 
 def argmax(logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -85,9 +89,9 @@ def forced(each: Draw, token_id: int) -> int:
     return given[index] if index < len(given) else token_id
 
 
-def _draw_row(logits: NDArray[np.float32], each: Draw) -> Drawn:
+def _draw_row(logits: NDArray[np.float32], each: Draw, allowed: Mask | None) -> Drawn:
     params = each.params
-    scores = penalized(logits, each)
+    scores = penalized(logits, each, allowed)
     best = int(scores.argmax())
     if not math.isfinite(scores[best]):
         return Drawn(NO_TOKEN)
@@ -97,9 +101,11 @@ def _draw_row(logits: NDArray[np.float32], each: Draw) -> Drawn:
     return Drawn(token_id, logprobs)
 
 
-def penalized(logits: NDArray[np.float32], each: Draw, first_id: int = 0) -> Floats:
-    """[V] float64: bias and penalties applied to tokens [first_id, first_id + V). `logits` stays as it is."""
+def penalized(logits: NDArray[np.float32], each: Draw, allowed: Mask | None, first_id: int = 0) -> Floats:
+    """[V] float64: constraint, bias and penalties applied to tokens [first_id, first_id + V). `logits` stays."""
     params, scores = each.params, logits.astype(np.float64)
+    if allowed is not None:
+        scores[~allowed] = -np.inf
     if params.logit_bias:
         ids = np.fromiter(params.logit_bias.keys(), np.int64) - first_id
         here = (ids >= 0) & (ids < scores.size)

@@ -32,7 +32,7 @@ def draws_of(piece: Slice) -> list[Draw]:
 
 
 def _later(first: Draw, guesses: tuple[int, ...]) -> Draw:
-    history = (*first.history, *guesses) if first.params.has_penalties else ()
+    history = (*first.history, *guesses) if first.params.needs_history else ()
     return dataclasses.replace(first, position=first.position + len(guesses), history=history)
 
 
@@ -89,7 +89,7 @@ def _share(piece: Slice, guesses: list[int], token_ids: tuple[int, ...], start: 
     draw = piece.draw
     if piece.num_guesses == 0 or draw is None:
         return Slice(piece.sequence_id, token_ids, start, piece.block_table, None)
-    params = dataclasses.replace(draw.params, logprobs=None, prompt_logprobs=None, speculation=None)
+    params = dataclasses.replace(draw.params, logprobs=None, prompt_logprobs=None, speculation=None, constraint=None)
     draw = _later(dataclasses.replace(draw, params=params), tuple(guesses))
     return Slice(piece.sequence_id, token_ids, start, piece.block_table, draw)
 

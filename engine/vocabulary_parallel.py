@@ -27,6 +27,7 @@ from engine.philox import uniform
 from engine.sampling import (
     GROUP,
     Floats,
+    Mask,
     argmax,
     draw,
     find_group,
@@ -60,17 +61,21 @@ class Sampler:
         assert self._own == groups.shard.vocab
         self._whole_groups, self._cut_groups = _groups_of(self._runs, self._own, vocab_size)
 
-    def draw(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-        """logits: [len(draws), the rank's vocabulary] float32. A row without a finite maximum draws NO_TOKEN."""
+    def draw(
+        self, logits: torch.Tensor, draws: Sequence[Draw], allowed: Sequence[Mask | None] | None = None
+    ) -> list[Drawn]:
+        """logits: [len(draws), the rank's vocabulary] float32; allowed: of the same tokens, as draw() takes them. A row
+        without a finite maximum draws NO_TOKEN."""
         if len(self._runs) == 1 or not draws:
-            return draw(logits, draws)
+            return draw(logits, draws, allowed)
         if not any(needs_row(each) for each in draws):
             indices, values = argmax(logits)
             best = self._gather(logits, np.stack((values.astype(np.float64), indices + float(self._own.start)), axis=1))
             greedy = [_greatest(best[:, row]) for row in range(len(draws))]
             return [Drawn(t if t == NO_TOKEN else forced(each, t)) for (t, _), each in zip(greedy, draws, strict=True)]
         rows = logits.cpu().numpy()
-        scores = [penalized(row, each, self._own.start) for row, each in zip(rows, draws, strict=True)]
+        masks = allowed or [None] * len(draws)
+        scores = [penalized(*row, self._own.start) for row in zip(rows, draws, masks, strict=True)]
         token_ids = self._drawn(logits, scores, draws)
         token_ids = [t if t == NO_TOKEN else forced(each, t) for t, each in zip(token_ids, draws, strict=True)]
         asked = [

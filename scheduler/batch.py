@@ -269,8 +269,7 @@ class Scheduler(Holdings):
             if drawn and drawn[0].token_id == NO_TOKEN:  # its KV is suspect, too: nothing of it is published
                 self._end(sequence)
                 self._totals["failed"] += 1
-                error = errors.InternalError("the model's logits were not finite")
-                events.append(Failed(sequence.sequence_id, error))
+                events.append(Failed(sequence.sequence_id, _why_no_token(sequence, drawn[0])))
                 continue
             known, kept, finish = sequence.known_tokens, drawn, None
             if drawn:
@@ -343,6 +342,13 @@ class Scheduler(Holdings):
             self.prefix.extend(hashes, sequence.tokens(len(hashes) * size, full * size))
         self.prefix.publish(hashes, sequence.block_table, first, full)
         sequence.published_blocks = full
+
+
+def _why_no_token(sequence: Sequence, drawn: Drawn) -> errors.LegatoError:
+    constraint = sequence.params.constraint
+    if drawn.refusal and constraint is not None:
+        return constraint.refusal(drawn.refusal)
+    return errors.InternalError("the model's logits were not finite")
 
 
 def _decodes_first(ready: list[Sequence]) -> list[Sequence]:

@@ -17,7 +17,7 @@ class Draw:
     params: SamplingParams
     position: int  # index in the sequence of the token to draw: prompt_tokens + output tokens so far
     prompt_tokens: int  # output token i sits at position prompt_tokens + i
-    history: tuple[int, ...]  # prompt and output token ids so far, when params.has_penalties; else ()
+    history: tuple[int, ...]  # prompt and output token ids so far, when params.needs_history; else ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +77,8 @@ NO_TOKEN = -1  # Drawn.token_id where the logits had no finite maximum: the sequ
 class Drawn:
     token_id: int  # or NO_TOKEN
     logprobs: TokenLogprobs | None = None
+    completes: bool = False  # the answer meets its constraint with this token, and none can follow
+    refusal: str = ""  # with NO_TOKEN, why the constraint admits no token; "": the logits were not finite
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -90,7 +90,8 @@ class Sequence:
         """The drawn tokens up to the one that ends it become known: (these, why it has ended)."""
         for count, each in enumerate(drawn, 1):
             self.output_token_ids.append(each.token_id)
-            if (finish := self.finish(eos_token_ids, context_limit)) is not None:
+            finish: Finish | None = "stop" if each.completes else self.finish(eos_token_ids, context_limit)
+            if finish is not None:
                 return drawn[:count], finish
         return drawn, None
 
@@ -126,7 +127,7 @@ class Sequence:
             table = table[:num_blocks]
         draw = None
         if end == known:
-            history = self.tokens(0, known) if self.params.has_penalties else ()
+            history = self.tokens(0, known) if self.params.needs_history else ()
             draw = Draw(self.params, known, prompt_tokens, history)
         if num_tokens == 1 and end > prompt_tokens:
             newest = (self.output_token_ids[start - prompt_tokens],)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
+from spec.constraint import Constraint
 from spec.errors import InvalidParameter
 
 
@@ -58,9 +59,9 @@ class Speculation:
 class SamplingParams:
     """Greedy at temperature 0; otherwise the draw is a function of (seed, token position) alone.
 
-    Order: logit bias and penalties, temperature, top-k, top-p, min-p, draw. `logprobs` are the model's own, before all
-    of these: None = none, 0 = the chosen token's, k = also the k likeliest. `forced_token_ids` are taken as the first
-    tokens of the answer whatever the model would draw (teacher forcing).
+    Order: constraint, logit bias and penalties, temperature, top-k, top-p, min-p, draw. `logprobs` are the model's own,
+    before all of these: None = none, 0 = the chosen token's, k = also the k likeliest. `forced_token_ids` are taken as
+    the first tokens of the answer whatever the model would draw (teacher forcing); a constraint they must keep.
     """
 
     max_tokens: int = 256
@@ -79,10 +80,16 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     forced_token_ids: tuple[int, ...] = ()
     speculation: Speculation | None = None
+    constraint: Constraint | None = None
 
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw depends on the tokens before it by more than their logits."""
+        return self.has_penalties or self.constraint is not None
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidParameter, naming the first field that is out of range."""
@@ -104,6 +111,13 @@ class SamplingParams:
         self._check_ids(vocab_size)
         if self.speculation is not None:
             self.speculation.validate()
+        if self.constraint is not None:
+            self.constraint.validate()
+            if self.ignore_eos:
+                raise InvalidParameter(
+                    f"cannot be asked for together with {self.constraint.kind}: nothing follows the end of its answer",
+                    field="ignore_eos",
+                )
 
     def _check_ids(self, vocab_size: int) -> None:
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Iterator
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from engine.groups import join
 from engine.sampling import draw, token_logprobs
 from engine.vocabulary_parallel import Sampler
 from scheduler.plan import NO_TOKEN, Draw, Drawn
+from spec.constraint import Constraint
 from spec.layout import ParallelLayout
 from spec.sampling import SamplingParams
 from spec.shard import RankShard, split
@@ -32,10 +34,11 @@ class Ranks:
     def __init__(self, connections: list[Any], runs: list[range]) -> None:
         self.connections, self.runs = connections, runs
 
-    def ask(self, verb: str, logits: torch.Tensor, questions: list[Any]) -> list[Any]:
+    def ask(self, verb: str, logits: torch.Tensor, questions: list[Any], masks: list[Any] | None = None) -> list[Any]:
         """What every rank finds: the same."""
         for connection, run in zip(self.connections, self.runs, strict=True):
-            connection.send((verb, logits[:, run.start : run.stop].numpy(), questions))
+            more = () if masks is None else ([mask[run.start : run.stop] for mask in masks],)
+            connection.send((verb, logits[:, run.start : run.stop].numpy(), (questions, *more)))
         answers = []
         for connection in self.connections:
             assert connection.poll(LIMIT_S)
@@ -45,8 +48,8 @@ class Ranks:
         assert all(answer == answers[0] for answer in answers)
         return answers[0]
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[Drawn]:
-        return self.ask("draw", logits, draws)
+    def draw(self, logits: torch.Tensor, draws: list[Draw], allowed: list[Any] | None = None) -> list[Drawn]:
+        return self.ask("draw", logits, draws, allowed)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"tp{tp}-{vocab}" for tp, vocab in CASES])
@@ -82,7 +85,7 @@ def _rank(connection: Any, tp: int, index: int, vocab: int, address: str) -> Non
             verb, logits, questions = connection.recv()
             ask = sampler.draw if verb == "draw" else sampler.token_logprobs
             try:
-                connection.send(ask(torch.from_numpy(logits), questions))
+                connection.send(ask(torch.from_numpy(logits), *questions))
             except BaseException as error:
                 connection.send(error)
     groups.close()
@@ -140,6 +143,26 @@ def test_a_step_of_one_kind(ranks: Ranks, options: dict[str, float]) -> None:
         logits = logits_of(seed, 40, vocab, 2.0)
         draws = [Draw(SamplingParams(seed=seed, **options), 11 + row, 5, ()) for row in range(40)]  # type: ignore[arg-type]
         assert ranks.draw(logits, draws) == draw(logits, draws)
+
+
+def test_a_constraint_is_each_ranks_part_of_it(ranks: Ranks) -> None:
+    """Some ranks may draw none of theirs; some rows admit one token, and some none at all."""
+    vocab = ranks.runs[-1].stop
+    for seed in range(10):
+        generator, chance = random.Random(seed), np.random.default_rng(seed)
+        logits = logits_of(seed, 24, vocab, 3.0)
+        draws = [Draw(any_params(generator, vocab), 9 + row, 5, (1,) * (9 + row)) for row in range(24)]
+        draws = [dataclasses.replace(each, params=unforced(each.params)) for each in draws]
+        allowed = [chance.random(vocab) < generator.choice([0.5, 2.5 / vocab]) for _ in draws]
+        allowed[3][:], allowed[4][: ranks.runs[-1].start], allowed[5][ranks.runs[0].stop :] = False, False, False
+        found = ranks.draw(logits, draws, allowed)
+        close(found, draw(logits, draws, allowed))
+        for each, mask in zip(found, allowed, strict=True):
+            assert mask[each.token_id] if mask.any() else each.token_id == NO_TOKEN
+
+
+def unforced(params: SamplingParams) -> SamplingParams:
+    return dataclasses.replace(params, forced_token_ids=(), constraint=Constraint("regex", ("",)))
 
 
 def test_ties_go_to_the_lower_id(ranks: Ranks) -> None:
