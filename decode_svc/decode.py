@@ -35,9 +35,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     ) -> worker_pb2.Reservation:
         core, state = self._core, request.sequence
         self._refuse_if_taken(state.sequence_id)
-        sequence_from_proto(
-            state, core.record.vocab_size
-        )  # what no engine could take is refused before it holds blocks
+        # What no engine could take is refused before it holds blocks.
+        params = sequence_from_proto(state, core.record.vocab_size).params
         if request.identity != core.record.identity:
             raise TicketRefused(f"{core.record.worker_id} serves another model or revision than the one asked for")
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
@@ -56,6 +55,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             self._placements.subscriptions.detach(state.sequence_id)
             raise
         self._placements.add(state.sequence_id, Placed(reservation=reservation))
+        if params.constraint is not None:
+            core.compile(params.constraint)  # while the prompt is computed elsewhere
         core.loop.wake()  # its lease is due one day
         return worker_pb2.Reservation(
             ticket=self._ticket(request, reservation, tokens),
@@ -93,6 +94,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         state = request.sequence
         self._refuse_if_taken(state.sequence_id)
         sequence = sequence_from_proto(state, self._core.record.vocab_size)
+        await self._core.prepare(sequence.params)
+        self._refuse_if_taken(state.sequence_id)  # a second call may have come meanwhile
         self._placements.subscriptions.attach(request.router_id, state.sequence_id)
         try:
             with self._core.loop.lock:

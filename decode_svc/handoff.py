@@ -26,7 +26,15 @@ from kvtransfer.routes import layout_id
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service import logs
 from service.status import reason_to_proto
-from spec.errors import DigestMismatch, HandoffError, LegatoError, RequestCancelled, TicketRefused, TransferFailed
+from spec.errors import (
+    DigestMismatch,
+    HandoffError,
+    InvalidParameter,
+    LegatoError,
+    RequestCancelled,
+    TicketRefused,
+    TransferFailed,
+)
 from worker.clock import unix_ns
 from worker.core import CoreRank
 from worker.sequences import sequence_from_proto
@@ -81,7 +89,7 @@ class Receiver:
         """A hand-over that goes wrong ends the request and asks the writer to stop; the stream goes on until Quiet."""
         try:
             await step
-        except HandoffError as error:
+        except (HandoffError, InvalidParameter) as error:
             assert self.ticket is not None
             if isinstance(error, TicketRefused | DigestMismatch) and self._ours() is not None:
                 self._core.meter.refused(error)
@@ -193,9 +201,9 @@ class Receiver:
             )
 
     async def _admit(self, final: Request.Final) -> None:
-        placed, core, ticket = self._placed(), self._core, self.ticket
+        self._placed()
+        core, ticket, state = self._core, self.ticket, final.sequence
         assert ticket is not None
-        state = final.sequence
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
         if (
             state.sequence_id != ticket.sequence_id
@@ -204,6 +212,8 @@ class Receiver:
         ):
             raise TicketRefused("the sequence state is not of the tokens that the ticket was issued for")
         sequence = sequence_from_proto(state, core.record.vocab_size)
+        await core.prepare(sequence.params)
+        placed = self._placed()  # it may have been given up meanwhile
         with core.loop.lock:
             now_s = time.monotonic()
             assert placed.reservation is not None

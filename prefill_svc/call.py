@@ -95,6 +95,7 @@ class PrefillCall:
 
     async def _first_token(self) -> worker_pb2.PrefillEvent.FirstToken:
         sequence = sequence_from_proto(self._request.sequence, self._core.record.vocab_size, draws_here=1)
+        await self._core.prepare(sequence.params)
         with self._core.loop.lock:
             self._core.scheduler.add(sequence, time.monotonic())
         self._core.loop.wake()

@@ -10,6 +10,7 @@ import sys
 
 from legato.v1 import inference_pb2_grpc, worker_pb2_grpc
 from router.cluster import ClusterService, ControlService
+from router.constraints import Constraints
 from router.inference import InferenceService
 from router.line import Line
 from router.meter import Meter
@@ -46,9 +47,13 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
     )
     line = Line(config.max_waiting)
     placer = Placer(registry, line, config.decode_prefills_tokens)
-    inference = InferenceService(registry, placer, Meter(telemetry), Spans(telemetry), config.default_timeout_s)
+    constraints = Constraints()
+    inference = InferenceService(
+        registry, placer, constraints, Meter(telemetry), Spans(telemetry), config.default_timeout_s
+    )
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(telemetry.close)
+        stack.push_async_callback(constraints.close)
         host = Host(
             config.host,
             config.port,

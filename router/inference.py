@@ -19,6 +19,7 @@ import grpc
 from legato.v1 import inference_pb2, inference_pb2_grpc
 from router import validation
 from router.answer import Answer
+from router.constraints import Constraints
 from router.journey import Deadline, Journey
 from router.ledger import Ledger
 from router.meter import Meter
@@ -44,12 +45,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     """`draining` is set when the router stops: what runs goes on, what is new is refused."""
 
     def __init__(
-        self, registry: Registry, placer: Placer, meter: Meter, spans: Spans, default_timeout_s: float
+        self,
+        registry: Registry,
+        placer: Placer,
+        constraints: Constraints,
+        meter: Meter,
+        spans: Spans,
+        default_timeout_s: float,
     ) -> None:
         self.draining = False
         self.meter = meter
         self._registry = registry
         self._placer = placer
+        self._constraints = constraints
         self._spans = spans
         self._default_timeout_s = default_timeout_s
 
@@ -95,6 +103,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 model = self._registry.model(model_id)
                 context_tokens = self._registry.context_tokens(model)
                 params = validation.check_options(options, model, context_tokens)
+                if params.constraint is not None:
+                    await self._constraints.check(params.constraint, model)
                 given = await prompt(model)
                 validation.check_prompt(given, model, context_tokens)
                 check_logprobs_fit(params, len(given))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from legato.v1 import common_pb2, worker_pb2
+from spec.constraint import Constraint
 from spec.dtype import Dtype
 from spec.errors import InvalidParameter
 from spec.layout import KVLayout
@@ -23,7 +24,7 @@ _SPECULATION_KINDS: dict[int, SpeculationKind] = {
 
 def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
     """Ranges are not looked at: SamplingParams.validate() does, where the vocabulary is known. Raises InvalidParameter
-    for a kind of speculation that is not known.
+    for a kind of speculation or constraint that is not known.
 
     An absent seed reads 0, so whoever draws one (the router) looks at `message.HasField("seed")` first.
     """
@@ -44,6 +45,7 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         forced_token_ids=tuple(message.forced_token_ids),
         speculation=_speculation(message.speculation) if message.HasField("speculation") else None,
+        constraint=constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
     )
 
 
@@ -79,7 +81,28 @@ def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
             num_draft_tokens=guessing.num_draft_tokens,
             ngram=guessing.ngram,
         ),
+        constraint=None if params.constraint is None else constraint_to_proto(params.constraint),
     )
+
+
+def constraint_from_proto(message: common_pb2.Constraint) -> Constraint:
+    """Raises InvalidParameter for a kind that is not known."""
+    match message.WhichOneof("kind"):
+        case "json_schema":
+            return Constraint("json_schema", (message.json_schema,))
+        case "regex":
+            return Constraint("regex", (message.regex,))
+        case "choice":
+            return Constraint("choice", tuple(message.choice.texts))
+        case "grammar":
+            return Constraint("grammar", (message.grammar,))
+    raise InvalidParameter("is of no kind that is known", field="constraint")
+
+
+def constraint_to_proto(constraint: Constraint) -> common_pb2.Constraint:
+    if constraint.kind == "choice":
+        return common_pb2.Constraint(choice=common_pb2.Constraint.Choice(texts=constraint.texts))
+    return common_pb2.Constraint(**{constraint.kind: constraint.texts[0]})  # type: ignore[arg-type]
 
 
 def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:

@@ -52,7 +52,7 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         _complete_post_processor(backend, configuration, self._special)
-        definition = json.loads(backend.to_str())
+        definition = json.loads(self.definition)
         special = frozenset(token["id"] for token in definition["added_tokens"] if token["special"])
         self._pieces = pieces_of(definition, backend.get_vocab(with_added_tokens=True), special)
         source = _template_source(configuration)
@@ -66,6 +66,12 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def definition(self) -> str:
+        """As the content of a tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Raises InvalidParameter for text with unpaired surrogates."""
@@ -108,7 +114,7 @@ class Tokenizer:
             configuration["chat_template"] = self._template.source
         try:
             target.mkdir(parents=True, exist_ok=True)
-            (target / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+            (target / "tokenizer.json").write_text(self.definition, encoding="utf-8")
             text = json.dumps(configuration, indent=2, ensure_ascii=False)
             (target / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:

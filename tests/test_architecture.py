@@ -55,6 +55,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "service/config.py": {"yaml"},
     "service/config_source.py": {"yaml"},
     "service/gguf_tokenizer.py": {"tokenizers"},
+    "service/grammar.py": {"llguidance"},
     "service/host.py": {"grpc_health", "grpc_reflection"},
     "service/model_source.py": {"huggingface_hub", "pip"},
     "service/registry.py": {"redis"},

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.engine import Engine
+from engine.grammar import Grammars
 from engine.groups import Groups, join
 from engine.model_files import open_model
 from engine.speculation import DraftModel
@@ -39,6 +40,7 @@ from telemetry.setup import Telemetry
 from worker.core import Core, CoreRank
 from worker.draft import open_draft_model
 from worker.executor import AllRanks, OneRank, StepExecutor
+from worker.grammars import grammars_of
 from worker.kv_region import RankMemories, RankRoom, choose_num_blocks
 from worker.lanes import LaneReservations, Lanes
 from worker.meter import Meter
@@ -114,6 +116,7 @@ class _Builder:
         )
         try:
             self._groups = self._join(shards, memory)
+            grammars = grammars_of(self._files, shards[0], self._config.engine.max_sequences)
             engine = Engine(
                 self._files,
                 self._options,
@@ -122,11 +125,12 @@ class _Builder:
                 progress=self._loading,
                 groups=self._groups,
                 draft_model=draft_model if self._others is None else None,
+                grammars=grammars,
             )
             self._warm_up(engine)
         finally:
             memory.close()
-        return self._core(telemetry, engine, shards, memory, draft_model)
+        return self._core(telemetry, engine, grammars, shards, memory, draft_model)
 
     @property
     def _is_on_one_host(self) -> bool:
@@ -224,6 +228,7 @@ class _Builder:
         self,
         telemetry: Telemetry,
         engine: Engine,
+        grammars: Grammars,
         shards: Sequence[RankShard],
         memory: RankMemories,
         draft_model: DraftModel | None,
@@ -252,6 +257,7 @@ class _Builder:
             record=record,
             ranks=ranks,
             engine=engine,
+            grammars=grammars,
             others=self._others,
             executor=executor,
             landings_are_kv=is_on_cpu,

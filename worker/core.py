@@ -15,15 +15,21 @@ from collections.abc import Sequence
 import torch
 
 from engine.engine import Engine
+from engine.grammar import Grammars, Matcher
 from kvtransfer.routes import RankMemory
 from kvtransfer.transport import Region, Transport
 from legato.v1 import worker_pb2
 from service.config import WorkerConfig
+from spec.constraint import Constraint
+from spec.sampling import SamplingParams
 from worker.executor import StepExecutor
 from worker.lanes import LaneReservations, Lanes
 from worker.loop import EngineLoop
 from worker.meter import Meter
 from worker.ranks import Ranks
+
+# Of a constraint, of which a router's sandbox took less than one; the vocabulary is read first.
+COMPILE_TIMEOUT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +51,7 @@ class Core:
     record: worker_pb2.WorkerRecord
     ranks: tuple[CoreRank, ...]  # by number
     engine: Engine  # of rank 0, in this process
+    grammars: Grammars  # of the same
     others: Ranks | None  # None: there is one rank
     executor: StepExecutor
     landings_are_kv: bool  # what transports see is what engines use
@@ -69,6 +76,23 @@ class Core:
         with self.loop.lock:
             self.scheduler.unhold(group, block_table)
         self.loop.wake()  # somebody may wait for these blocks
+
+    def compile(self, constraint: Constraint) -> concurrent.futures.Future[Matcher]:
+        """On every rank, in threads beside the steps; once, however often it is asked for."""
+        if self.others is not None:
+            self.others.compile(constraint)
+        return self.grammars.compiled(constraint)
+
+    async def prepare(self, params: SamplingParams) -> None:
+        """Before a sequence joins the scheduler: its constraint is compiled. Raises InvalidParameter."""
+        if params.constraint is None:
+            return
+        compiling = asyncio.wrap_future(self.compile(params.constraint))
+        try:
+            async with asyncio.timeout(COMPILE_TIMEOUT_S):
+                await asyncio.shield(compiling)
+        except TimeoutError:
+            raise params.constraint.refusal(f"was not compiled within {COMPILE_TIMEOUT_S:g} s") from None
 
     async def stage_out(self, ranks: Sequence[CoreRank], block_ids: Sequence[int]) -> None:
         """Before these ranks' blocks are sent: brings them into their landing memory. Nothing to do where that is the
@@ -143,5 +167,6 @@ class Core:
             self.others.close()
         self.engine.groups.close()
         self.digest_pool.shutdown(wait=True)
+        self.grammars.close()
         for transport in self.transports.values():
             transport.close()

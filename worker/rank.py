@@ -24,16 +24,19 @@ from pathlib import Path
 import torch
 
 from engine.engine import Engine
+from engine.grammar import Grammars
 from engine.groups import Groups, join
 from engine.model_files import open_model
 from legato.v1 import rank_pb2
 from service import logs
 from service.config import WorkerConfig, load
+from service.messages import constraint_from_proto
 from service.model_source import resolve_model
 from service.run import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_OK
 from spec.errors import InternalError, InvalidConfiguration, LegatoError, SetupError, WorkerLost
 from spec.shard import shard_of
 from worker import rank_link
+from worker.grammars import grammars_of
 from worker.kv_region import kv_slice, landing_of
 from worker.rank_messages import plan_from_message, result_to_message
 from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
@@ -60,6 +63,7 @@ class Rank:
         self._copies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._groups: Groups | None = None
         self._engine: Engine | None = None
+        self._grammars: Grammars | None = None
         self._landing: torch.Tensor | None = None
 
     def run(self) -> None:
@@ -99,6 +103,11 @@ class Rank:
         try:
             while True:
                 command = Command.FromString(link.recv_bytes())
+                if command.HasField("compile"):
+                    assert self._grammars is not None and self._groups is not None
+                    if self._groups.shard.is_last_stage:
+                        self._grammars.compiled(constraint_from_proto(command.compile))
+                    continue
                 if command.HasField("copy"):
                     self._copies.submit(self._copy, command.copy)
                     continue
@@ -137,6 +146,7 @@ class Rank:
                 self._tell(Report(progress=Report.Progress(fraction=fraction)))
 
         on_cpu = device.type == "cpu"
+        self._grammars = grammars_of(self._files, shard, self._config.engine.max_sequences)
         self._engine = Engine(
             self._files,
             self._options,
@@ -144,6 +154,7 @@ class Rank:
             kv_buffer=own if on_cpu else None,
             progress=progress,
             groups=self._groups,
+            grammars=self._grammars,
         )
         if own is not None and not on_cpu:
             self._landing = landing_of(own, self._engine.kv.layout, load.num_blocks)

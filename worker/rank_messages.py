@@ -90,7 +90,7 @@ def result_to_message(step: int, busy_s: float, result: StepResult | None) -> ra
         for drawn, scored in zip(result.drawn, result.prompt_logprobs, strict=True):
             outcome = message.outcomes.add()
             for each in drawn:
-                added = outcome.drawn.add(token_id=each.token_id)
+                added = outcome.drawn.add(token_id=each.token_id, completes=each.completes, refusal=each.refusal)
                 if each.logprobs is not None:
                     added.logprobs.CopyFrom(logprobs_to_proto(each.logprobs))
             outcome.prompt_logprobs.extend(logprobs_to_proto(entry) for entry in scored)
@@ -104,4 +104,5 @@ def result_from_message(message: rank_pb2.RankResult) -> StepResult:
 
 
 def _drawn_from(message: rank_pb2.RankResult.Drawn) -> Drawn:
-    return Drawn(message.token_id, logprobs_from_proto(message.logprobs) if message.HasField("logprobs") else None)
+    logprobs = logprobs_from_proto(message.logprobs) if message.HasField("logprobs") else None
+    return Drawn(message.token_id, logprobs, message.completes, message.refusal)

@@ -25,6 +25,8 @@ import psutil
 from legato.v1 import rank_pb2
 from service import logs
 from service.config import WorkerConfig, to_yaml
+from service.messages import constraint_to_proto
+from spec.constraint import Constraint
 from spec.errors import BY_REASON, InternalError, LegatoError, WorkerLost
 from worker import rank_link
 from worker.rank_setup import Place
@@ -142,6 +144,11 @@ class Ranks:
         if self.lost is not None:
             self._fail_copies(self.lost)
         return copying
+
+    def compile(self, constraint: Constraint) -> None:
+        """On every rank, beside its steps; whichever draws needs it. Raises what the worker is lost for."""
+        command = Command(compile=constraint_to_proto(constraint))
+        self.send_bytes(tuple(self._links), command.SerializeToString())
 
     # ---- what they report ------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16legato/v1/common.proto\x12\tlegato.v1\"\xb7\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.legato.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\rH\x03\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\rH\x04\x88\x01\x01\x12\x18\n\x10\x66orced_token_ids\x18\x0f \x03(\r\x12+\n\x0bspeculation\x18\x10 \x01(\x0b\x32\x16.legato.v1.Speculation\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xa3\x01\n\x0bSpeculation\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.legato.v1.Speculation.Kind\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\r\n\x05ngram\x18\x03 \x01(\r\"@\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x11\n\rPROMPT_LOOKUP\x10\x01\x12\x0f\n\x0b\x44RAFT_MODEL\x10\x02\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"E\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.legato.v1.TokenLogprobs\"\xb8\x01\n\nStageTimes\x12\x0f\n\x07sent_ns\x18\x01 \x01(\x06\x12\x19\n\x11prefill_queued_ns\x18\x02 \x01(\x06\x12\x1a\n\x12prefill_started_ns\x18\x03 \x01(\x06\x12\x16\n\x0e\x66irst_token_ns\x18\x04 \x01(\x06\x12\x16\n\x0ehanded_over_ns\x18\x05 \x01(\x06\x12\x19\n\x11\x64\x65\x63ode_started_ns\x18\x06 \x01(\x06\x12\x17\n\x0fsecond_token_ns\x18\x07 \x01(\x06\"\x80\x01\n\rTransferStats\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06pieces\x18\x03 \x01(\r\x12\x13\n\x0bsent_tokens\x18\x04 \x01(\r\x12\x16\n\x0eskipped_tokens\x18\x05 \x01(\r\x12\x10\n\x08moving_s\x18\x06 \x01(\x02\"\xac\x01\n\x05Route\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\r\x12*\n\x08transfer\x18\x05 \x01(\x0b\x32\x18.legato.v1.TransferStats\x12\x1d\n\x15prefill_cached_tokens\x18\x06 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xa4\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11INVALID_PARAMETER\x10\x01\x12\x14\n\x10\x43ONTEXT_TOO_LONG\x10\x02\x12\x11\n\rUNKNOWN_MODEL\x10\x03\x12\x13\n\x0fUNAUTHENTICATED\x10\x04\x12\r\n\tCANCELLED\x10\x05\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x06\x12\x0e\n\nOVERLOADED\x10\x07\x12\x11\n\rOUT_OF_BLOCKS\x10\x08\x12\x0f\n\x0bWORKER_LOST\x10\t\x12\x0c\n\x08\x44RAINING\x10\n\x12\x0e\n\nNO_WORKERS\x10\x0b\x12\x0c\n\x08INTERNAL\x10\x0c\x12\x12\n\x0eTICKET_REFUSED\x10\r\x12\x13\n\x0f\x44IGEST_MISMATCH\x10\x0e\x12\x13\n\x0fTRANSFER_FAILED\x10\x0f\x12\x19\n\x15TRANSPORT_UNAVAILABLE\x10\x10\x12\x11\n\rINVALID_MODEL\x10\x11\x12\x15\n\x11UNSUPPORTED_MODEL\x10\x12\x12\x19\n\x15INVALID_CONFIGURATION\x10\x13\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16legato/v1/common.proto\x12\tlegato.v1\"\xe2\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.legato.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\rH\x03\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\rH\x04\x88\x01\x01\x12\x18\n\x10\x66orced_token_ids\x18\x0f \x03(\r\x12+\n\x0bspeculation\x18\x10 \x01(\x0b\x32\x16.legato.v1.Speculation\x12)\n\nconstraint\x18\x11 \x01(\x0b\x32\x15.legato.v1.Constraint\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x98\x01\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12.\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x1c.legato.v1.Constraint.ChoiceH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x1a\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\tB\x06\n\x04kind\"\xa3\x01\n\x0bSpeculation\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.legato.v1.Speculation.Kind\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\r\n\x05ngram\x18\x03 \x01(\r\"@\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x11\n\rPROMPT_LOOKUP\x10\x01\x12\x0f\n\x0b\x44RAFT_MODEL\x10\x02\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"E\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.legato.v1.TokenLogprobs\"\xb8\x01\n\nStageTimes\x12\x0f\n\x07sent_ns\x18\x01 \x01(\x06\x12\x19\n\x11prefill_queued_ns\x18\x02 \x01(\x06\x12\x1a\n\x12prefill_started_ns\x18\x03 \x01(\x06\x12\x16\n\x0e\x66irst_token_ns\x18\x04 \x01(\x06\x12\x16\n\x0ehanded_over_ns\x18\x05 \x01(\x06\x12\x19\n\x11\x64\x65\x63ode_started_ns\x18\x06 \x01(\x06\x12\x17\n\x0fsecond_token_ns\x18\x07 \x01(\x06\"\x80\x01\n\rTransferStats\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06pieces\x18\x03 \x01(\r\x12\x13\n\x0bsent_tokens\x18\x04 \x01(\r\x12\x16\n\x0eskipped_tokens\x18\x05 \x01(\r\x12\x10\n\x08moving_s\x18\x06 \x01(\x02\"\xac\x01\n\x05Route\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\r\x12*\n\x08transfer\x18\x05 \x01(\x0b\x32\x18.legato.v1.TransferStats\x12\x1d\n\x15prefill_cached_tokens\x18\x06 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xa4\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11INVALID_PARAMETER\x10\x01\x12\x14\n\x10\x43ONTEXT_TOO_LONG\x10\x02\x12\x11\n\rUNKNOWN_MODEL\x10\x03\x12\x13\n\x0fUNAUTHENTICATED\x10\x04\x12\r\n\tCANCELLED\x10\x05\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x06\x12\x0e\n\nOVERLOADED\x10\x07\x12\x11\n\rOUT_OF_BLOCKS\x10\x08\x12\x0f\n\x0bWORKER_LOST\x10\t\x12\x0c\n\x08\x44RAINING\x10\n\x12\x0e\n\nNO_WORKERS\x10\x0b\x12\x0c\n\x08INTERNAL\x10\x0c\x12\x12\n\x0eTICKET_REFUSED\x10\r\x12\x13\n\x0f\x44IGEST_MISMATCH\x10\x0e\x12\x13\n\x0fTRANSFER_FAILED\x10\x0f\x12\x19\n\x15TRANSPORT_UNAVAILABLE\x10\x10\x12\x11\n\rINVALID_MODEL\x10\x11\x12\x15\n\x11UNSUPPORTED_MODEL\x10\x12\x12\x19\n\x15INVALID_CONFIGURATION\x10\x13\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,26 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1416
-  _globals['_FINISHREASON']._serialized_end=1511
-  _globals['_ERRORREASON']._serialized_start=1514
-  _globals['_ERRORREASON']._serialized_end=1934
+  _globals['_FINISHREASON']._serialized_start=1614
+  _globals['_FINISHREASON']._serialized_end=1709
+  _globals['_ERRORREASON']._serialized_start=1712
+  _globals['_ERRORREASON']._serialized_end=2132
   _globals['_SAMPLINGPARAMS']._serialized_start=38
-  _globals['_SAMPLINGPARAMS']._serialized_end=605
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=482
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=530
-  _globals['_SPECULATION']._serialized_start=608
-  _globals['_SPECULATION']._serialized_end=771
-  _globals['_SPECULATION_KIND']._serialized_start=707
-  _globals['_SPECULATION_KIND']._serialized_end=771
-  _globals['_TOKENLOGPROBS']._serialized_start=773
-  _globals['_TOKENLOGPROBS']._serialized_end=850
-  _globals['_TOKEN']._serialized_start=852
-  _globals['_TOKEN']._serialized_end=921
-  _globals['_STAGETIMES']._serialized_start=924
-  _globals['_STAGETIMES']._serialized_end=1108
-  _globals['_TRANSFERSTATS']._serialized_start=1111
-  _globals['_TRANSFERSTATS']._serialized_end=1239
-  _globals['_ROUTE']._serialized_start=1242
-  _globals['_ROUTE']._serialized_end=1414
+  _globals['_SAMPLINGPARAMS']._serialized_end=648
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=525
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=573
+  _globals['_CONSTRAINT']._serialized_start=651
+  _globals['_CONSTRAINT']._serialized_end=803
+  _globals['_CONSTRAINT_CHOICE']._serialized_start=772
+  _globals['_CONSTRAINT_CHOICE']._serialized_end=795
+  _globals['_SPECULATION']._serialized_start=806
+  _globals['_SPECULATION']._serialized_end=969
+  _globals['_SPECULATION_KIND']._serialized_start=905
+  _globals['_SPECULATION_KIND']._serialized_end=969
+  _globals['_TOKENLOGPROBS']._serialized_start=971
+  _globals['_TOKENLOGPROBS']._serialized_end=1048
+  _globals['_TOKEN']._serialized_start=1050
+  _globals['_TOKEN']._serialized_end=1119
+  _globals['_STAGETIMES']._serialized_start=1122
+  _globals['_STAGETIMES']._serialized_end=1306
+  _globals['_TRANSFERSTATS']._serialized_start=1309
+  _globals['_TRANSFERSTATS']._serialized_end=1437
+  _globals['_ROUTE']._serialized_start=1440
+  _globals['_ROUTE']._serialized_end=1612
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankCommand(_message.Message):
-    __slots__ = ("load", "warm_up", "execute", "copy", "stop")
+    __slots__ = ("load", "warm_up", "execute", "copy", "stop", "compile")
     class Load(_message.Message):
         __slots__ = ("join_address", "num_blocks", "memory_path", "offset_bytes", "layer_costs", "head_cost")
         JOIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -43,12 +43,14 @@ class RankCommand(_message.Message):
     EXECUTE_FIELD_NUMBER: _ClassVar[int]
     COPY_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    COMPILE_FIELD_NUMBER: _ClassVar[int]
     load: RankCommand.Load
     warm_up: RankCommand.WarmUp
     execute: RankPlan
     copy: RankCommand.Copy
     stop: RankCommand.Stop
-    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ...) -> None: ...
+    compile: _common_pb2.Constraint
+    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
     __slots__ = ("hello", "progress", "ready", "result", "copied", "failed")
@@ -149,12 +151,16 @@ class RankResult(_message.Message):
         prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
         def __init__(self, drawn: _Optional[_Iterable[_Union[RankResult.Drawn, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
     class Drawn(_message.Message):
-        __slots__ = ("token_id", "logprobs")
+        __slots__ = ("token_id", "logprobs", "completes", "refusal")
         TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
         LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+        COMPLETES_FIELD_NUMBER: _ClassVar[int]
+        REFUSAL_FIELD_NUMBER: _ClassVar[int]
         token_id: int
         logprobs: _common_pb2.TokenLogprobs
-        def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
+        completes: bool
+        refusal: str
+        def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., completes: bool = ..., refusal: _Optional[str] = ...) -> None: ...
     STEP_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]

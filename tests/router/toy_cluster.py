@@ -20,6 +20,7 @@ from opentelemetry import trace
 
 from legato.v1 import common_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.cluster import ClusterService, ControlService
+from router.constraints import Constraints
 from router.inference import InferenceService
 from router.line import Line
 from router.meter import Meter
@@ -372,7 +373,9 @@ class ToyRouter:
         )
         self.line = Line(max_waiting)
         self.placer = Placer(self.registry, self.line)
-        self.inference = InferenceService(self.registry, self.placer, Meter(telemetry), Spans(telemetry), 20.0)
+        self.inference = InferenceService(
+            self.registry, self.placer, Constraints(), Meter(telemetry), Spans(telemetry), 20.0
+        )
         self.control = ControlService(self.registry, self.line, self.inference)
         self.cluster = ClusterService(self.registry, self.line, self.inference, lambda: True)
         self.host = Host("127.0.0.1", 0, internal_key=KEY, drain_s=1.0)

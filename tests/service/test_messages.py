@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import pytest
 
 from legato.v1 import common_pb2, worker_pb2
 from service import messages
+from spec.constraint import Constraint, ConstraintKind
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
@@ -31,6 +33,7 @@ FULL = SamplingParams(
     prompt_logprobs=5,
     forced_token_ids=(9, 8, 7),
     speculation=Speculation("prompt_lookup", 5, 2),
+    constraint=Constraint("choice", ("a", "b")),
 )
 
 
@@ -41,6 +44,8 @@ def test_sampling_survives_the_wire(params: SamplingParams) -> None:
         kind, num_draft_tokens, ngram = common_pb2.Speculation.PROMPT_LOOKUP, 5, 2
         assert speculation == Speculation("prompt_lookup", num_draft_tokens, ngram)
         fields["speculation"] = common_pb2.Speculation(kind=kind, num_draft_tokens=num_draft_tokens, ngram=ngram)
+    if (constraint := fields.pop("constraint")) is not None:
+        fields["constraint"] = common_pb2.Constraint(choice=common_pb2.Constraint.Choice(texts=constraint.texts))
     sent = common_pb2.SamplingParams(**fields).SerializeToString()
     got = messages.sampling_from_proto(common_pb2.SamplingParams.FromString(sent))
     for field in dataclasses.fields(SamplingParams):
@@ -59,6 +64,17 @@ def test_kinds_of_speculation() -> None:
         with pytest.raises(InvalidParameter) as raised:
             messages.sampling_from_proto(message)
         assert raised.value.details["field"] == "speculation"
+
+
+def test_kinds_of_constraints() -> None:
+    for kind in ("json_schema", "regex", "grammar"):
+        message = common_pb2.Constraint(**{kind: "text"})
+        assert messages.constraint_from_proto(message) == Constraint(kind, ("text",))
+        assert messages.constraint_to_proto(Constraint(kind, ("text",))) == message
+    assert {field.name for field in common_pb2.Constraint.DESCRIPTOR.fields} == set(typing.get_args(ConstraintKind))
+    with pytest.raises(InvalidParameter) as raised:
+        messages.sampling_from_proto(common_pb2.SamplingParams(constraint=common_pb2.Constraint()))
+    assert raised.value.details["field"] == "constraint"
 
 
 def test_every_sampling_field_of_the_wire_has_its_word() -> None:

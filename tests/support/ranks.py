@@ -128,6 +128,7 @@ def _rank(
     from engine.engine import Engine, EngineOptions
     from engine.groups import join
     from engine.model_files import open_model
+    from worker.grammars import grammars_of
 
     torch.set_num_threads(1)
     try:
@@ -136,7 +137,8 @@ def _rank(
         groups = join(shard, address, torch.device("cpu"), timeout_s=60.0)
         loaded = {name: AdapterFiles(path, files.spec) for name, path in adapters.items()}
         chosen = EngineOptions(device="cpu", **options)
-        engine = Engine(files, chosen, num_blocks, groups=groups, replicas=replicas, adapters=loaded)
+        grammars = grammars_of(files, shard, 64)
+        engine = Engine(files, chosen, num_blocks, groups=groups, replicas=replicas, adapters=loaded, grammars=grammars)
         connection.send((files.spec, num_blocks, engine.kv.layout))
     except BaseException as error:
         connection.send(error)

@@ -9,6 +9,7 @@ from typing import Any
 from legato.v1 import rank_pb2
 from scheduler.plan import Draw, Drawn, Slice, StepPlan, StepResult
 from service.messages import sampling_from_proto, sampling_to_proto
+from spec.constraint import Constraint
 from spec.sampling import SamplingParams, Speculation, TokenLogprobs
 from worker.rank_messages import PlanWriter, plan_from_message, result_from_message, result_to_message
 
@@ -29,6 +30,7 @@ PARAMS = SamplingParams(
     prompt_logprobs=3,
     forced_token_ids=(9, 8),
     speculation=Speculation("draft_model", 5, 2),
+    constraint=Constraint("choice", ("one", "another")),
 )
 DRAW = Draw(PARAMS, position=77, prompt_tokens=42, history=(1, 2, 3))
 SLICE = Slice("a/0", (4, 5), 6, (9, 0, 123), DRAW, 0, (11, 12), "an adapter", guessed_token_ids=(13, 14))
@@ -70,7 +72,8 @@ def test_parameters_are_told_apart() -> None:
 def test_a_result_with_every_field() -> None:
     scored = TokenLogprobs(-0.5, ((7, -0.25), (3, -1.5)))
     result = StepResult(
-        ((Drawn(5, scored), Drawn(6)), (), (Drawn(-1),)), ((scored, scored), (), (TokenLogprobs(-2.0),))
+        ((Drawn(5, scored), Drawn(6, completes=True)), (), (Drawn(-1, refusal="admits no token here"),)),
+        ((scored, scored), (), (TokenLogprobs(-2.0),)),
     )
     message = rank_pb2.RankResult.FromString(result_to_message(6, 0.5, result).SerializeToString())
     assert (message.step, message.busy_s) == (6, 0.5)
