@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import json
 import math
 import operator
 import sys
@@ -45,6 +46,10 @@ class Sampling(TypedDict, total=False):
     speculation: SpeculationKind | None
     num_draft_tokens: int
     ngram: int
+    json_schema: Mapping[str, Any] | bool | str | None
+    regex: str | None
+    choice: Iterable[str] | None
+    grammar: str | None
 
 
 def answer_options(
@@ -69,6 +74,10 @@ def answer_options(
     speculation: SpeculationKind | None = None,
     num_draft_tokens: int = 4,
     ngram: int = 3,
+    json_schema: Mapping[str, Any] | bool | str | None = None,
+    regex: str | None = None,
+    choice: Iterable[str] | None = None,
+    grammar: str | None = None,
 ) -> inference_pb2.AnswerOptions:
     """How an answer is drawn.
 
@@ -94,6 +103,13 @@ def answer_options(
                         decode worker, if it has one); None = nobody
     num_draft_tokens    guesses per step at most, 1 to 32
     ngram               tokens that prompt_lookup looks up, 1 to 16
+    json_schema         the answer is JSON of this schema, given as JSON or as what json.dumps takes; {} = any JSON,
+                        {"type": "object"} = any object
+    regex               the answer matches this regular expression as a whole
+    choice              the answer is one of these texts
+    grammar             the answer is of this context-free grammar, in Lark's notation, from the rule `start`
+
+    Of the last four at most one. An answer that is complete ends with "stop"; max_tokens may cut it before.
     """
     # This function is long, for its list of arguments and their help stand here once, for every method of both clients.
     sampling = common_pb2.SamplingParams(
@@ -119,6 +135,7 @@ def answer_options(
         sampling.speculation.kind = _kind(speculation)
         sampling.speculation.num_draft_tokens = _whole("num_draft_tokens", num_draft_tokens, least=1)
         sampling.speculation.ngram = _whole("ngram", ngram, least=1)
+    _constrain(sampling, json_schema=json_schema, regex=regex, choice=choice, grammar=grammar)
     for token_id, bias in (logit_bias or {}).items():
         sampling.logit_bias[_whole("logit_bias", token_id)] = _real("logit_bias", bias)
     stops = [stop] if isinstance(stop, str) else list(_iterable("stop", stop))
@@ -245,6 +262,24 @@ def _kind(value: object) -> common_pb2.Speculation.Kind:
     if not isinstance(value, str) or value not in kinds:
         raise _invalid("speculation", f"must be one of {', '.join(kinds)}, is {_short(value)}")
     return kinds[value]
+
+
+def _constrain(sampling: common_pb2.SamplingParams, **given: Any) -> None:
+    asked = {name: value for name, value in given.items() if value is not None}
+    if len(asked) > 1:
+        raise _invalid(list(asked)[1], f"cannot be asked for together with {next(iter(asked))}")
+    for name, value in asked.items():
+        if name == "choice":
+            texts = [_text(name, one) for one in _iterable(name, value, "a list of texts")]
+            sampling.constraint.choice.SetInParent()  # an empty list is sent too: the cluster refuses it
+            sampling.constraint.choice.texts.extend(texts)
+        elif name == "json_schema" and not isinstance(value, str):
+            try:
+                sampling.constraint.json_schema = json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise _invalid(name, f"is nothing that JSON can say: {error}") from None
+        else:
+            setattr(sampling.constraint, name, _text(name, value))
 
 
 def _real(field: str, value: object) -> float:

@@ -18,6 +18,7 @@ HELP = """Complete a prompt; the text is streamed to standard output.
   legato generate "Once upon a time" --trace          where the time went
   legato generate "1, 2, 3," --seed 7 --json | jq .text
   echo "a long prompt" | legato generate -            from standard input
+  legato generate "A person as JSON: " --json-schema person.json
 """
 
 
@@ -38,11 +39,17 @@ def generate(
     ignore_eos: options.IgnoreEos = False,
     logprobs: options.Logprobs = None,
     speculation: options.Speculation = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
+    grammar: options.Grammar = None,
     timeout_s: options.Timeout = 120.0,
     api_key: options.ApiKey = "",
     as_json: options.AsJson = False,
     trace: Annotated[bool, typer.Option("--trace", help="Draw where the time went.")] = False,
 ) -> None:
+    if [prompt, json_schema, grammar].count("-") > 1:
+        raise typer.BadParameter("standard input can be read once: one of PROMPT, --json-schema and --grammar is -")
     with options.client(address, api_key, timeout_s) as client:
         stream = client.stream(
             sys.stdin.read() if prompt == "-" else prompt,
@@ -60,6 +67,10 @@ def generate(
             ignore_eos=ignore_eos,
             logprobs=logprobs,
             speculation=speculation,
+            json_schema=options.file_or_stdin("--json-schema", json_schema),
+            regex=regex,
+            choice=choice or None,
+            grammar=options.file_or_stdin("--grammar", grammar),
         )
         for piece in stream:
             if not as_json:

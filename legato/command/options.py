@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,11 +39,31 @@ Speculation = Annotated[
         show_default="nobody",
     ),
 ]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option("--json-schema", help="FILE with a JSON schema that the answer keeps to; - reads standard input."),
+]
+Regex = Annotated[str | None, typer.Option("--regex", help="A regular expression that the whole answer matches.")]
+Choice = Annotated[list[str] | None, typer.Option("--choice", help="An answer to choose; give it for each of them.")]
+Grammar = Annotated[
+    str | None,
+    typer.Option("--grammar", help="FILE with a grammar in Lark's notation for the answer; - reads standard input."),
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end-of-sequence token.")]
 Logprobs = Annotated[int | None, typer.Option("--logprobs", help="0: of the tokens; k: also of the k likeliest.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 DEFAULT_ADDRESS = "localhost:50051"
+
+
+def file_or_stdin(option: str, name: str | None) -> str | None:
+    """The content of a FILE option."""
+    if name is None:
+        return None
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {name}: {error}", param_hint=option) from None
 
 
 def client(address: str, api_key: str, timeout_s: float) -> Any:

@@ -117,6 +117,15 @@ def test_what_is_refused_here_says_what_is_wanted():
         "num_draft_tokens must be at least 1, is -2": lambda: _request.answer_options(
             speculation="draft_model", num_draft_tokens=-2
         ),
+        "regex cannot be asked for together with json_schema": lambda: _request.answer_options(
+            json_schema={}, regex="a"
+        ),
+        "json_schema is nothing that JSON can say: Object of type": lambda: _request.answer_options(
+            json_schema={"const": b"a"}
+        ),
+        "choice must be a list of texts, is 'yes'": lambda: _request.answer_options(choice="yes"),
+        "choice must be text, is 3": lambda: _request.answer_options(choice=["yes", 3]),
+        "grammar must be text, is ['a']": lambda: _request.answer_options(grammar=["a"]),
         "temperature must be a number, is array": lambda: _request.answer_options(temperature=numpy.ones(3)),
         "logit_bias must be at least -3.4e38, is": lambda: _request.answer_options(logit_bias={1: -1e300}),
         "timeout_s must be a finite number of seconds above 0, is inf": lambda: legato.Client(
@@ -128,6 +137,18 @@ def test_what_is_refused_here_says_what_is_wanted():
         with pytest.raises(errors.InvalidParameter) as caught:
             build()
         assert str(caught.value).startswith(said)
+
+
+def test_constraints_go_out_as_they_are():
+    said = lambda **options: _request.answer_options(**options).sampling.constraint  # noqa: E731
+    assert said(json_schema={"type": "object"}).json_schema == '{"type": "object"}'
+    assert said(json_schema=True).json_schema == "true"
+    assert said(json_schema='{"const": 1.50}').json_schema == '{"const": 1.50}', "a text is sent as it is"
+    assert said(regex="").WhichOneof("kind") == "regex", "an empty one is one, too"
+    assert list(said(choice=iter(["a", "b"])).choice.texts) == ["a", "b"]
+    assert said(choice=[]).WhichOneof("kind") == "choice"
+    assert said(grammar="start: A").grammar == "start: A"
+    assert not _request.answer_options().sampling.HasField("constraint")
 
 
 def test_a_requests_name_cannot_break_the_line_of_its_error():
