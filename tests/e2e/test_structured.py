@@ -129,6 +129,23 @@ async def test_the_same_with_every_other_option(model: Path, redis_url: str) -> 
     assert all(is_person(choice.text) for choice in several.choices)
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+async def test_ranks_that_draw_compile_for_themselves(model: Path, redis_url: str, layout: str) -> None:
+    options: dict[str, Any] = {"json_schema": PERSON}
+    async with cluster(model, redis_url, prefill=0) as running:
+        expected = await answers(running, range(9), **options)
+    engine = {"layout": layout, "num_blocks": None, "kv_memory": "4MiB"}
+    async with cluster(model, redis_url, prefill=0, engine=engine) as running:
+        found = await answers(running, range(9), **options)
+        with pytest.raises(legato.errors.InvalidParameter, match="choice is not kept to"):
+            await running.client.generate([5, 6], choice=["abc"], forced_token_ids=answers_ids("x", model))
+        await running.assert_as_at_start()
+    assert [(answer.token_ids, answer.finish_reason) for answer in found] == [
+        (answer.token_ids, answer.finish_reason) for answer in expected
+    ]
+    assert all(is_person(answer.text) for answer in found)
+
+
 async def test_an_answer_goes_on_where_its_worker_was_lost(model: Path, redis_url: str) -> None:
     options: dict[str, Any] = {"json_schema": PERSON, "seed": 11, "temperature": 1.5, "max_tokens": 200}
     async with cluster(model, redis_url, decode=2) as running:
