@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
+from paged_sequences import Heads, Options, PagedSequences
 from rope_inputs import CASES, NORMED, QUANTISED, Inputs, rows_at_the_ends
 from torch import Tensor
 
-from kernels import gated_activation, moe_mlp, moe_route, paged_attention, rms_norm, rope_kv_write
+from kernels import gated_activation, moe_mlp, moe_route, paged_attention_gpu, rms_norm, rope_kv_write
 from kernels.cpu import library
 from kernels.kv_rows import SCALE_BYTES, dequantise_rows, quantise_rows
 
@@ -155,38 +157,62 @@ def test_codes_at_the_ends(kv_dtype: torch.dtype) -> None:
     assert not dequantise_rows(found[8:10]).isfinite().any()
 
 
-ATTENTION_CASES = {  # lengths of (queries, context), heads, KV heads, head_dim, block_tokens
-    "one": ([(1, 1)], 1, 1, 16, 16),
-    "decodes": ([(1, 9), (1, 1), (1, 70)], 9, 3, 64, 16),
-    "decodes, odd blocks": ([(1, 34), (1, 35)], 6, 2, 20, 7),
-    "decodes, one KV head": ([(1, 5), (1, 33)], 20, 1, 32, 4),
-    "one chunk": ([(23, 23)], 4, 4, 32, 16),
-    "chunk after a prefix": ([(42, 75)], 6, 3, 16, 16),
-    "mixed": ([(1, 40), (19, 19), (1, 3), (18, 66), (1, 65)], 8, 2, 16, 5),
+ATTENTION_CASES = {  # heads, lengths of (queries, context), block_tokens
+    "one": (Heads(1, 1, 16), [(1, 1)], 16),
+    "decodes": (Heads(9, 3, 64), [(1, 9), (1, 1), (1, 70)], 16),
+    "decodes, odd blocks": (Heads(6, 2, 20), [(1, 34), (1, 35)], 7),
+    "decodes, one KV head": (Heads(20, 1, 32), [(1, 5), (1, 33)], 4),
+    "decodes, latent": (Heads(16, 1, 48, 32, True), [(1, 5), (1, 70)], 16),
+    "decodes, latent of odd size": (Heads(21, 1, 44, 24, True), [(1, 40), (1, 33)], 7),
+    "a group of several tiles": (Heads(70, 1, 24, 16, True), [(1, 5), (2, 33)], 16),
+    "decodes, values nearly keys": (Heads(2, 1, 48, 40, True), [(1, 5), (1, 33)], 16),
+    "one chunk": (Heads(4, 4, 32), [(23, 23)], 16),
+    "chunk after a prefix": (Heads(6, 3, 16), [(42, 75)], 16),
+    "chunk of narrow values": (Heads(4, 2, 48, 32), [(10, 75)], 16),
+    "mixed": (Heads(8, 2, 16), [(1, 40), (19, 19), (1, 3), (18, 66), (1, 65)], 5),
+    "mixed, latent": (Heads(16, 1, 48, 32, True), [(1, 40), (9, 9), (8, 66)], 5),
 }
+ALL_OPTIONS = Options(window=33, softcap=2.0, sinks=True)
+
+
+def check_attention(
+    heads: Heads,
+    lengths: list[tuple[int, int]],
+    block_tokens: int,
+    options: Options,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    num_splits: int,
+) -> None:
+    sequences = PagedSequences(heads, [context for _, context in lengths], dtype, kv_dtype, block_tokens)
+    spans = [(index, context - queries, context) for index, (queries, context) in enumerate(lengths)]
+    (q, keys, values, tables, *others), keywords = sequences.call(spans, options)
+    tables[tables < 0] = 2**30  # the read of a block that nobody sees crashes
+    actual = paged_attention_gpu.launch(in_poison(q), keys, values, tables, *others, **keywords, num_splits=num_splits)
+    expected = np.concatenate([sequences.expected(span, options)[0] for span in spans])
+    assert_close(actual, torch.from_numpy(expected).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_splits", [1, 4])
 @pytest.mark.parametrize("case", list(ATTENTION_CASES))
 def test_paged_attention(case: str, num_splits: int, dtype: torch.dtype) -> None:
-    lengths, num_heads, num_kv_heads, head_dim, block_tokens = ATTENTION_CASES[case]
-    tables_of = [-(-context // block_tokens) for _, context in lengths]
-    blocks = torch.randperm(sum(tables_of) + 2).split([*tables_of, 2])[:-1]
-    tables = torch.full(
-        (len(lengths), max(tables_of) + 1), 2**30, dtype=torch.int32
-    )  # a read past the last block crashes
-    memory = torch.full((sum(tables_of) + 2, 2, 2, num_kv_heads, block_tokens, head_dim), float("nan"), dtype=dtype)
-    for row, (own, (_, context)) in enumerate(zip(blocks, lengths, strict=True)):
-        tables[row, : len(own)] = own
-        for n in range(context):  # what lies past the context stays NaN
-            memory[own[n // block_tokens], 1, :, :, n % block_tokens] = torch.randn(2, num_kv_heads, head_dim).to(dtype)
-    starts = torch.tensor([0, *(queries for queries, _ in lengths)]).cumsum(0).int()
-    contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
-    q = in_poison(torch.randn(int(starts[-1]), num_heads, head_dim, dtype=dtype))
-    arguments = (q, memory[:, 1, 0], memory[:, 1, 1], tables, starts, contexts, head_dim**-0.5)
-    actual = paged_attention.launch(*arguments, num_splits=num_splits)
-    assert_close(actual, paged_attention.reference(*arguments))
+    check_attention(*ATTENTION_CASES[case], Options(), dtype, dtype, num_splits)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("case", ["decodes, odd blocks", "decodes, latent", "chunk of narrow values", "mixed"])
+def test_paged_attention_of_row_quantised_blocks(case: str, num_splits: int, kv_dtype: torch.dtype | None) -> None:
+    dtype = torch.float32 if num_splits > 1 else torch.float16
+    check_attention(*ATTENTION_CASES[case], ALL_OPTIONS, dtype, kv_dtype or dtype, num_splits)
+
+
+@pytest.mark.parametrize("options", [Options(window=1), Options(window=20), Options(softcap=2.0), Options(sinks=True)])
+@pytest.mark.parametrize("case", ["decodes, odd blocks", "mixed, latent"])
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_options_of_paged_attention(case: str, num_splits: int, options: Options) -> None:
+    check_attention(*ATTENTION_CASES[case], options, torch.float32, torch.float32, num_splits)
 
 
 ROUTES: dict[str, tuple[int, int, dict[str, Any]]] = {  # experts, per token

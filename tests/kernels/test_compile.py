@@ -6,6 +6,7 @@ would have launched is what is compiled.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from paged_sequences import Heads, Options, PagedSequences
 
 triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
@@ -24,7 +26,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import native_specialize_impl  # noqa: E402
 
-from kernels import gated_activation, linear, moe_mlp, moe_route, paged_attention, rms_norm, rope_kv_write  # noqa: E402
+from kernels import gated_activation, linear, moe_mlp, moe_route, paged_attention_gpu, rms_norm, rope_kv_write  # noqa: E402
 from kernels.kv_rows import SCALE_BYTES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -109,13 +111,17 @@ def launch_rope_kv_write(
 
 
 def launch_paged_attention(
-    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, num_tokens: int, num_splits: int
+    dtype: torch.dtype,
+    heads: Heads,
+    num_tokens: int,  # of four sequences
+    num_splits: int = 1,
+    kv_dtype: torch.dtype | None = None,
+    options: Options | None = None,
 ) -> None:
-    memory = torch.zeros(2, 2, 2, num_kv_heads, 16, head_dim, dtype=dtype)
-    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
-    starts, contexts, tables = (torch.zeros(*shape, dtype=torch.int32) for shape in [(5,), (4,), (4, 64)])
-    keys, values = memory[:, 1, 0], memory[:, 1, 1]
-    paged_attention.launch(q, keys, values, tables, starts, contexts, 0.125, num_splits=num_splits)
+    sequences = PagedSequences(heads, [32, 32, 32, 32], dtype, kv_dtype or dtype, block_tokens=16)
+    queries = num_tokens // 4
+    arguments, keywords = sequences.call([(index, 32 - queries, 32) for index in range(4)], options or Options())
+    paged_attention_gpu.launch(*arguments, **keywords, num_splits=num_splits)
 
 
 def launch_moe_route(num_experts: int, num_groups: int, **options: Any) -> None:
@@ -181,20 +187,6 @@ CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
             BRAIN, 16, 1, 576, rotary_dim=64, rotary_offset=512, has_values=False, kv_dtype=torch.float8_e4m3fn
         ),
     ),
-    "decode bf16 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(BRAIN, 9, 3, 64, 4, 1)),
-    "decode bf16 64/8 128 split": (
-        paged_attention,
-        "_attend_kernel",
-        lambda: launch_paged_attention(BRAIN, 64, 8, 128, 4, 8),
-    ),
-    "join bf16 128": (paged_attention, "_join_kernel", lambda: launch_paged_attention(BRAIN, 64, 8, 128, 4, 8)),
-    "chunk bf16 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(BRAIN, 9, 3, 64, 99, 1)),
-    "chunk fp16 32/8 128": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(HALF, 32, 8, 128, 99, 1)),
-    "chunk bf16 16/8 256": (
-        paged_attention,
-        "_attend_kernel",
-        lambda: launch_paged_attention(BRAIN, 16, 8, 256, 99, 1),
-    ),
     "route softmax 128": (moe_route, "_kernel", lambda: launch_moe_route(128, 1, scoring="softmax", normalise=True)),
     "route gpt-oss 32": (
         moe_route,
@@ -213,8 +205,44 @@ CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
     "experts fp32 decode": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(SINGLE, 8, 768, 2048, 4, False)),
     "experts fp32 chunk": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(SINGLE, 8, 768, 2048, 999, True)),
     "experts' sum": (moe_mlp, "_combine_kernel", lambda: launch_moe_mlp(BRAIN, 8, 768, 2048, 4, False)),
-    "chunk fp32 9/3 64": (paged_attention, "_attend_kernel", lambda: launch_paged_attention(SINGLE, 9, 3, 64, 99, 1)),
 }
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+SMOL, LLAMA, GEMMA, OSS = Heads(9, 3, 64), Heads(64, 8, 128), Heads(16, 8, 256), Heads(64, 8, 64)
+LATENT, MANY_LATENT, WHOLE = Heads(16, 1, 576, 512, True), Heads(128, 1, 576, 512, True), Heads(16, 16, 192, 128)
+ATTENTION: dict[str, tuple[Any, ...]] = {  # arguments of launch_paged_attention
+    "decode bf16 9/3 64": (BRAIN, SMOL, 4),
+    "decode bf16 64/8 128 split": (BRAIN, LLAMA, 4, 8),
+    "decode bf16 16/8 256 window cap": (BRAIN, GEMMA, 4, 1, None, Options(window=4096, softcap=50.0)),
+    "decode bf16 64/8 64 window sinks": (BRAIN, OSS, 4, 8, None, Options(window=128, sinks=True)),
+    "decode bf16 64/8 128 fp8": (BRAIN, LLAMA, 4, 8, FP8),
+    "decode bf16 32/1 96": (BRAIN, Heads(32, 1, 96), 4),
+    "decode bf16 16/16 192/128": (BRAIN, WHOLE, 4),
+    "decode bf16 latent 16": (BRAIN, LATENT, 4, 8),
+    "decode bf16 latent 128": (BRAIN, MANY_LATENT, 4, 8),
+    "decode bf16 latent 128 fp8": (BRAIN, MANY_LATENT, 4, 8, FP8),
+    "chunk bf16 9/3 64": (BRAIN, SMOL, 100),
+    "chunk bf16 32/32 96": (BRAIN, Heads(32, 32, 96), 100),
+    "chunk fp16 32/8 128": (HALF, Heads(32, 8, 128), 100),
+    "chunk bf16 16/8 256 window cap": (BRAIN, GEMMA, 100, 1, None, Options(window=4096, softcap=50.0)),
+    "chunk bf16 64/8 64 window sinks": (BRAIN, OSS, 100, 1, None, Options(window=128, sinks=True)),
+    "chunk bf16 64/8 128 fp8": (BRAIN, LLAMA, 100, 1, FP8),
+    "chunk bf16 16/8 256 fp8": (BRAIN, GEMMA, 100, 1, FP8),
+    "chunk bf16 16/16 192/128": (BRAIN, WHOLE, 100),
+    "chunk bf16 latent 16": (BRAIN, LATENT, 100),
+    "chunk bf16 latent 128 fp8": (BRAIN, MANY_LATENT, 100, 1, FP8),
+    "chunk fp32 9/3 64": (SINGLE, SMOL, 100),
+    "chunk fp32 64/8 128 int8": (SINGLE, LLAMA, 100, 1, INT8),
+    "chunk fp32 latent 16": (SINGLE, LATENT, 100),
+    "decode fp32 64/8 128 fp8": (SINGLE, LLAMA, 4, 1, FP8),
+    "decode bf16 16/8 256 fp8": (BRAIN, GEMMA, 4, 1, FP8),
+}
+CASES |= {
+    name: (paged_attention_gpu, "_attend_kernel", functools.partial(launch_paged_attention, *arguments))
+    for name, arguments in ATTENTION.items()
+}
+CASES["join bf16 128"] = (paged_attention_gpu, "_join_kernel", lambda: launch_paged_attention(BRAIN, LLAMA, 4, 8))
+CASES["join bf16 512"] = (paged_attention_gpu, "_join_kernel", lambda: launch_paged_attention(BRAIN, LATENT, 4, 64))
 
 
 @pytest.mark.parametrize("capability", list(TARGETS))

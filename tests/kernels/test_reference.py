@@ -13,7 +13,7 @@ import torch
 from paged_sequences import Heads, Options, PagedSequences
 from torch import Tensor
 
-from kernels import gated_activation, linear, paged_attention, rms_norm
+from kernels import gated_activation, linear, paged_attention, paged_attention_gpu, rms_norm
 
 TOLERANCES = {torch.float32: (2e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 8e-3)}
 DTYPES = list(TOLERANCES)
@@ -113,7 +113,7 @@ def test_the_room_imports_without_triton_and_says_so_when_it_is_needed() -> None
 import sys
 sys.modules["triton"] = None
 import torch
-from kernels import gated_activation, linear, paged_attention, rms_norm, rope_kv_write
+from kernels import gated_activation, linear, paged_attention, paged_attention_gpu, rms_norm, rope_kv_write
 assert gated_activation.gated_activation(torch.ones(1, 4), "silu").shape == (1, 2)
 try:
     gated_activation.launch(torch.ones(1, 4), "silu")
@@ -132,7 +132,7 @@ else:
     [(1, 200, 1), (1, 8192, 32), (1, 10**6, 64), (24, 8192, 8), (132, 8192, 2), (200, 8192, 1), (1000, 8192, 1)],
 )
 def test_kv_is_split_while_multiprocessors_are_idle(num_programs: int, most_kv_tokens: int, expected: int) -> None:
-    assert paged_attention.choose_splits(num_programs, most_kv_tokens, num_multiprocessors=132) == expected
+    assert paged_attention_gpu.choose_splits(num_programs, most_kv_tokens, num_multiprocessors=132) == expected
 
 
 def test_wide_results_are_not_rounded_in_between() -> None:
