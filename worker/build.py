@@ -1,6 +1,6 @@
 """A worker's parts, made in order:
 
-the model's description ──▶ the other ranks are started ──▶ KV memory is sized and registered with the transports
+the model's description ──▶ the other ranks are started, layers are timed ──▶ KV memory is sized and registered
 ──▶ all ranks join and load ──▶ warm-up ──▶ scheduler and reservations
 """
 
@@ -18,6 +18,7 @@ import torch
 from engine.engine import Engine
 from engine.grammar import Grammars
 from engine.groups import Groups, join
+from engine.layer_costs import LayerCosts, measure_layer_costs
 from engine.model_files import open_model
 from engine.speculation import DraftModel
 from kvtransfer.choose import open_transports
@@ -35,7 +36,7 @@ from service.ports import free_port
 from service.tokenizer import load_tokenizer
 from spec.errors import InvalidConfiguration, LegatoError, TransportUnavailable
 from spec.layout import KVLayout
-from spec.shard import RankShard, check_layout, shard_of
+from spec.shard import RankShard, check_layout, shard_of, stage_layers
 from telemetry.setup import Telemetry
 from worker.core import Core, CoreRank
 from worker.draft import open_draft_model
@@ -75,6 +76,7 @@ class _Builder:
         self._config, self._report, self._place = config, report, place
         self._others: Ranks | None = None
         self._groups: Groups | None = None
+        self._costs: LayerCosts | None = None
         self._transports: dict[str, Transport] = {}
         self._regions: dict[str, Region] = {}
         self._options = options_for(config.engine, place)
@@ -104,7 +106,8 @@ class _Builder:
             self._others = Ranks(self._config, self._layout.num_ranks, self._place)
             self._others.accept()
             self._refuse_hosts()
-        shards = [shard_of(self._files.spec, self._layout, rank) for rank in range(self._layout.num_ranks)]
+        self._costs = self._measured_costs()
+        shards = [self._shard(rank) for rank in range(self._layout.num_ranks)]
         memory = self._place_memory(shards)
         draft_model = open_draft_model(
             self._config,
@@ -131,6 +134,27 @@ class _Builder:
         finally:
             memory.close()
         return self._core(telemetry, engine, grammars, shards, memory, draft_model)
+
+    def _measured_costs(self) -> LayerCosts | None:
+        """Stages are balanced by what layers take here; one stage needs no balance."""
+        if self._layout.pp == 1:
+            return None
+        self._report("measuring layers", 0.0)
+        costs = measure_layer_costs(self._files, self._options, self._layout.tp)
+        stages = stage_layers(self._files.spec, self._layout.pp, costs.layers, costs.head)
+        logger.info(
+            "stages of %s layers; a layer takes %s ms, the head %.2f ms",
+            ", ".join(str(len(layers)) for layers in stages),
+            " or ".join(f"{cost * 1e3:.2f}" for cost in sorted(set(costs.layers))),
+            costs.head * 1e3,
+        )
+        return costs
+
+    def _shard(self, rank: int) -> RankShard:
+        costs = self._costs
+        if costs is None:
+            return shard_of(self._files.spec, self._layout, rank)
+        return shard_of(self._files.spec, self._layout, rank, layer_costs=costs.layers, head_cost=costs.head)
 
     @property
     def _is_on_one_host(self) -> bool:
@@ -195,6 +219,8 @@ class _Builder:
                 num_blocks=memory.num_blocks,
                 memory_path=memory.path if hello.host == here else "",
                 offset_bytes=memory.offsets[rank],
+                layer_costs=() if self._costs is None else self._costs.layers,
+                head_cost=0.0 if self._costs is None else self._costs.head,
             )
             self._others.send(rank, rank_pb2.RankCommand(load=load))
         try:

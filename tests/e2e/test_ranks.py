@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import Cluster, cluster
-from tiny_llama import write_tokenizer
+from tiny_llama import load_reference, reference_of, write_tokenizer
 from tiny_models import make_model
 
+import legato
 import worker.build
 
 PROMPTS = [[random.Random(seed).randrange(3, 90) for _ in range(length)] for seed, length in enumerate((5, 37, 61, 18))]
@@ -69,3 +72,45 @@ async def test_ranks_on_several_hosts_take_part_in_no_handoff(
         assert await answers(running) == expected
         assert running.workers["decode-0"].core.reservations.totals()["reserved"] == 0
         await running.assert_as_at_start()
+
+
+def greedy(model: Path, prompt: list[int]) -> tuple[int, ...]:
+    """By transformers, in float32."""
+    reference, tokens = load_reference(model), list(prompt)
+    for _ in range(TOKENS):
+        tokens.append(int(reference_of(reference, tokens)[-1].argmax()))
+    return tuple(tokens[len(prompt) :])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks share memory as Linux alone does it")
+def test_from_a_prefill_worker_of_two_ranks_to_a_decode_worker_of_two_stages(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As processes: what one rank of the one side holds goes to several of the other."""
+    model = models["llama3"]
+    engine = {"dtype": "float32", "threads": 1, "block_tokens": 7, "max_step_tokens": 24, "max_sequences": 8}
+    config = {
+        "model": str(model),
+        "engine": {**engine, "kv_memory": "4MiB"},
+        "prefill_engine": {"layout": "tp2"},
+        "decode_engine": {"layout": "pp2", "block_tokens": 5},
+    }
+    (tmp_path / "cluster.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "legato.command.main", "up", "--config", str(tmp_path / "cluster.yaml")]
+    with (tmp_path / "stderr").open("w") as stderr:
+        up = subprocess.Popen(
+            [*command, "--port", "0", "--run-folder", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=stderr
+        )
+    try:
+        assert up.stdout is not None
+        line = up.stdout.readline().decode()
+        assert line.startswith("ready grpc="), (tmp_path / "stderr").read_text()
+        with legato.Client(line.removeprefix("ready grpc=").strip(), timeout_s=120) as client:
+            for prompt in PROMPTS:
+                found = client.generate(prompt, max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+                assert found.token_ids == greedy(model, prompt)
+                assert found.route is not None
+                assert (found.route.attempts, found.route.transfer is not None) == (1, True)
+    finally:
+        up.terminate()
+        assert up.wait(20) == 0

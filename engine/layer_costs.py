@@ -1,0 +1,97 @@
+"""What a layer of each kind and the head cost on this device: what pipeline stages are balanced by.
+
+Timed is a decode step of ROWS sequences on the real weights, cut over tp as the worker's, without the sums over ranks:
+one layer of each kind is loaded for it, with the head, and is given back. Looking tokens up in the embedding costs next
+to nothing beside them, and counts with the layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.engine import Engine, EngineOptions
+from engine.groups import Groups
+from engine.model_base import ModelFiles
+from engine.step import StepTensors
+from spec.layout import ParallelLayout
+from spec.model import ModelSpec
+from spec.shard import shard_of
+
+ROWS = 8
+CONTEXT_TOKENS = 64
+WARM_UPS, TIMES = 3, 9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerCosts:
+    """Seconds of a decode step; what shard_of() takes."""
+
+    layers: tuple[float, ...]
+    head: float
+
+
+def measure_layer_costs(files: ModelFiles, options: EngineOptions, tp: int) -> LayerCosts:
+    """A second or so, and the time to load a layer of each kind. Raises as Engine() does."""
+    spec = files.spec
+    first_of_kind = {_kind(spec, layer): layer for layer in reversed(range(spec.num_layers))}
+    of_kind: dict[object, float] = {}
+    heads: list[float] = []
+    for kind, layer in first_of_kind.items():
+        of_kind[kind], head_s = _measure(files, options, tp, layer)
+        heads.append(head_s)
+    return LayerCosts(tuple(of_kind[_kind(spec, layer)] for layer in range(spec.num_layers)), statistics.median(heads))
+
+
+def _kind(spec: ModelSpec, layer: int) -> object:
+    """Layers of one kind cost the same."""
+    return spec.layers[layer], spec.mlp_parameters(layer, active=True)
+
+
+@torch.inference_mode()
+def _measure(files: ModelFiles, options: EngineOptions, tp: int, layer: int) -> tuple[float, float]:
+    """Seconds of (that layer, the head)."""
+    whole = shard_of(files.spec, ParallelLayout(tp=tp), 0)
+    shard = dataclasses.replace(whole, layers=range(layer, layer + 1), experts=whole.experts[layer : layer + 1])
+    context_tokens = min(CONTEXT_TOKENS, files.spec.max_context_tokens)
+    blocks_each = -(-context_tokens // options.block_tokens)
+    engine = Engine(files, options, ROWS * blocks_each, groups=Groups(shard, options.torch_device()))
+    engine.kv.tensor.view(torch.uint8).zero_()  # numbers that are none would be slow
+    step = _decode_step(context_tokens, blocks_each, options.block_tokens, engine.device)
+    found = engine.decoder.forward(step)
+    assert found is not None
+    hidden = found
+    return (
+        _seconds(lambda: engine.decoder.forward(step), engine.device),
+        _seconds(lambda: engine.decoder.logits(hidden), engine.device),
+    )
+
+
+def _decode_step(context_tokens: int, blocks_each: int, block_tokens: int, device: torch.device) -> StepTensors:
+    tables = torch.arange(ROWS * blocks_each, dtype=torch.int32).view(ROWS, blocks_each)
+    position = context_tokens - 1
+    slots = tables[:, position // block_tokens].long() * block_tokens + position % block_tokens
+    return StepTensors(
+        token_ids=torch.arange(ROWS, device=device),
+        positions=torch.full((ROWS,), position, device=device),
+        slots=slots.to(device),
+        block_tables=tables.to(device),
+        query_starts=torch.arange(ROWS + 1, dtype=torch.int32, device=device),
+        context_lens=torch.full((ROWS,), context_tokens, dtype=torch.int32, device=device),
+        wanted_rows=None,
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(WARM_UPS + TIMES):
+        started_s = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started_s)
+    return statistics.median(times[WARM_UPS:])
