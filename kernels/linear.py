@@ -5,22 +5,23 @@
 
 On CUDA this is the vendor's GEMM through torch; there is no Triton kernel to beat it. On a CPU the weight is packed
 into panels of columns (kernels/cpu/product.h), which is all that is kept of it. A quantised weight stays quantised in
-memory: on a CPU its codes are expanded in registers (kernels/cpu/quantised.h), elsewhere a slice at a time.
+memory (kernels/quantised_linear.py); on a CPU the panels of its codes are expanded in registers
+(kernels/cpu/quantised.h).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import quantised_linear
 from kernels.cpu.library import Library, library_for
 from kernels.quantised import QuantisedWeight, dequantise
 
-BLOCK_COLUMNS = 8192
+WIDE_COLUMNS = 8192
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -66,29 +67,26 @@ def unpack(packed: PackedLinear) -> Tensor:
 
 
 def reference(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
-    if packed.library is None and packed.quantised is None and not wide:
-        return F.linear(x, packed.weight, packed.bias)
-    out = torch.cat([F.linear(x.float(), block.float()) for block in _blocks(packed)], dim=1)
+    if packed.quantised is not None:
+        return quantised_linear.reference(x, packed.quantised, packed.bias, wide=wide)
+    weight = unpack(packed)
+    if weight.dtype == x.dtype and not wide:
+        return F.linear(x, weight, packed.bias)
+    # In blocks of columns, so that no second copy of a large weight is made.
+    out = torch.cat([F.linear(x.float(), block.float()) for block in torch.split(weight, WIDE_COLUMNS)], dim=1)
     out = out if packed.bias is None else out + packed.bias.float()
     return out if wide else out.to(x.dtype)
-
-
-def _blocks(packed: PackedLinear) -> Iterator[Tensor]:
-    """Columns of the product, a block at a time, so that no second copy of a large weight is made."""
-    if packed.quantised is None:
-        yield from torch.split(unpack(packed), BLOCK_COLUMNS)
-    else:
-        for first in range(0, packed.n, BLOCK_COLUMNS):
-            yield dequantise(packed.quantised[first : first + BLOCK_COLUMNS])
 
 
 def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
     """x: [T, K] in packed.dtype. Returns [T, N] in x.dtype, or in float32 where `wide`: on a CPU the sums themselves,
     not rounded in between."""
-    if packed.library is None:
-        return reference(x, packed, wide=wide)
     assert x.shape[1] == packed.k
     assert x.dtype == packed.dtype
+    if packed.quantised is not None:
+        return quantised_linear.quantised_linear(x, packed.quantised, packed.bias, wide=wide)
+    if packed.library is None:
+        return reference(x, packed, wide=wide)
     return packed.library.linear(x, packed.weight, packed.bias, packed.n, wide=wide)
 
 

@@ -13,10 +13,19 @@ import numpy as np
 import pytest
 import torch
 from paged_sequences import Heads, Options, PagedSequences
+from quantised_weights import FORMS, drawn_weight, magnitudes
 from rope_inputs import CASES, NORMED, QUANTISED, Inputs, rows_at_the_ends
 from torch import Tensor
 
-from kernels import gated_activation, moe_mlp, moe_route, paged_attention_gpu, rms_norm, rope_kv_write
+from kernels import (
+    gated_activation,
+    moe_mlp,
+    moe_route,
+    paged_attention_gpu,
+    quantised_linear,
+    rms_norm,
+    rope_kv_write,
+)
 from kernels.cpu import library
 from kernels.kv_rows import SCALE_BYTES, dequantise_rows, quantise_rows
 
@@ -277,9 +286,29 @@ def test_moe_mlp(
 
 
 def test_an_empty_batch_of_rows() -> None:
+    assert quantised_linear.launch(torch.empty(0, 8), drawn_weight(FORMS["mxfp4"], 4, 8)).shape == (0, 4)
     assert gated_activation.launch(torch.empty(0, 8), "silu").shape == (0, 4)
     assert rms_norm.launch(torch.empty(0, 8), torch.ones(8), 1e-5)[0].shape == (0, 8)
     assert moe_route.launch(torch.empty(0, 8), experts_per_token=2, scoring="softmax", normalise=True)[0].shape == (
         0,
         2,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 5, 7), (3, 70, 300), (19, 33, 130)])
+def test_quantised_linear(num_rows: int, n: int, k: int, form: str, dtype: torch.dtype) -> None:
+    weight, x = drawn_weight(FORMS[form], n, k), in_poison(torch.randn(num_rows, k, dtype=dtype))
+    sizes = magnitudes(x, weight)
+    for bias in (None, in_poison(torch.randn(n, dtype=dtype))):
+        found = quantised_linear.launch(x, weight, bias, wide=True)
+        expected = quantised_linear.reference(x, weight, bias, wide=True)
+        # Numbers are exact; with groups of eight they are scaled, and moved, before the product.
+        rounding = 2**-10 if dtype == torch.float16 and weight.group == 8 else (k + 4) * 2**-24
+        assert found.dtype == torch.float32
+        assert ((found - expected).abs() <= sizes * rounding + 1e-6).all()
+        small = in_poison(x / 256)
+        rounded = quantised_linear.launch(small, weight, bias)
+        exact = quantised_linear.launch(small, weight, bias, wide=True)
+        assert torch.equal(rounded, exact.to(dtype))

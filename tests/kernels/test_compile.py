@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from paged_sequences import Heads, Options, PagedSequences
+from quantised_weights import FORMS, drawn_weight
 
 triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
@@ -26,7 +27,16 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import native_specialize_impl  # noqa: E402
 
-from kernels import gated_activation, linear, moe_mlp, moe_route, paged_attention_gpu, rms_norm, rope_kv_write  # noqa: E402
+from kernels import (  # noqa: E402
+    gated_activation,
+    linear,
+    moe_mlp,
+    moe_route,
+    paged_attention_gpu,
+    quantised_linear,
+    rms_norm,
+    rope_kv_write,
+)
 from kernels.kv_rows import SCALE_BYTES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -145,6 +155,10 @@ def launch_moe_mlp(
     )
 
 
+def launch_quantised_linear(dtype: torch.dtype, form: str, n: int, k: int, num_rows: int) -> None:
+    quantised_linear.launch(torch.zeros(num_rows, k, dtype=dtype), drawn_weight(FORMS[form], n, k))
+
+
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
     "rms_norm bf16 576": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 576)),
@@ -204,6 +218,24 @@ CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
     "experts fp16 chunk, odd": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(HALF, 8, 123, 431, 999, True)),
     "experts fp32 decode": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(SINGLE, 8, 768, 2048, 4, False)),
     "experts fp32 chunk": (moe_mlp, "_product_kernel", lambda: launch_moe_mlp(SINGLE, 8, 768, 2048, 999, True)),
+    **{
+        f"quantised bf16 {form}, {num_rows} rows": (
+            quantised_linear,
+            "_kernel",
+            lambda form=form, num_rows=num_rows: launch_quantised_linear(BRAIN, form, 4096, 4096, num_rows),
+        )
+        for form, num_rows in [*((form, 64) for form in FORMS), ("fp8 per 128", 1), ("mxfp4", 1), ("nvfp4", 32)]
+    },
+    "quantised fp16 zero points, odd": (
+        quantised_linear,
+        "_kernel",
+        lambda: launch_quantised_linear(HALF, "int4 per 128, zero points", 431, 999, 20),
+    ),
+    "quantised fp32 fp8": (
+        quantised_linear,
+        "_kernel",
+        lambda: launch_quantised_linear(SINGLE, "fp8 per 128", 512, 576, 40),
+    ),
     "experts' sum": (moe_mlp, "_combine_kernel", lambda: launch_moe_mlp(BRAIN, 8, 768, 2048, 4, False)),
 }
 

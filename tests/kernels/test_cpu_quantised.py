@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from quantised_weights import FORMS, drawn_weight, numbers_by_definition
+from quantised_weights import FORMS, drawn_weight, magnitudes, numbers_by_definition
 from torch import Tensor
 
 from kernels.cpu import library as library_module
@@ -28,16 +28,6 @@ def in_poison(values: Tensor) -> Tensor:
     return buffer[64:-64].view(values.shape)
 
 
-def terms(x: np.ndarray, weight: QuantisedWeight) -> np.ndarray:
-    """[T, N]: the sum of the magnitudes of all that is added up, offsets apart from what they are added to."""
-    offsets = np.zeros((weight.n, weight.k))
-    if weight.offsets is not None:
-        offsets = weight.offsets.double().repeat_interleave(min(weight.group, weight.k), 1)[:, : weight.k].numpy()
-    plain = QuantisedWeight(weight.kind, weight.codes, weight.scales, weight.k, weight.group)
-    outputs = 1.0 if weight.output_scales is None else weight.output_scales.double().numpy()
-    return np.abs(x) @ (np.abs(dequantise(plain).double().numpy()) + np.abs(offsets)).T * outputs
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("guarded", "one_thread")
@@ -47,7 +37,7 @@ def test_a_product_agrees_with_float64(library: Library, dtype: torch.dtype, for
     panels, values = library.pack_quantised(weight), dequantise(weight).double().numpy()
     for rows in ROWS:
         x = in_poison(drawn(rows, k, dtype=dtype, seed=rows))
-        plain, sizes = x.double().numpy() @ values.T, terms(x.double().numpy(), weight)
+        plain, sizes = x.double().numpy() @ values.T, magnitudes(x, weight).numpy()
         for added in (None, bias):
             expected = plain if added is None else plain + added.double().numpy()
             # Of fp32, the rounding of each term's addition; of the result, half a unit in its last place.

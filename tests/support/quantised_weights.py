@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kernels.quantised import NUMBERS, Kind, QuantisedWeight
+from kernels.quantised import NUMBERS, Kind, QuantisedWeight, dequantise
 
 ROW = 1 << 20  # a group longer than any K here: one scale per output
 
@@ -51,6 +51,18 @@ def drawn_weight(form: Form, n: int, k: int, seed: int = 0) -> QuantisedWeight:
     offsets = None if form.offsets is None else torch.randn(groups, generator=random).to(form.offsets)
     output_scales = torch.rand(n, generator=random) + 0.5 if form.output_scales else None
     return QuantisedWeight(form.kind, codes, scales.to(form.scales), k, form.group, offsets, output_scales)
+
+
+def magnitudes(x: Tensor, weight: QuantisedWeight) -> Tensor:
+    """[T, N] float64: the sum of the magnitudes of all that a product adds up, offsets apart from what they move."""
+    plain = QuantisedWeight(weight.kind, weight.codes, weight.scales, weight.k, weight.group)
+    values = dequantise(plain).double().abs()
+    if weight.offsets is not None:
+        repeats = min(weight.group, weight.k)
+        values += weight.offsets.double().abs().repeat_interleave(repeats, 1)[:, : weight.k]
+    if weight.output_scales is not None:
+        values *= weight.output_scales.double()[:, None]
+    return x.double().abs() @ values.T
 
 
 def numbers_by_definition(kind: Kind) -> Tensor:
