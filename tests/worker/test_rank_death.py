@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
@@ -39,7 +41,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Worker:
     """`ranks` are the processes of ranks 1, 2, ..."""
 
-    def __init__(self, folder: Path, model: Path, redis_url: str, layout: str, rank_timeout_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        redis_url: str,
+        layout: str,
+        rank_timeout_s: float,
+        launch: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         engine = EngineConfig(
             model=str(model), device="cpu", threads=1, kv_memory=2**26, layout=layout, rank_timeout_s=rank_timeout_s
         )
@@ -50,7 +60,8 @@ class Worker:
         self.log = folder / "log"
         with self.log.open("w") as log:
             command = [sys.executable, "-m", "decode_svc", "--config", str(folder / "config.yaml")]
-            self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
+            environment = os.environ | launch
+            self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, env=environment)
         self.ranks: list[psutil.Process] = []
 
     async def until(self, words: str, num_others: int) -> None:
@@ -113,6 +124,23 @@ async def streaming(model: Path, redis_url: str) -> AsyncIterator[None]:
         await asyncio.wait([reading])
 
 
+def launched(folder: Path, launch: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """One more rank of the worker in `folder`."""
+    command = [sys.executable, "-m", "decode_svc", "--config", str(folder / "config.yaml")]
+    return subprocess.Popen(command, env=os.environ | launch, stdin=subprocess.DEVNULL)
+
+
+def two_free_ports() -> int:
+    """The first of two that follow each other."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
 READY = "state=ready"
 MOMENTS = {"starting": "starting ranks", "loading": "loading weights", "idle": READY, "in a step": READY}
 
@@ -164,6 +192,25 @@ async def test_asked_to_stop_it_stops_whole(tmp_path: Path, model: Path, redis_u
         assert await worker.ended() == 0, worker.log.read_text()
     finally:
         worker.kill_all()
+
+
+async def test_a_launcher_starts_the_ranks(tmp_path: Path, model: Path, redis_url: str) -> None:
+    """As torchrun does; when the worker is asked to stop, the other rank ends with it, in peace."""
+    port = two_free_ports()
+    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    worker = Worker(tmp_path, model, redis_url, "tp2", 30.0, launch | {"RANK": "0", "LOCAL_RANK": "0"})
+    other = launched(tmp_path, launch | {"RANK": "1", "LOCAL_RANK": "1"})
+    try:
+        await worker.until(READY, 0)
+        async with streaming(model, redis_url):
+            pass
+        worker.process.terminate()
+        assert await worker.ended() == 0, worker.log.read_text()
+        assert other.wait(10) == 0
+    finally:
+        worker.kill_all()
+        other.kill()
+        other.wait()
 
 
 async def test_what_a_rank_cannot_load_is_the_workers_error(tmp_path: Path, model: Path, redis_url: str) -> None:

@@ -1,0 +1,83 @@
+"""Where a process stands among the ranks, and how the KV memory is shared out over them."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+
+from service.config import EngineConfig
+from spec.dtype import Dtype
+from spec.errors import InvalidConfiguration, OutOfBlocks
+from spec.layout import KVLayout, ParallelLayout
+from worker.kv_region import RankMemories, RankRoom, choose_num_blocks
+from worker.rank_setup import Place, options_for, place_from
+
+LAUNCHED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.7",
+    "MASTER_PORT": "29500",
+}
+NARROW = KVLayout(3, 1, 6, 7, Dtype.FLOAT16)  # 504 bytes a block
+WIDE = KVLayout(5, 1, 6, 7, Dtype.FLOAT16)  # 840 bytes
+
+
+def test_a_launcher_says_where_a_rank_stands() -> None:
+    assert place_from(LAUNCHED, ParallelLayout(tp=2, pp=2)) == Place(3, 1, 2, ("10.0.0.7", 29501))
+    assert place_from({"PATH": "/bin"}, ParallelLayout(tp=2)) == Place(local_ranks=2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"WORLD_SIZE": "8"}, {"RANK": "4"}, {"RANK": "x"}, {"MASTER_PORT": ""}, {"LOCAL_RANK": "one"}]
+)
+def test_a_launch_that_does_not_fit_is_refused(changes: dict[str, str]) -> None:
+    with pytest.raises(InvalidConfiguration):
+        place_from(LAUNCHED | changes, ParallelLayout(tp=2, pp=2))
+
+
+def test_a_launch_that_lacks_something_is_refused() -> None:
+    without = {name: value for name, value in LAUNCHED.items() if name != "MASTER_ADDR"}
+    with pytest.raises(InvalidConfiguration, match="MASTER_ADDR"):
+        place_from(without, ParallelLayout(tp=2, pp=2))
+
+
+def test_cores_are_shared_out_unless_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    assert options_for(EngineConfig(), Place(local_ranks=3)).threads == 2
+    assert options_for(EngineConfig(), Place(local_ranks=9)).threads == 1
+    assert options_for(EngineConfig(), Place()).threads is None
+    assert options_for(EngineConfig(threads=5), Place(local_ranks=3)).threads == 5
+
+
+def test_kv_memory_is_of_all_ranks() -> None:
+    config = EngineConfig(kv_memory=13_440)
+    assert choose_num_blocks(config, [RankRoom(NARROW, "a", 0), RankRoom(WIDE, "a", 0)], 1) == 10
+    assert choose_num_blocks(config, [RankRoom(NARROW, "a", 0)], 1) == 26
+    with pytest.raises(InvalidConfiguration, match="at least 2"):
+        choose_num_blocks(EngineConfig(kv_memory=2_687), [RankRoom(NARROW, "a", 0), RankRoom(WIDE, "a", 0)], 1)
+
+
+def test_the_memory_that_is_shortest_decides() -> None:
+    """Where none is configured: a share of what is free, by those that share it."""
+    roomy, short = 1 << 30, 4_000_000
+    together = [RankRoom(NARROW, "a", short), RankRoom(WIDE, "a", short)]
+    apart = [RankRoom(NARROW, "a", short), RankRoom(WIDE, "b", roomy)]
+    assert choose_num_blocks(EngineConfig(), together, 1) == 400_000 // (504 + 840)
+    assert choose_num_blocks(EngineConfig(), apart, 1) == 400_000 // 504
+    with pytest.raises(OutOfBlocks):
+        choose_num_blocks(EngineConfig(), [RankRoom(NARROW, "a", 9_999)], 1)
+
+
+def test_each_rank_has_a_part_of_the_region_that_begins_on_a_page() -> None:
+    memory = RankMemories([NARROW, WIDE, NARROW], 9, shared=False)
+    assert memory.sizes == [9 * 504, 9 * 840, 9 * 504]
+    assert [offset % mmap.PAGESIZE for offset in memory.offsets] == [0, 0, 0]
+    assert memory.nbytes == memory.offsets[2] + 9 * 504
+    memory.whole = memoryview(bytearray(memory.nbytes))
+    for rank in range(3):
+        memory.landing(rank).fill_(rank + 1)
+    assert [float(memory.landing(rank).min()) for rank in range(3)] == [1.0, 2.0, 3.0]
+    assert memory.landing(1).shape == (9, 5, 2, 1, 7, 6)
