@@ -121,7 +121,8 @@ class Experts:
             groups_per_token=moe.groups_per_token,
             group_score=moe.group_score,
         )
-        self.loads[index] += torch.bincount(expert_ids.flatten(), minlength=moe.num_experts)
+        chosen = expert_ids.flatten()  # bincount would wait for the device
+        self.loads[index].scatter_add_(0, chosen, torch.ones_like(chosen))
         return expert_ids, expert_weights
 
     def _parts(self, expert_ids: Tensor, index: int) -> Tensor:

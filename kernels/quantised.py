@@ -14,6 +14,7 @@ A zero point z of codes 0 ... 15 is the offset scale · (8 - z). Activations are
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -114,7 +115,7 @@ def concatenate(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
 def dequantise(weight: QuantisedWeight) -> Tensor:
     """[N, K] float32. What every kernel's product is measured against."""
     if weight.kind in NUMBERS:
-        numbers = torch.tensor(NUMBERS[weight.kind], device=weight.codes.device)
+        numbers = _numbers(weight.kind, weight.codes.device)
         halves = torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).flatten(1)[:, : weight.k]
         values = numbers[halves.long()]
     else:
@@ -123,6 +124,12 @@ def dequantise(weight: QuantisedWeight) -> Tensor:
     if weight.offsets is not None:
         values = values + _spread(weight.offsets, weight)
     return values if weight.output_scales is None else values * weight.output_scales[:, None]
+
+
+@functools.cache
+def _numbers(kind: Kind, device: torch.device) -> Tensor:
+    """[16] float32, kept: on a GPU a step that brings them there would wait for it."""
+    return torch.tensor(NUMBERS[kind], device=device)
 
 
 def quantise(weight: Tensor, kind: Kind, group: int | None = None) -> QuantisedWeight:
