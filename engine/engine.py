@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adapters import AdapterFiles
+from engine.cuda_graphs import CapturedDecodes, can_capture, spare_blocks
 from engine.decoder import Decoder
 from engine.grammar import Grammars, refuse
 from engine.groups import Groups
@@ -37,7 +38,8 @@ PROMPT_ROWS_AT_ONCE = 64  # whose logits exist at the same time when log-probabi
 class EngineOptions:
     """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantised ones included.
     kv_dtype "auto": the same. quantisation: of the weights, see load_weights. device "auto": the GPU where there is
-    one. threads: of the CPU; None leaves torch's number.
+    one. threads: of the CPU; None leaves torch's number. graph_rows: most sequences of a decode step that a GPU replays
+    from a CUDA graph; 0: none.
     """
 
     dtype: str = "auto"
@@ -46,6 +48,7 @@ class EngineOptions:
     block_tokens: int = 16
     kv_dtype: str = "auto"
     quantisation: Quantisation = "auto"
+    graph_rows: int = 64
 
     def dtype_for(self, spec: ModelSpec) -> Dtype:
         """Raises InvalidConfiguration for a name that is no dtype."""
@@ -115,9 +118,12 @@ class Engine:
         self.shard, dtype = self.groups.shard, TORCH_DTYPES[self.dtype]
         value_dim = None if self.spec.latent is None else self.spec.latent.kv_rank
         layout = kv_layout_for(self.spec, options, self.shard)
-        self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim)
+        captures = options.graph_rows > 0 and can_capture(self.spec, self.shard, self.device)
+        spare = spare_blocks(layout) if captures else 0
+        self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim, spare)
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
+        self._captured = CapturedDecodes(self.decoder, options.graph_rows, self.device) if captures else None
         self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
 
@@ -135,31 +141,37 @@ class Engine:
             return StepResult((), ())
         slices = plan.slices if self._draft_model is None else self._draft_model.guess(plan.slices)
         draws = [draws_of(piece) for piece in slices] if self.shard.is_last_stage else []
-        pending = self._grammars.start(slices, draws)
-        wanted, num_drawn = _wanted_rows(slices)
-        hidden = self.decoder.forward(self._step_tensors(slices, wanted), on_layer)
-        if hidden is None:
-            return StepResult(((),) * len(slices), ((),) * len(slices))
-        flat = list(itertools.chain.from_iterable(draws))
-        logits = self.decoder.logits(hidden[:num_drawn]) if flat else hidden
+        pending, flat = self._grammars.start(slices, draws), list(itertools.chain.from_iterable(draws))
+        if self._captured is not None and on_layer is None and self._captured.takes(slices):
+            logits, best = self._captured.run(slices)
+            undrawn = logits[:0]
+        else:
+            wanted, num_drawn = _wanted_rows(slices)
+            hidden = self.decoder.forward(self._step_tensors(slices, wanted), on_layer)
+            if hidden is None:
+                return StepResult(((),) * len(slices), ((),) * len(slices))
+            logits, best = self.decoder.logits(hidden[:num_drawn]) if flat else hidden, None
+            undrawn = hidden[num_drawn:]
         masks = self._grammars.join(pending)
-        found = iter(self._sampler.draw(logits, flat, masks.allowed) if flat else ())
+        found = iter(self._sampler.draw(logits, flat, masks.allowed, best) if flat else ())
         drawn = tuple(
             verified(piece.guessed_token_ids, list(itertools.islice(found, len(each))))
             for piece, each in zip(slices, draws, strict=True)
         )
         drawn = self._grammars.settle(slices, draws, drawn, masks)
-        return StepResult(drawn, self._prompt_logprobs(slices, hidden[num_drawn:]))
+        return StepResult(drawn, self._prompt_logprobs(slices, undrawn))
 
     def warm_up(self) -> None:
-        """A small chunk and a decode step, so that the first request pays for no one-time set-up. Writes into the first
-        blocks: call it before any sequence holds one."""
+        """A small chunk and a decode step, so that the first request pays for no one-time set-up; on a GPU the graphs
+        of decode steps. Writes into the first blocks: call it before any sequence holds one."""
         num_tokens = min(32, self.kv.num_blocks * self.kv.layout.block_tokens - 1, self.spec.max_context_tokens - 1)
         table = tuple(range(self.kv.layout.blocks_for(num_tokens + 1)))
         greedy = SamplingParams(temperature=0.0)
         for start, count in ((0, num_tokens), (num_tokens, 1)):
             each = Draw(greedy, start + count, num_tokens, ())
             self.execute(StepPlan(0, (Slice("warm-up", (0,) * count, start, table, each),)))
+        if self._captured is not None:
+            self._captured.capture()
 
     def _step_tensors(self, slices: tuple[Slice, ...], wanted: list[int] | None) -> StepTensors:
         """One pass over the slices, then whole arrays. See StepTensors for shapes."""

@@ -24,7 +24,8 @@ class KVMemory:
     `value_dim`: where there is one plane (multi-head latent attention), so many elements of its rows are the values.
 
     A given buffer stays its owner's; it must outlive this object and be at least num_blocks · layout.block_bytes long.
-    Blocks are not cleared: whoever takes one writes a position before reading it.
+    Blocks are not cleared: whoever takes one writes a position before reading it. `spare_blocks` more lie behind the
+    `num_blocks` that sequences own, [num_blocks, num_blocks + spare_blocks) of `tensor`; memory that is given has none.
     """
 
     def __init__(
@@ -34,14 +35,16 @@ class KVMemory:
         device: torch.device,
         buffer: memoryview | None = None,
         value_dim: int | None = None,
+        spare_blocks: int = 0,
     ) -> None:
         if num_blocks < 1:
             raise InvalidConfiguration(f"KV memory needs at least 1 block, was given {num_blocks}")
-        dtype, shape = TORCH_DTYPES[layout.dtype], layout.shape(num_blocks)
-        self.layout, self.num_blocks = layout, num_blocks
+        dtype, shape = TORCH_DTYPES[layout.dtype], layout.shape(num_blocks + spare_blocks)
+        self.layout, self.num_blocks, self.spare_blocks = layout, num_blocks, spare_blocks
         if buffer is None:
-            self.tensor = _allocated(shape, dtype, device, num_blocks * layout.block_bytes)
+            self.tensor = _allocated(shape, dtype, device, (num_blocks + spare_blocks) * layout.block_bytes)
         else:
+            assert spare_blocks == 0
             self.tensor = _over(buffer, num_blocks * layout.block_bytes, dtype, device).view(shape)
         self._layers = [(self.tensor[:, i, 0], self._values(i, value_dim)) for i in range(layout.num_layers)]
 

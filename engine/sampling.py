@@ -35,17 +35,23 @@ Mask = NDArray[np.bool_]
 GROUP = 256  # tokens summed as one when the cumulative distribution is searched
 
 
-def draw(logits: torch.Tensor, draws: Sequence[Draw], allowed: Sequence[Mask | None] | None = None) -> list[Drawn]:
+def draw(
+    logits: torch.Tensor,
+    draws: Sequence[Draw],
+    allowed: Sequence[Mask | None] | None = None,
+    best: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> list[Drawn]:
     """logits: [len(draws), vocab] float32, on any device. A row without a finite maximum draws NO_TOKEN. allowed: of
-    each row with a constraint [vocab], the tokens that it admits.
+    each row with a constraint [vocab], the tokens that it admits. best: index and value of each row's greatest logit,
+    where they are known.
 
     A step in which every sequence is greedy and asks for nothing more costs one argmax, on the logits' device.
     """
     if not draws:
         return []
     if not any(needs_row(each) for each in draws):
-        token_ids, best = argmax(logits)
-        found: list[int] = np.where(np.isfinite(best), token_ids, NO_TOKEN).tolist()
+        token_ids, values = argmax(logits) if best is None else (best[0].cpu().numpy(), best[1].cpu().numpy())
+        found: list[int] = np.where(np.isfinite(values), token_ids, NO_TOKEN).tolist()
         return [
             Drawn(token_id if token_id == NO_TOKEN else forced(each, token_id))
             for each, token_id in zip(draws, found, strict=True)

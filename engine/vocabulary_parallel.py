@@ -62,16 +62,23 @@ class Sampler:
         self._whole_groups, self._cut_groups = _groups_of(self._runs, self._own, vocab_size)
 
     def draw(
-        self, logits: torch.Tensor, draws: Sequence[Draw], allowed: Sequence[Mask | None] | None = None
+        self,
+        logits: torch.Tensor,
+        draws: Sequence[Draw],
+        allowed: Sequence[Mask | None] | None = None,
+        best: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> list[Drawn]:
-        """logits: [len(draws), the rank's vocabulary] float32; allowed: of the same tokens, as draw() takes them. A row
-        without a finite maximum draws NO_TOKEN."""
+        """logits: [len(draws), the rank's vocabulary] float32; allowed: of the same tokens, as draw() takes them. best:
+        as there, where a rank alone has the whole vocabulary. A row without a finite maximum draws NO_TOKEN."""
         if len(self._runs) == 1 or not draws:
-            return draw(logits, draws, allowed)
+            return draw(logits, draws, allowed, best)
+        assert best is None
         if not any(needs_row(each) for each in draws):
             indices, values = argmax(logits)
-            best = self._gather(logits, np.stack((values.astype(np.float64), indices + float(self._own.start)), axis=1))
-            greedy = [_greatest(best[:, row]) for row in range(len(draws))]
+            each_best = self._gather(
+                logits, np.stack((values.astype(np.float64), indices + float(self._own.start)), axis=1)
+            )
+            greedy = [_greatest(each_best[:, row]) for row in range(len(draws))]
             return [Drawn(t if t == NO_TOKEN else forced(each, t)) for (t, _), each in zip(greedy, draws, strict=True)]
         rows = logits.cpu().numpy()
         masks = allowed or [None] * len(draws)

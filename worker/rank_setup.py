@@ -70,6 +70,7 @@ def options_for(config: EngineConfig, place: Place) -> EngineOptions:
         block_tokens=config.block_tokens,
         kv_dtype=config.kv_dtype,
         quantisation=config.quantisation,
+        graph_rows=config.max_sequences,
     )
 
 
