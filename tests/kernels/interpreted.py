@@ -211,7 +211,7 @@ def test_paged_attention(case: str, num_splits: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("num_splits", [1, 4])
-@pytest.mark.parametrize("case", ["decodes, odd blocks", "decodes, latent", "chunk of narrow values", "mixed"])
+@pytest.mark.parametrize("case", ["decodes, odd blocks", "decodes, latent", "chunk of narrow values"])
 def test_paged_attention_of_row_quantised_blocks(case: str, num_splits: int, kv_dtype: torch.dtype | None) -> None:
     dtype = torch.float32 if num_splits > 1 else torch.float16
     check_attention(*ATTENTION_CASES[case], ALL_OPTIONS, dtype, kv_dtype or dtype, num_splits)
