@@ -4,7 +4,7 @@
 
 On a GPU few rows, as decode has them, read the codes and expand them in registers: numbers are exact in bf16 and fp16,
 and a group's products are summed and then scaled in fp32. Many rows multiply with slices of the weight in their own
-dtype, by the vendor's GEMM.
+dtype, by the vendor's GEMM, unless it is the sums in fp32 that are asked for.
 """
 
 from __future__ import annotations
@@ -188,9 +188,9 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wi
 
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
     """x: [T, K]; bias: [N], of x.dtype. Returns [T, N] in x.dtype, or in float32 where `wide`."""
-    if x.is_cuda and len(x) <= FEW_ROWS:
+    if not x.is_cuda:
+        return reference(x, weight, bias, wide=wide)
+    if wide or len(x) <= FEW_ROWS:
         return launch(x, weight, bias, wide=wide)
-    if x.is_cuda and not wide:
-        out = torch.cat([F.linear(x, values.to(x.dtype)) for values in _slices(weight)], dim=1)
-        return out if bias is None else out + bias
-    return reference(x, weight, bias, wide=wide)
+    out = torch.cat([F.linear(x, values.to(x.dtype)) for values in _slices(weight)], dim=1)
+    return out if bias is None else out + bias

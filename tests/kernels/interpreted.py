@@ -297,7 +297,7 @@ def test_an_empty_batch_of_rows() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 5, 7), (3, 70, 300), (19, 33, 130)])
+@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 5, 7), (3, 70, 300), (19, 33, 130), (70, 5, 33)])
 def test_quantised_linear(num_rows: int, n: int, k: int, form: str, dtype: torch.dtype) -> None:
     weight, x = drawn_weight(FORMS[form], n, k), in_poison(torch.randn(num_rows, k, dtype=dtype))
     sizes = magnitudes(x, weight)
