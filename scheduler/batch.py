@@ -237,7 +237,8 @@ class Scheduler(Holdings):
         if sequence.wants_prompt_logprobs or not self.prefix.enabled:
             return []
         known = sequence.tokens(0, sequence.known_tokens)
-        self.prefix.extend(sequence.block_hashes, known[len(sequence.block_hashes) * self.config.block_tokens :])
+        fresh = known[len(sequence.block_hashes) * self.config.block_tokens :]
+        self.prefix.extend(sequence.block_hashes, fresh, sequence.adapter)
         return self.prefix.match(known, sequence.block_hashes)
 
     def _room(self) -> int:
@@ -339,7 +340,7 @@ class Scheduler(Holdings):
             return
         hashes = sequence.block_hashes
         if len(hashes) < full:
-            self.prefix.extend(hashes, sequence.tokens(len(hashes) * size, full * size))
+            self.prefix.extend(hashes, sequence.tokens(len(hashes) * size, full * size), sequence.adapter)
         self.prefix.publish(hashes, sequence.block_table, first, full)
         sequence.published_blocks = full
 

@@ -16,7 +16,7 @@ class SchedulerConfig:
     max_context_tokens: int  # the model's; prompt and output of one sequence
     max_waiting: int = 4096
     eos_token_ids: tuple[int, ...] = ()
-    cache_salt: bytes = b""  # names whose KV it is: model, revision, adapter, dtype
+    cache_salt: bytes = b""  # names whose KV it is: model, revision, dtype; adapters add their own id
     prefix_caching: bool = True
     draft_model: bool = False  # the engine has one to guess with
     group: int = 0  # the one of the worker's groups whose blocks are scheduled

@@ -57,12 +57,13 @@ class Reservations(ReservationBook):
         producer_epoch: int,
         deadline_s: float,
         now_s: float,
+        adapter: str = "",
     ) -> Reservation:
         """Takes blocks for the KV of all of `token_ids`, which this producer alone may write.
 
         Raises ContextTooLong when the sequence can never fit here, OutOfBlocks when there is no room now."""
         self._reservable(len(token_ids))
-        hashes = self._prefix.hashes(token_ids)
+        hashes = self._prefix.hashes(token_ids, adapter)
         blocks = self._prefix.match(token_ids, hashes)
         held_tokens = len(blocks) * self._pool.block_tokens
         missing = self._pool.blocks_for(len(token_ids)) - len(blocks)
@@ -83,6 +84,7 @@ class Reservations(ReservationBook):
             deadline_s=deadline_s,
             expires_s=min(now_s + self.config.lease_s, deadline_s),
             group=self.config.group,
+            adapter=adapter,
         )
         self._live[reservation.reservation_id] = Entry(reservation, hashes, held_tokens, reservation.expires_s)
         return reservation

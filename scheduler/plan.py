@@ -43,7 +43,7 @@ class Slice:
     # as far as they are still prompt. `targets` are those tokens.
     prompt_logprobs: int | None = None
     prompt_targets: tuple[int, ...] = ()
-    adapter: str = ""  # "": the base model
+    adapter: str = ""  # its id; "": the base model
     # With guesses, one token more than was guessed right is drawn: `draw` is the first, and each guess is taken for
     # true in the draw behind it. They stand here, or come from the draft model while the step is executed.
     guessed_token_ids: tuple[int, ...] = ()

@@ -1,7 +1,8 @@
 """Which blocks hold which prefix: a chain of content hashes over full blocks.
 
-hash(block i) = blake2b-256(hash(block i - 1) | token ids of block i, 8 bytes each); the root is blake2b-256(salt), and
-the salt names whose KV it is (model, revision, adapter, dtype). Equal hashes mean equal prefixes.
+hash(block i) = blake2b-256(hash(block i - 1) | token ids of block i, 8 bytes each). The root names whose KV it is: that
+of the base model is blake2b-256(salt), the salt naming model, revision and dtype; that of an adapter is
+blake2b-256(root of the base model | the adapter's id). Equal hashes mean equal prefixes under equal weights.
 
 A block is published only after its KV was computed here, or was verified on arrival.
 """
@@ -26,26 +27,31 @@ class PrefixCache:
         self._enabled = enabled
         self._root = hashlib.blake2b(salt, digest_size=HASH_BYTES).digest()
 
-    def extend(self, hashes: list[bytes], token_ids: Sequence[int]) -> None:
+    def _root_of(self, adapter: str) -> bytes:
+        if not adapter:
+            return self._root
+        return hashlib.blake2b(self._root + adapter.encode(), digest_size=HASH_BYTES, person=b"adapter").digest()
+
+    def extend(self, hashes: list[bytes], token_ids: Sequence[int], adapter: str = "") -> None:
         """Appends to `hashes`, the chain so far, the hashes of the full blocks in `token_ids`, which follow on it."""
         stride = self._pool.block_tokens * TOKEN_BYTES
         content = array("q", token_ids).tobytes()
-        parent = hashes[-1] if hashes else self._root
+        parent = hashes[-1] if hashes else self._root_of(adapter)
         for start in range(0, len(content) - stride + 1, stride):
             parent = hashlib.blake2b(parent + content[start : start + stride], digest_size=HASH_BYTES).digest()
             hashes.append(parent)
 
-    def hashes(self, token_ids: Sequence[int]) -> list[bytes]:
+    def hashes(self, token_ids: Sequence[int], adapter: str = "") -> list[bytes]:
         """The chain of all full blocks of `token_ids`; empty when caching is off."""
         chain: list[bytes] = []
         if self._enabled:
-            self.extend(chain, token_ids)
+            self.extend(chain, token_ids, adapter)
         return chain
 
     def match(self, token_ids: Sequence[int], hashes: Sequence[bytes] | None = None) -> list[int]:
         """The blocks of the longest known prefix, a reference on each for the caller, who releases them.
 
-        At most len(token_ids) - 1 tokens: one is left to compute. `hashes`: their chain, where it is at hand."""
+        At most len(token_ids) - 1 tokens: one is left to compute. `hashes`: their chain; None: the base model's."""
         chain = self.hashes(token_ids) if hashes is None else hashes
         blocks: list[int] = []
         for content in chain[: max(len(token_ids) - 1, 0) // self._pool.block_tokens]:

@@ -49,6 +49,7 @@ class Reservation:
     deadline_s: float
     expires_s: float  # when the waiting clock runs out
     group: int = 0  # the one of the worker's groups whose blocks they are
+    adapter: str = ""  # of the sequence
 
 
 @dataclasses.dataclass(slots=True, eq=False)

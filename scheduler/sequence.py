@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Sequence:
-    """The first six are the caller's; once it is added, all is the Scheduler's, and only it writes.
+    """The first seven are the caller's; once it is added, all is the Scheduler's, and only it writes.
 
     `output_token_ids` may hold tokens at start: they were drawn elsewhere. `draws_here`: None = until finished; k = it
     stops after k tokens drawn here, its blocks held for the hand-over. `deadline_s` is on the scheduler's clock.
+    `adapter` is the id of one that the engine has, its revision included; "": the base model.
     """
 
     sequence_id: str
@@ -33,6 +34,7 @@ class Sequence:
     params: SamplingParams
     deadline_s: float = math.inf
     draws_here: int | None = None
+    adapter: str = ""
 
     stage: Stage = Stage.NEW
     arrival: int = -1  # place in the order of arrival; the smaller goes first
@@ -131,8 +133,17 @@ class Sequence:
             draw = Draw(self.params, known, prompt_tokens, history)
         if num_tokens == 1 and end > prompt_tokens:
             newest = (self.output_token_ids[start - prompt_tokens],)
-            return Slice(self.sequence_id, newest, start, table, draw, guessed_token_ids=guesses, proposal=proposal)
+            return Slice(
+                self.sequence_id,
+                newest,
+                start,
+                table,
+                draw,
+                adapter=self.adapter,
+                guessed_token_ids=guesses,
+                proposal=proposal,
+            )
         assert num_guesses == 0
         targets = self.prompt_token_ids[start + 1 : end + 1] if self.wants_prompt_logprobs else ()
         asked = self.params.prompt_logprobs if targets else None
-        return Slice(self.sequence_id, self.tokens(start, end), start, table, draw, asked, targets)
+        return Slice(self.sequence_id, self.tokens(start, end), start, table, draw, asked, targets, self.adapter)

@@ -38,7 +38,7 @@ class Lanes:
         lane = self.schedulers[0]
         if len(self.schedulers) > 1:
             known = sequence.tokens(0, sequence.known_tokens)
-            lane = self._of(sequence.sequence_id) or self.lightest(known)
+            lane = self._of(sequence.sequence_id) or self.lightest(known, sequence.adapter)
         lane.add(sequence, now_s)
 
     def adopt(
@@ -61,10 +61,10 @@ class Lanes:
     def unhold(self, group: int, blocks: Sequence[int]) -> None:
         self.schedulers[group].pool.release(blocks)
 
-    def lightest(self, token_ids: Sequence[int]) -> Scheduler:
+    def lightest(self, token_ids: Sequence[int], adapter: str) -> Scheduler:
         """Where these tokens are computed soonest: those that have room now first, then the fewest tokens to compute,
         what waits there before them included and what a prefix cache holds of them left out."""
-        hashes = self.schedulers[0].prefix.hashes(token_ids)
+        hashes = self.schedulers[0].prefix.hashes(token_ids, adapter)
 
         def cost(lane: Scheduler) -> tuple[bool, int, int]:
             load, size = lane.load(), lane.config.block_tokens
@@ -157,10 +157,11 @@ class LaneReservations:
         producer_epoch: int,
         deadline_s: float,
         now_s: float,
+        adapter: str = "",
     ) -> Reservation:
         lane = self._each[0]
         if len(self._each) > 1:
-            lane = self._each[self._lanes.lightest(token_ids).config.group]
+            lane = self._each[self._lanes.lightest(token_ids, adapter).config.group]
         return lane.reserve(
             sequence_id,
             token_ids,
@@ -168,6 +169,7 @@ class LaneReservations:
             producer_epoch=producer_epoch,
             deadline_s=deadline_s,
             now_s=now_s,
+            adapter=adapter,
         )
 
     def begin(

@@ -6,6 +6,7 @@ that every block was. The oracle computes the same function of the tokens alone,
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence as Tokens
 from types import SimpleNamespace
 
@@ -130,7 +131,7 @@ class FakeEngine:
                 slot = (piece.block_table[position // self.block_tokens], position % self.block_tokens)
                 assert slot not in written, "two sequences of a step write one slot"
                 written.add(slot)
-                entry = mix(state, token_id)
+                entry = mix(state, token_id + VOCAB * zlib.crc32(piece.adapter.encode()))
                 self.memory[slot[0]][slot[1]] = entry
                 state = mix(state, entry)
                 states.append(state)

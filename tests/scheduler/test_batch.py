@@ -327,6 +327,24 @@ def test_prompt_logprobs_take_no_prefix_hit_and_come_once(fake: SimpleNamespace)
     assert [event.cached_tokens for event in worker.finish() if isinstance(event, Tokens)] == [16]
 
 
+def test_the_prefix_cache_never_crosses_adapters(fake: SimpleNamespace) -> None:
+    """The same prompt: each adapter's answer is that of a worker that has seen no other."""
+
+    def run(worker: Worker, name: str, adapter: str) -> tuple[list[int], int]:
+        asked = dataclasses.replace(sequence("same", 18), sequence_id=name, adapter=adapter, output_token_ids=[])
+        worker.add(asked)
+        cached = [event.cached_tokens for event in worker.finish() if isinstance(event, Tokens)]
+        return asked.output_token_ids, cached[0]
+
+    adapters = ["", "poems@1", "prose@1", "poems@2"]
+    alone = [run(Worker(fake), "a", adapter)[0] for adapter in adapters]
+    assert len({tuple(answer) for answer in alone}) == len(adapters)
+    worker = Worker(fake, num_blocks=64)
+    for round_number, cached in enumerate([0, 16]):
+        for adapter, expected in zip(adapters, alone, strict=True):
+            assert run(worker, f"{adapter} {round_number}", adapter) == (expected, cached)
+
+
 def test_a_deadline_ends_waiting_running_and_flying_sequences_but_no_held_one(fake: SimpleNamespace) -> None:
     worker = Worker(fake, max_sequences=2, max_step_tokens=8)
     scheduler = worker.scheduler

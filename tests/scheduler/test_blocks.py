@@ -187,3 +187,19 @@ def test_the_tail_of_a_chain_is_evicted_before_its_head() -> None:
         found = prefix.match([*range(9)])
         assert found == table[: 4 - evicted]
         pool.release(found)
+
+
+def test_an_adapter_has_a_cache_of_its_own() -> None:
+    pool = BlockPool(12, 2)
+    prefix, tokens = PrefixCache(pool, b"model"), [1, 2, 3, 4]
+    adapters = ["", "poems@1", "poems@2"]
+    chains = [prefix.hashes(tokens, adapter) for adapter in adapters]
+    assert len({content for chain in chains for content in chain}) == 6
+    tables = [pool.allocate(2) for _ in adapters]
+    for chain, table in zip(chains, tables, strict=True):
+        prefix.publish(chain, table, 0, 2)
+    for adapter, table in zip(adapters, tables, strict=True):
+        assert prefix.match([*tokens, 5], prefix.hashes([*tokens, 5], adapter)) == table
+    grown = chains[1][:1]
+    prefix.extend(grown, tokens[2:], "poems@1")
+    assert grown == chains[1]

@@ -109,6 +109,18 @@ def test_a_hand_over_from_reserve_to_the_running_batch(consumer: Consumer, fake:
     consumer.assert_empty()
 
 
+def test_what_is_here_of_another_adapter_is_not_shared(consumer: Consumer) -> None:
+    first = consumer.reserve("a", adapter="poems@1")
+    consumer.begin(first)
+    consumer.reservations.landed(first.reservation_id, 0, 10, 1.0)
+    consumer.scheduler.pool.release(consumer.reservations.complete(first.reservation_id, 1.0))
+    for adapter, held in (("", 0), ("poems@2", 0), ("poems@1", 8)):
+        again = consumer.reserve(f"b {adapter}", adapter=adapter, now_s=2.0)
+        assert (again.adapter, again.held_tokens) == (adapter, held)
+        consumer.reservations.fail(again.reservation_id, "test", 2.0)
+    consumer.assert_empty()
+
+
 def test_what_is_here_already_is_shared_and_need_not_come(consumer: Consumer) -> None:
     first = consumer.reserve("a")
     consumer.begin(first)
