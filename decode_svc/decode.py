@@ -18,9 +18,10 @@ from kvtransfer import ticket as tickets
 from kvtransfer.routes import layout_id, ranks_to_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from scheduler.handoff import Reservation
+from service.messages import with_adapter
 from spec.errors import Draining, InvalidParameter, LegatoError, RequestCancelled, TicketRefused
 from worker.clock import monotonic_s
-from worker.sequences import sequence_from_proto
+from worker.sequences import identity_of, sequence_from_proto
 
 
 class DecodeService(worker_pb2_grpc.DecodeServicer):
@@ -36,8 +37,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         core, state = self._core, request.sequence
         self._refuse_if_taken(state.sequence_id)
         # What no engine could take is refused before it holds blocks.
-        params = sequence_from_proto(state, core.record.vocab_size).params
-        if request.identity != core.record.identity:
+        params = sequence_from_proto(state, core.record).params
+        if request.identity != identity_of(state, core.record):
             raise TicketRefused(f"{core.record.worker_id} serves another model or revision than the one asked for")
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
         self._placements.subscriptions.attach(request.router_id, state.sequence_id)
@@ -50,6 +51,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     producer_epoch=request.prefill_epoch,
                     deadline_s=monotonic_s(state.deadline_unix_ns),
                     now_s=time.monotonic(),
+                    adapter=state.adapter,
                 )
         except LegatoError:
             self._placements.subscriptions.detach(state.sequence_id)
@@ -70,12 +72,13 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self, request: worker_pb2.ReserveRequest, reservation: Reservation, tokens: Sequence[int]
     ) -> worker_pb2.SignedTicket:
         core = self._core
+        identity = with_adapter(core.record.identity, reservation.adapter)
         ticket = worker_pb2.Ticket(
             reservation_id=reservation.reservation_id,
             sequence_id=reservation.sequence_id,
-            prefix_digest=tickets.prefix_digest(core.record.identity, tokens),
+            prefix_digest=tickets.prefix_digest(identity, tokens),
             num_tokens=reservation.num_tokens,
-            identity=core.record.identity,
+            identity=identity,
             kv_layout_id=layout_id(core.ranks_of(reservation.group)),
             producer_id=request.prefill_worker_id,
             producer_epoch=request.prefill_epoch,
@@ -93,7 +96,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     ) -> worker_pb2.AdmitResponse:
         state = request.sequence
         self._refuse_if_taken(state.sequence_id)
-        sequence = sequence_from_proto(state, self._core.record.vocab_size)
+        sequence = sequence_from_proto(state, self._core.record)
         await self._core.prepare(sequence.params)
         self._refuse_if_taken(state.sequence_id)  # a second call may have come meanwhile
         self._placements.subscriptions.attach(request.router_id, state.sequence_id)

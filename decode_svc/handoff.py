@@ -25,6 +25,7 @@ from kvtransfer.digest import Part, chunk_digest
 from kvtransfer.routes import layout_id
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service import logs
+from service.messages import with_adapter
 from service.status import reason_to_proto
 from spec.errors import (
     DigestMismatch,
@@ -124,11 +125,12 @@ class Receiver:
         core = self._core
         if (ticket.consumer_id, ticket.consumer_epoch) != (core.record.worker_id, core.record.epoch):
             raise TicketRefused("the ticket is for another worker, or for this one before it restarted")
-        if ticket.identity != core.record.identity:
-            raise TicketRefused("the ticket is for another model or revision")
         placed = self._placements.placed.get(ticket.sequence_id)
         if placed is None:
             raise TicketRefused("the reservation of this ticket has ended", cause=GIVEN_UP)
+        adapter = "" if placed.reservation is None else placed.reservation.adapter
+        if ticket.identity != with_adapter(core.record.identity, adapter):
+            raise TicketRefused("the ticket is for another model, adapter or revision")
         if placed.reservation is None or ticket.kv_layout_id != layout_id(core.ranks_of(placed.reservation.group)):
             raise TicketRefused("the ticket is for another KV layout")
 
@@ -207,11 +209,14 @@ class Receiver:
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
         if (
             state.sequence_id != ticket.sequence_id
+            or state.adapter != ticket.identity.adapter
             or len(tokens) != ticket.num_tokens + 1
             or tickets.prefix_digest(ticket.identity, tokens[:-1]) != ticket.prefix_digest
         ):
-            raise TicketRefused("the sequence state is not of the tokens that the ticket was issued for")
-        sequence = sequence_from_proto(state, core.record.vocab_size)
+            raise TicketRefused(
+                "the sequence state is not of the tokens, or the adapter, that the ticket was issued for"
+            )
+        sequence = sequence_from_proto(state, core.record)
         await core.prepare(sequence.params)
         placed = self._placed()  # it may have been given up meanwhile
         with core.loop.lock:

@@ -124,6 +124,7 @@ class Engine:
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
         self._captured = CapturedDecodes(self.decoder, options.graph_rows, self.device) if captures else None
+        self._adapters = frozenset(adapters or ())
         self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
 
@@ -213,8 +214,10 @@ class Engine:
         self, slices: tuple[Slice, ...], sequence: NDArray[np.int64], wanted: list[int] | None
     ) -> dict[str, Segments]:
         """`sequence`: the slice of each row."""
-        if not any(piece.adapter for piece in slices):
+        asked = {piece.adapter for piece in slices if piece.adapter}
+        if not asked:
             return {}
+        assert asked <= self._adapters
         each = np.asarray([piece.adapter for piece in slices])[sequence]
 
         def segments(of_row: NDArray[np.str_]) -> Segments:

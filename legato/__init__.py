@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from legato._client import Client, Stream
     from legato._retry import Retries
     from legato.errors import LegatoError
-    from legato.types import Answer, Choice, Ledger, Message, Model, Piece, Route, TokenLogprobs, Usage
+    from legato.types import Adapter, Answer, Choice, Ledger, Message, Model, Piece, Route, TokenLogprobs, Usage
 
 __all__ = [
+    "Adapter",
     "Answer",
     "AsyncClient",
     "AsyncStream",

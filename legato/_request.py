@@ -46,6 +46,7 @@ class Sampling(TypedDict, total=False):
     speculation: SpeculationKind | None
     num_draft_tokens: int
     ngram: int
+    adapter: str
     json_schema: Mapping[str, Any] | bool | str | None
     regex: str | None
     choice: Iterable[str] | None
@@ -74,6 +75,7 @@ def answer_options(
     speculation: SpeculationKind | None = None,
     num_draft_tokens: int = 4,
     ngram: int = 3,
+    adapter: str = "",
     json_schema: Mapping[str, Any] | bool | str | None = None,
     regex: str | None = None,
     choice: Iterable[str] | None = None,
@@ -103,6 +105,7 @@ def answer_options(
                         decode worker, if it has one); None = nobody
     num_draft_tokens    guesses per step at most, 1 to 32
     ngram               tokens that prompt_lookup looks up, 1 to 16
+    adapter             name of a LoRA adapter that the model's workers have, as models() lists them; "" = none
     json_schema         the answer is JSON of this schema, given as JSON or as what json.dumps takes; {} = any JSON,
                         {"type": "object"} = any object
     regex               the answer matches this regular expression as a whole
@@ -139,7 +142,7 @@ def answer_options(
     for token_id, bias in (logit_bias or {}).items():
         sampling.logit_bias[_whole("logit_bias", token_id)] = _real("logit_bias", bias)
     stops = [stop] if isinstance(stop, str) else list(_iterable("stop", stop))
-    options = inference_pb2.AnswerOptions(sampling=sampling, n=_whole("n", n))
+    options = inference_pb2.AnswerOptions(sampling=sampling, n=_whole("n", n), adapter=_text("adapter", adapter))
     options.stop.extend(_text("stop", one) for one in stops)
     if n < 1:
         raise _invalid("n", f"must be at least 1, is {n}")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from legato.types import ClusterView, Model, Quantiles, WorkerView
+from legato.types import Adapter, ClusterView, Model, Quantiles, WorkerView
 from legato.v1 import inference_pb2
 
 
 def models_of(response: inference_pb2.ListModelsResponse) -> list[Model]:
     return [
-        Model(one.id, one.revision, one.max_context_tokens, one.vocab_size, one.chat)  #
+        Model(
+            one.id,
+            one.revision,
+            one.max_context_tokens,
+            one.vocab_size,
+            one.chat,
+            tuple(Adapter(adapter.name, adapter.revision) for adapter in one.adapters),
+        )
         for one in response.models
     ]
 

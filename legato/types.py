@@ -194,12 +194,22 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter that requests may ask for by name. `revision` is a digest of its files; where several are served,
+    a new request gets one that both pools have."""
+
+    name: str
+    revision: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Model:
     id: str
     revision: str
     max_context_tokens: int
     vocab_size: int
     chat: bool  # has a chat template
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from spec.errors import InvalidParameter, LegatoError
 from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
-from worker.sequences import sequence_from_proto
+from worker.sequences import identity_of, sequence_from_proto
 
 ACCEPT_TIMEOUT_S = 5.0
 
@@ -67,17 +67,16 @@ class PrefillCall:
     async def _open_handoff(self) -> None:
         """Only for exactly this sequence, this model and this process: raises TicketRefused otherwise."""
         core, reservation, state = self._core, self._request.reservation, self._request.sequence
+        identity = identity_of(state, core.record)
         ticket = tickets.verify(core.cluster_key, reservation.ticket, now_unix_ns=time.time_ns())
         target_ranks = ranks_from_proto(layout_from_proto(reservation.kv_layout), reservation.ranks)
         tickets.check_sender(
             ticket,
-            identity=core.record.identity,
+            identity=identity,
             target_ranks=target_ranks,
             producer_id=core.record.worker_id,
             producer_epoch=core.record.epoch,
-            computed_prefix_digest=tickets.prefix_digest(
-                core.record.identity, (*state.prompt_token_ids, *state.output_token_ids)
-            ),
+            computed_prefix_digest=tickets.prefix_digest(identity, (*state.prompt_token_ids, *state.output_token_ids)),
         )
         if not reservation.lease_s > 0:
             raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
@@ -94,7 +93,7 @@ class PrefillCall:
         await self._sender.open(ACCEPT_TIMEOUT_S)
 
     async def _first_token(self) -> worker_pb2.PrefillEvent.FirstToken:
-        sequence = sequence_from_proto(self._request.sequence, self._core.record.vocab_size, draws_here=1)
+        sequence = sequence_from_proto(self._request.sequence, self._core.record, draws_here=1)
         await self._core.prepare(sequence.params)
         with self._core.loop.lock:
             self._core.scheduler.add(sequence, time.monotonic())

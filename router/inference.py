@@ -100,7 +100,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ):
                 if self.draining:
                     raise Draining("this router is stopping")
-                model = self._registry.model(model_id)
+                model = self._registry.model(model_id, validation.check_adapter(options.adapter))
                 context_tokens = self._registry.context_tokens(model)
                 params = validation.check_options(options, model, context_tokens)
                 if params.constraint is not None:
@@ -200,6 +200,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     max_context_tokens=self._registry.context_tokens(model),
                     vocab_size=model.vocab_size,
                     chat=model.tokenizer.has_chat_template,
+                    adapters=self._registry.adapters(model),
                 )
                 for model in self._registry.models()
             ]

@@ -95,6 +95,7 @@ class Journey:
             output_token_ids=resume,
             sampling=sampling,
             deadline_unix_ns=deadline.unix_ns,
+            adapter=model.identity.adapter,
         )
         if resume:
             state.sampling.ClearField("prompt_logprobs")  # they went out with the first piece

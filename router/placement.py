@@ -46,7 +46,7 @@ Event = worker_pb2.PrefillEvent | worker_pb2.SequenceOutput | Failure
 class Need:
     """What has to be placed. `avoid`: workers that failed this request, taken only where there are no others."""
 
-    model: Model
+    model: Model  # with its adapter, which the sequence names too
     sequence: worker_pb2.SequenceState  # its id is set at each placement
     arrival: int
     was_placed: bool = False  # it, or the answer before it in the same request, has had workers

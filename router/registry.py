@@ -14,11 +14,12 @@ from typing import Any
 
 import grpc
 
-from legato.v1 import worker_pb2
+from legato.v1 import common_pb2, worker_pb2
 from router.pulse import Pulse
 from router.worker import Worker
 from service import logs
 from service.channel import Channel
+from service.messages import adapter_id, serves, with_adapter
 from service.tokenizer import Tokenizer
 from spec.errors import LegatoError, NoWorkers, UnknownModel, WorkerLost
 
@@ -29,14 +30,14 @@ UNLEASED_LOOK_S = 0.5
 
 
 def compatible(prefill: worker_pb2.WorkerRecord, decode: worker_pb2.WorkerRecord) -> bool:
-    """Whether KV can go from one to the other: the same model and revision. How either side cuts it over ranks and into
-    blocks, and in which dtype it keeps it, is all the same. One without an endpoint takes no KV over."""
+    """Whether KV of what both serve can go from one to the other: the same model and revision. How either side cuts it
+    over ranks and into blocks, and in which dtype it keeps it, is all the same. One without an endpoint takes no KV."""
     return prefill.identity == decode.identity and bool(decode.endpoints)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Model:
-    """One model at one revision: requests never change it while they run."""
+    """One model at one revision, with one adapter at one revision or none: requests never change it while they run."""
 
     identity: worker_pb2.ModelIdentity
     tokenizer: Tokenizer
@@ -47,6 +48,10 @@ class Model:
     @property
     def model_id(self) -> str:
         return self.identity.model_id
+
+    def with_adapter(self, adapter: common_pb2.Adapter) -> Model:
+        identity = with_adapter(self.identity, adapter_id(adapter.name, adapter.revision))
+        return dataclasses.replace(self, identity=identity)
 
 
 class Registry:
@@ -66,6 +71,7 @@ class Registry:
         self._read_tokenizer = read_tokenizer
         self._models: dict[bytes, Model] = {}
         self._longest_tokens: dict[bytes, dict[int, int]] = {}
+        self._adapters: dict[bytes, list[common_pb2.Adapter]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reading: set[bytes] = set()
         self._closed = False
@@ -89,7 +95,7 @@ class Registry:
         return [
             worker
             for worker in self.workers.values()
-            if worker.ready and worker.record.role == role and worker.record.identity == model.identity
+            if worker.ready and worker.record.role == role and serves(worker.record, model.identity)
         ]
 
     # -- models ---------------------------------------------------------------------------------------------------
@@ -99,8 +105,9 @@ class Registry:
         present = {_key(worker.record) for worker in self.workers.values()}
         return sorted((m for key, m in self._models.items() if key in present), key=lambda model: model.model_id)
 
-    def model(self, model_id: str) -> Model:
-        """The one asked for, "" being the only one; where two revisions are served, one that has both pools.
+    def model(self, model_id: str, adapter: str = "") -> Model:
+        """The one asked for, "" being the only one, with the adapter of that name, if any; where several revisions are
+        served, one that has both pools.
 
         Raises UnknownModel naming those served, NoWorkers when none is."""
         known = self.models() or list(self._models.values())
@@ -114,15 +121,35 @@ class Registry:
             raise UnknownModel(
                 f"model {model_id!r} is not served; served are {', '.join(names)}", served=", ".join(names)
             )
-        return max(asked, key=lambda model: bool(self.prefill_workers(model)))
+        if adapter:
+            asked = self._adapted(asked, adapter)
+        return max(asked, key=lambda model: (bool(self.prefill_workers(model)), bool(self.decode_workers(model))))
+
+    def _adapted(self, models: list[Model], name: str) -> list[Model]:
+        adapters = [(model, adapter) for model in models for adapter in self.adapters(model)]
+        asked = [model.with_adapter(adapter) for model, adapter in adapters if adapter.name == name]
+        if not asked:
+            names = ", ".join(sorted({adapter.name for _, adapter in adapters})) or "none"
+            raise UnknownModel(
+                f"model {models[0].model_id!r} has no adapter {name!r}; its adapters are {names}", adapters=names
+            )
+        return asked
+
+    def adapters(self, model: Model) -> list[common_pb2.Adapter]:
+        """That a worker of the model has, ready or not, by name; where no worker is there, what they had last."""
+        records = [w.record for w in self.workers.values() if w.record.identity == model.identity]
+        if records:
+            found = {(adapter.name, adapter.revision) for record in records for adapter in record.adapters}
+            self._adapters[_key(records[0])] = [
+                common_pb2.Adapter(name=name, revision=revision) for name, revision in sorted(found)
+            ]
+        return self._adapters.get(model.identity.SerializeToString(deterministic=True), [])
 
     def context_tokens(self, model: Model) -> int:
         """The longest sequence that both pools take; of a pool that is empty, what it took last."""
         longest = self._longest_tokens.setdefault(model.identity.SerializeToString(deterministic=True), {})
         for role in (worker_pb2.PREFILL, worker_pb2.DECODE):
-            of_role = [
-                w for w in self.workers.values() if w.record.role == role and w.record.identity == model.identity
-            ]
+            of_role = [w for w in self.workers.values() if w.record.role == role and serves(w.record, model.identity)]
             if of_role:
                 longest[role] = max(worker.longest_tokens for worker in of_role)
         return min(longest.values(), default=0)

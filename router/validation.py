@@ -16,6 +16,7 @@ MAX_CHOICES = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_ADAPTER_CHARACTERS = 64  # service/config.py takes no longer name
 SEEDS = 1 << 64
 
 
@@ -63,6 +64,13 @@ def check_options(options: inference_pb2.AnswerOptions, model: Model, context_to
     if len(options.request_id) > MAX_REQUEST_ID_CHARACTERS or not options.request_id.isprintable():
         raise InvalidParameter(f"must be at most {MAX_REQUEST_ID_CHARACTERS} printable characters", field="request_id")
     return params
+
+
+def check_adapter(name: str) -> str:
+    """Raises InvalidParameter for what no adapter's name can be: one that is longer would swell the refusal."""
+    if len(name) > MAX_ADAPTER_CHARACTERS:
+        raise InvalidParameter(f"must be at most {MAX_ADAPTER_CHARACTERS} characters, has {len(name)}", field="adapter")
+    return name
 
 
 def _check_lengths(options: inference_pb2.AnswerOptions, context_tokens: int) -> None:

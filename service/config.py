@@ -48,6 +48,19 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _folders(value: object) -> object:
+    """A mapping given as one string, as in an environment variable: "name=folder,name2=folder2"."""
+    if not isinstance(value, str):
+        return value
+    folders: dict[str, str] = {}
+    for part in (part.strip() for part in value.split(",") if part.strip()):
+        name, separator, folder = (piece.strip() for piece in part.partition("="))
+        if not separator or name in folders:
+            raise ValueError("must be name=folder, several with commas between, each name once")
+        folders[name] = folder
+    return folders
+
+
 def _redis_url(value: str) -> str:
     if not value.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must be a redis://, rediss:// or unix:// URL")
@@ -58,6 +71,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Folder = Annotated[str, Field(min_length=1)]
 ClusterKey = Annotated[SecretStr, Field(min_length=8)]
 # Largest message a server or a client takes: a prompt of a million tokens with its log-probabilities fits.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -72,6 +86,7 @@ class EngineConfig(Section):
 
     model: str = Field(default="smollm2", min_length=1)  # a name service/model_source.py resolves, or a path
     draft_model: str | None = Field(default=None, min_length=1)  # guesses for `model`; the same vocabulary, and smaller
+    adapters: Annotated[dict[Name, Folder], BeforeValidator(_folders)] = {}  # LoRA, as PEFT writes it; by name
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3"] = "auto"  # auto: dtype
     quantisation: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"  # of the weights; auto: as they are stored
@@ -172,7 +187,7 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _pools_exchange_blocks(self) -> ClusterConfig:
         pools = self._engine(self.prefill_engine), self._engine(self.decode_engine)
-        for key in ("dtype", "quantisation"):
+        for key in ("dtype", "quantisation", "adapters"):
             if getattr(pools[0], key) != getattr(pools[1], key):
                 raise ValueError(
                     f"{key} must be the same in both pools, for one reads what the other answers: set it under engine"

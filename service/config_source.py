@@ -94,9 +94,11 @@ def _overlay(keys: dict[str, Any], environment: Mapping[str, str]) -> dict[str, 
 
 
 def _mistake(model: type[BaseModel], detail: ErrorDetails, variables: Mapping[str, str]) -> str:
-    location = [str(part) for part in detail["loc"]]
+    location = [str(part) for part in detail["loc"] if part != "[key]"]
     path = ".".join(location)
-    name = f"{path} ({variables[path]})" if path in variables else path
+    around = [".".join(location[:end]) for end in range(len(location), 0, -1)]  # a variable may hold a list, a mapping
+    variable = next((variables[place] for place in around if place in variables), None)
+    name = f"{path} ({variable})" if variable else path
     if detail["type"] == "extra_forbidden":
         near = _nearest(model, location)
         return f"unknown key {name}" + (f"; did you mean {near}?" if near else "")

@@ -157,10 +157,31 @@ def finish_to_proto(reason: str | None) -> common_pb2.FinishReason:
 def model_identity(
     model_id: str, revision: str, compute_dtype: Dtype, quantisation: str = "auto", adapter: str = ""
 ) -> worker_pb2.ModelIdentity:
-    """What must be equal for two workers to exchange KV. Compare with ==; `revision` is ModelFiles.revision, and
-    `quantisation` the engine's option: weights that are rounded otherwise compute other KV."""
+    """What must be equal for two workers to exchange KV. Compare with ==; `revision` is ModelFiles.revision,
+    `quantisation` the engine's option, for weights that are rounded otherwise compute other KV, and `adapter` an
+    adapter_id()."""
     computed = compute_dtype.value if quantisation == "auto" else f"{compute_dtype.value}/{quantisation}"
     return worker_pb2.ModelIdentity(model_id=model_id, revision=revision, adapter=adapter, compute_dtype=computed)
+
+
+def adapter_id(name: str, revision: str) -> str:
+    """An adapter as identities, sequences and steps name it; no name holds an @."""
+    return f"{name}@{revision}"
+
+
+def with_adapter(identity: worker_pb2.ModelIdentity, adapter: str) -> worker_pb2.ModelIdentity:
+    """Of the same model with that adapter's id, "" for none."""
+    changed = worker_pb2.ModelIdentity()
+    changed.CopyFrom(identity)
+    changed.adapter = adapter
+    return changed
+
+
+def serves(record: worker_pb2.WorkerRecord, identity: worker_pb2.ModelIdentity) -> bool:
+    """Whether a worker computes exactly that: the model, its revision and dtype, and the adapter in that revision."""
+    if with_adapter(record.identity, identity.adapter) != identity:
+        return False
+    return not identity.adapter or any(adapter_id(a.name, a.revision) == identity.adapter for a in record.adapters)
 
 
 def identity_text(identity: worker_pb2.ModelIdentity) -> str:

@@ -25,7 +25,7 @@ from kvtransfer.choose import open_transports
 from kvtransfer.plan import RankKV
 from kvtransfer.routes import ranks_to_proto, whole_layout
 from kvtransfer.transport import Region, Transport
-from legato.v1 import rank_pb2, worker_pb2
+from legato.v1 import common_pb2, rank_pb2, worker_pb2
 from scheduler.batch import SchedulerConfig
 from scheduler.handoff import HandoffConfig
 from service import logs
@@ -38,6 +38,7 @@ from spec.errors import InvalidConfiguration, LegatoError, TransportUnavailable
 from spec.layout import KVLayout
 from spec.shard import RankShard, check_layout, shard_of, stage_layers
 from telemetry.setup import Telemetry
+from worker.adapters import by_id, open_adapters
 from worker.core import Core, CoreRank
 from worker.draft import open_draft_model
 from worker.executor import AllRanks, OneRank, StepExecutor
@@ -85,6 +86,9 @@ class _Builder:
         self._layout = layout_of(config)
         model_path = resolve_model(config.engine.model, lambda fraction: report("fetching the model", fraction))
         self._files = open_model(model_path)
+        self._adapters = open_adapters(
+            config.engine, self._files.spec, lambda fraction: report("reading adapters", fraction)
+        )
         load_tokenizer(model_path)  # routers read it from here: what is wrong with it is found now, and said
         check_layout(self._files.spec, self._layout)
         if self._layout.dp > 1 and config.engine.draft_model is not None:
@@ -127,6 +131,7 @@ class _Builder:
                 kv_buffer=memory.part(0) if self._is_on_cpu else None,
                 progress=self._loading,
                 groups=self._groups,
+                adapters=by_id(self._adapters),
                 draft_model=draft_model if self._others is None else None,
                 grammars=grammars,
             )
@@ -221,6 +226,7 @@ class _Builder:
                 offset_bytes=memory.offsets[rank],
                 layer_costs=() if self._costs is None else self._costs.layers,
                 head_cost=0.0 if self._costs is None else self._costs.head,
+                adapters=by_id(self._adapters),
             )
             self._others.send(rank, rank_pb2.RankCommand(load=load))
         try:
@@ -342,6 +348,7 @@ class _Builder:
             pid=os.getpid(),
             vocab_size=files.spec.vocab_size,
             eos_token_ids=files.spec.eos_token_ids,
+            adapters=[common_pb2.Adapter(name=name, revision=a.revision) for name, a in self._adapters.items()],
         )
 
 

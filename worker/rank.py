@@ -36,6 +36,7 @@ from service.run import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_OK
 from spec.errors import InternalError, InvalidConfiguration, LegatoError, SetupError, WorkerLost
 from spec.shard import shard_of
 from worker import rank_link
+from worker.adapters import by_id, check_same, open_adapters
 from worker.grammars import grammars_of
 from worker.kv_region import kv_slice, landing_of
 from worker.rank_messages import plan_from_message, result_to_message
@@ -56,6 +57,7 @@ class Rank:
         self._config, self._place = config, place
         self._options = options_for(config.engine, place)
         self._files = open_model(resolve_model(config.engine.model, lambda fraction: None))
+        self._adapters = by_id(open_adapters(config.engine, self._files.spec))
         key = config.cluster_key.get_secret_value().encode()
         self._link = rank_link.dial(*place.control, key, dial_timeout_s)
         self._sending = threading.Lock()
@@ -124,6 +126,7 @@ class Rank:
             rank_link.send(self._link, report)
 
     def _load(self, load: rank_pb2.RankCommand.Load) -> None:
+        check_same(self._adapters, load.adapters)
         costs = tuple(load.layer_costs) or None
         layout = layout_of(self._config)
         shard = shard_of(
@@ -154,6 +157,7 @@ class Rank:
             kv_buffer=own if on_cpu else None,
             progress=progress,
             groups=self._groups,
+            adapters=self._adapters,
             grammars=self._grammars,
         )
         if own is not None and not on_cpu:

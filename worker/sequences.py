@@ -6,16 +6,30 @@ import time
 
 from legato.v1 import worker_pb2
 from scheduler.sequence import Sequence
-from service.messages import sampling_from_proto
-from spec.errors import InvalidParameter
+from service.messages import sampling_from_proto, serves, with_adapter
+from spec.errors import InvalidParameter, TicketRefused
 from spec.sampling import check_logprobs_fit, check_token_ids
 from worker.clock import monotonic_s
 
 
-def sequence_from_proto(state: worker_pb2.SequenceState, vocab_size: int, *, draws_here: int | None = None) -> Sequence:
-    """`draws_here`: stop with blocks held after that many tokens; None: until the answer is finished.
+def identity_of(state: worker_pb2.SequenceState, record: worker_pb2.WorkerRecord) -> worker_pb2.ModelIdentity:
+    """Whose KV the sequence's is. Raises TicketRefused where this worker has not its adapter in that revision."""
+    identity = with_adapter(record.identity, state.adapter)
+    if not serves(record, identity):
+        raise TicketRefused(f"{record.worker_id} has no adapter {state.adapter}", cause="adapter")
+    return identity
 
-    Raises InvalidParameter for what would not be an input but a fault inside the engine: nothing is taken on trust."""
+
+def sequence_from_proto(
+    state: worker_pb2.SequenceState, record: worker_pb2.WorkerRecord, *, draws_here: int | None = None
+) -> Sequence:
+    """`record`: of this worker. `draws_here`: stop with blocks held after that many tokens; None: until the answer is
+    finished.
+
+    Raises InvalidParameter for what would not be an input but a fault inside the engine: nothing is taken on trust; and
+    as identity_of() does."""
+    identity_of(state, record)
+    vocab_size = record.vocab_size
     params = sampling_from_proto(state.sampling)
     params.validate(vocab_size)
     check_logprobs_fit(params, len(state.prompt_token_ids))
@@ -30,5 +44,6 @@ def sequence_from_proto(state: worker_pb2.SequenceState, vocab_size: int, *, dra
         params=params,
         deadline_s=monotonic_s(state.deadline_unix_ns),
         draws_here=draws_here,
+        adapter=state.adapter,
         queued_s=time.monotonic(),
     )

@@ -27,6 +27,7 @@ def chat(
     system: Annotated[str, typer.Option("--system", help="The system message.", show_default=False)] = "",
     address: options.Address = options.DEFAULT_ADDRESS,
     model: options.Model = "",
+    adapter: options.Adapter = "",
     max_tokens: options.MaxTokens = 512,
     temperature: options.Temperature = 0.7,
     top_k: options.TopK = 0,
@@ -43,6 +44,7 @@ def chat(
         raise typer.BadParameter("holds no message", param_hint="--say")
     sampling = {
         "model": model,
+        "adapter": adapter,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,

@@ -26,6 +26,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
     address: options.Address = options.DEFAULT_ADDRESS,
     model: options.Model = "",
+    adapter: options.Adapter = "",
     max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = 1.0,
     top_k: options.TopK = 0,
@@ -54,6 +55,7 @@ def generate(
         stream = client.stream(
             sys.stdin.read() if prompt == "-" else prompt,
             model=model,
+            adapter=adapter,
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,

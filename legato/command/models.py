@@ -9,7 +9,7 @@ from rich.table import Table
 
 from legato.command import options, terminal
 
-HELP = """List the models that a cluster serves.
+HELP = """List the models that a cluster serves, and their adapters.
 
 \b
   legato models
@@ -28,8 +28,10 @@ def models(
     if as_json:
         print(json.dumps([dataclasses.asdict(model) for model in found]))
         return
-    table = Table("model", "revision", "context", "vocabulary", "chat", box=None)
+    table = Table("model", "revision", "context", "vocabulary", "chat", "adapters", box=None)
     for model in found:
         chat = "yes" if model.chat else "no template"
-        table.add_row(model.id, model.revision[:12], str(model.max_context_tokens), str(model.vocab_size), chat)
+        sizes = str(model.max_context_tokens), str(model.vocab_size)
+        adapters = ", ".join(f"{adapter.name}@{adapter.revision[:8]}" for adapter in model.adapters)
+        table.add_row(model.id, model.revision[:12], *sizes, chat, adapters)
     terminal.out.print(table)

@@ -19,6 +19,9 @@ ApiKey = Annotated[
 ]
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds from sending to the last token.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="The model's id; empty: the only one served.")]
+Adapter = Annotated[
+    str, typer.Option("--adapter", help="Name of a LoRA adapter, as `legato models` lists them.", show_default="none")
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="At most; cut to what the context leaves.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Draw among the k likeliest; 0 is off.")]

@@ -29,6 +29,7 @@ stops all within 10 s, exit code 0; so does closing the terminal, but for nohup.
   legato up                                        1 prefill + 1 decode worker, SmolLM2-135M
   legato up --prefill 2 --decode 2 --port 50052
   legato up --model ./my-model --config cluster.yaml
+  legato up --adapter poems=./lora-poems           for requests that ask for it
   legato up --redis redis://localhost:6379         instead of an embedded server
 """
 
@@ -45,9 +46,14 @@ def up(
     redis: Annotated[
         str | None, typer.Option("--redis", metavar="URL", help="A Redis or Valkey that runs already.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter; may be given several times."),
+    ] = None,
     run_folder: Annotated[Path | None, typer.Option("--run-folder", help="For logs; a new one by default.")] = None,
 ) -> int:
     given = {"model": model, "prefill": prefill, "decode": decode, "host": host, "port": port, "redis_url": redis}
+    given["engine__adapters"] = ",".join(adapter) if adapter else None
     resolved = cluster_config(config, {key: value for key, value in given.items() if value is not None}, os.environ)
     fetch_model(resolved.model)
     with new_folder(run_folder) as folder:

@@ -13,18 +13,20 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AnswerOptions(_message.Message):
-    __slots__ = ("sampling", "stop", "n", "resume", "request_id")
+    __slots__ = ("sampling", "stop", "n", "resume", "request_id", "adapter")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     sampling: _common_pb2.SamplingParams
     stop: _containers.RepeatedScalarFieldContainer[str]
     n: int
     resume: _containers.RepeatedCompositeFieldContainer[TokenIds]
     request_id: str
-    def __init__(self, sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., n: _Optional[int] = ..., resume: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    adapter: str
+    def __init__(self, sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., n: _Optional[int] = ..., resume: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., request_id: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "options")
@@ -163,18 +165,20 @@ class ListModelsRequest(_message.Message):
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)
     class Model(_message.Message):
-        __slots__ = ("id", "revision", "max_context_tokens", "vocab_size", "chat")
+        __slots__ = ("id", "revision", "max_context_tokens", "vocab_size", "chat", "adapters")
         ID_FIELD_NUMBER: _ClassVar[int]
         REVISION_FIELD_NUMBER: _ClassVar[int]
         MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
         VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
         CHAT_FIELD_NUMBER: _ClassVar[int]
+        ADAPTERS_FIELD_NUMBER: _ClassVar[int]
         id: str
         revision: str
         max_context_tokens: int
         vocab_size: int
         chat: bool
-        def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., chat: bool = ...) -> None: ...
+        adapters: _containers.RepeatedCompositeFieldContainer[_common_pb2.Adapter]
+        def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., chat: bool = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
     MODELS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[ListModelsResponse.Model]
     def __init__(self, models: _Optional[_Iterable[_Union[ListModelsResponse.Model, _Mapping]]] = ...) -> None: ...

@@ -9,20 +9,22 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class RankCommand(_message.Message):
     __slots__ = ("load", "warm_up", "execute", "copy", "stop", "compile")
     class Load(_message.Message):
-        __slots__ = ("join_address", "num_blocks", "memory_path", "offset_bytes", "layer_costs", "head_cost")
+        __slots__ = ("join_address", "num_blocks", "memory_path", "offset_bytes", "layer_costs", "head_cost", "adapters")
         JOIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
         NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
         MEMORY_PATH_FIELD_NUMBER: _ClassVar[int]
         OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
         LAYER_COSTS_FIELD_NUMBER: _ClassVar[int]
         HEAD_COST_FIELD_NUMBER: _ClassVar[int]
+        ADAPTERS_FIELD_NUMBER: _ClassVar[int]
         join_address: str
         num_blocks: int
         memory_path: str
         offset_bytes: int
         layer_costs: _containers.RepeatedScalarFieldContainer[float]
         head_cost: float
-        def __init__(self, join_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., memory_path: _Optional[str] = ..., offset_bytes: _Optional[int] = ..., layer_costs: _Optional[_Iterable[float]] = ..., head_cost: _Optional[float] = ...) -> None: ...
+        adapters: _containers.RepeatedScalarFieldContainer[str]
+        def __init__(self, join_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., memory_path: _Optional[str] = ..., offset_bytes: _Optional[int] = ..., layer_costs: _Optional[_Iterable[float]] = ..., head_cost: _Optional[float] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
     class WarmUp(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...

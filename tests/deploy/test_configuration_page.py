@@ -28,7 +28,7 @@ def default_of(field: Any) -> str:
         return "required"
     if isinstance(field.default, BaseModel):
         return "a section"
-    if field.default is None or field.default == ():
+    if field.default is None or field.default in ((), {}):
         return ""
     if isinstance(field.default, tuple):
         return ",".join(field.default)

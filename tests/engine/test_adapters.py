@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ranks import ranked_engine
 from safetensors.torch import load_file, save_file
 from stepper import Stepper, rows_of, worst_difference
+from tiny_adapters import LLAMA_MODULES, merged, write_adapter
 from tiny_llama import load_reference, reference_of
 from tiny_models import make_model
 
@@ -22,35 +22,6 @@ from spec.errors import InvalidModel, UnsupportedModel
 from spec.layout import ParallelLayout
 
 TOLERANCE = 1e-4
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def write_adapter(folder: Path, model: Any, modules: tuple[str, ...], rank: int, seed: int, **config: Any) -> Path:
-    """In PEFT's form, for every linear layer of `model` whose name ends in one of `modules`."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in model.named_modules():
-        if name.endswith(modules):
-            rows, columns = module.weight.shape
-            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * 0.2
-            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.2
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(modules), **config}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def merged(base: Path, adapter: Path) -> Any:
-    model, config = load_reference(base), json.loads((adapter / "adapter_config.json").read_text())
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    for name, module in model.named_modules():
-        stem = f"base_model.model.{name}"
-        if f"{stem}.lora_A.weight" in tensors:
-            delta = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
-            module.weight.data += scale * delta
-    return model
 
 
 @pytest.fixture(scope="module", params=["qwen3", "phi4-partial"])
@@ -58,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     folder = tmp_path_factory.mktemp(request.param)
     base = make_model(folder / "base", request.param)
     model = load_reference(base)
-    modules = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj") if "phi4" in request.param else ALL
+    modules = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj") if "phi4" in request.param else LLAMA_MODULES
     return base, {
         "all": write_adapter(folder / "all", model, modules, 5, 1),
         "few": write_adapter(folder / "few", model, (modules[1], modules[-1]), 3, 2, use_rslora=True),
