@@ -25,7 +25,14 @@ from kernels.linear import pack
 from spec.errors import InvalidModel, UnsupportedModel
 from spec.model import ModelSpec
 
-_REFUSED = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "peft_type": "LORA"}
+_REFUSED = {  # key of adapter_config.json -> the one value of a plain adapter
+    "peft_type": "LORA",
+    "use_dora": False,
+    "alora_invocation_tokens": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+}
 
 
 class AdapterFiles:

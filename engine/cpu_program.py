@@ -24,7 +24,7 @@ def record(decoder: Decoder) -> RecordedLayers | None:
     attention = layers[0].attention
     assert isinstance(attention, AttentionWeights)
     library = attention.qkv.base.library
-    if library is None or decoder.kv.tensor.device.type != "cpu":
+    if library is None or not library.covers(decoder.dtype, decoder.kv.tensor.dtype):
         return None
     return RecordedLayers(decoder, Program(library, decoder.dtype))
 

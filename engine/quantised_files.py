@@ -24,6 +24,7 @@ from kernels.quantised import QuantisedWeight
 from spec.errors import InvalidModel, UnsupportedModel
 
 METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors")
+COMPRESSED_FORMATS = ("float-quantized", "nvfp4-pack-quantized")
 _AWQ_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # where the columns of a word lie in it
 
 
@@ -49,6 +50,10 @@ class QuantisedTensors:
         if method == "awq" and (self._bits != 4 or config.get("version", "gemm").lower() != "gemm"):
             raise UnsupportedModel("of AWQ, 4 bits in the form 'gemm' are known")
         self._method = str(method)
+        layout = config.get("format")
+        if method == "compressed-tensors" and layout not in COMPRESSED_FORMATS:
+            known = ", ".join(COMPRESSED_FORMATS)
+            raise UnsupportedModel(f"compressed-tensors of the form {layout!r} is not known; known are {known}")
         self._stems = {name: self._stem_of(name) for name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -74,7 +79,10 @@ class QuantisedTensors:
         if f"{stem}.weight_packed" in self._stems:
             return self._nvfp4(stem)
         if f"{stem}.weight_scale_inv" in self._stems:
-            return block_fp8(self._read(name), self._read(f"{stem}.weight_scale_inv"), self._block())
+            scales = self._read(f"{stem}.weight_scale_inv")
+            if scales.numel() == 1:
+                return scaled_fp8(self._read(name), scales)
+            return block_fp8(self._read(name), scales, self._block())
         if f"{stem}.weight_scale" in self._stems:
             return scaled_fp8(self._read(name), self._read(f"{stem}.weight_scale"))
         return None

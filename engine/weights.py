@@ -21,7 +21,7 @@ from engine.projection import Projection
 from engine.sharding import Cutter
 from kernels.linear import PackedLinear, pack, pack_quantised
 from kernels.moe_mlp import PackedExperts, join_experts
-from kernels.quantised import QuantisedWeight, concatenate, dequantise, quantise
+from kernels.quantised import Kind, QuantisedWeight, concatenate, dequantise, quantise
 from spec.model import LatentSpec
 from spec.shard import RankShard
 
@@ -153,12 +153,22 @@ class _Loader:
         return self._cutter.cut(stored, weight.shape).to(self._dtype)
 
     def part(self, weight: Weight, layer: int = 0, expert: int = 0) -> Part:
-        """As `matrix`, or quantised where it is stored so and wanted so."""
-        if self._quantisation == "auto":
-            stored = self._files.quantised(weight.tensor_name(layer, expert))
-            if stored is not None:
-                return self._cutter.cut_quantised(stored, weight.shape)
+        """As `matrix`, or quantised where it is stored so and wanted so, or is to become so. The whole weight is
+        quantised and then cut: every layout holds the same numbers."""
+        name = weight.tensor_name(layer, expert)
+        if self._quantisation == "auto" and (stored := self._files.quantised(name)) is not None:
+            return self._cutter.cut_quantised(stored, weight.shape)
+        if (kind := self._kind_of(weight)) is not None:
+            return self._cutter.cut_quantised(_quantised(self._files.tensor(name), kind), weight.shape)
         return self.matrix(weight, layer, expert)
+
+    def _kind_of(self, weight: Weight) -> Kind | None:
+        """What a plain weight is brought into as it is loaded."""
+        if self._quantisation not in ("int8", "int4", "fp8"):
+            return None
+        if self._quantisation == "int4" and weight.shape[0] == "vocab":  # rare tokens would suffer first
+            return "int8"
+        return self._quantisation
 
     def vector(self, weight: Weight, layer: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         stored = self._files.tensor(weight.tensor_name(layer))
@@ -178,10 +188,9 @@ class _Loader:
         """The weights one after the other along their rows."""
         biases = [bias for weight in weights if (bias := self.bias(weight, layer)) is not None]
         bias = _fused(biases, self._device) if biases else None
-        is_vocabulary = weights[0].shape[0] == "vocab"
-        return self.packed([self.part(weight, layer) for weight in weights], bias, is_vocabulary=is_vocabulary)
+        return self.packed([self.part(weight, layer) for weight in weights], bias)
 
-    def packed(self, parts: list[Part], bias: Tensor | None = None, *, is_vocabulary: bool = False) -> PackedLinear:
+    def packed(self, parts: list[Part], bias: Tensor | None = None) -> PackedLinear:
         """One after the other along their rows, `parts` being emptied; quantised where they are so, and all alike."""
         stored = [part for part in parts if isinstance(part, QuantisedWeight)]
         if len(stored) == len(parts) and _alike(stored):
@@ -190,12 +199,7 @@ class _Loader:
             if isinstance(part, QuantisedWeight):
                 parts[index] = dequantise(part).to(self._dtype)
         whole = _fused([part for part in parts if isinstance(part, Tensor)], self._device)
-        kind = self._quantisation
-        if kind not in ("int8", "int4", "fp8"):
-            return pack(whole, bias)
-        if kind == "int4" and is_vocabulary:  # rare tokens suffer first, and the head is read once for all layers
-            kind = "int8"
-        return pack_quantised(quantise(whole, kind, INT4_GROUP if kind == "int4" else None), self._dtype, bias)
+        return pack(whole, bias)
 
     def projection(self, weights: Sequence[Weight], layer: int) -> Projection:
         adapters = {}
@@ -293,7 +297,10 @@ class _Loader:
 
     def _stacked(self, weight: Weight, index: int) -> Callable[[int], Part]:
         """expert -> the rank's part of its matrix, [out, in]."""
-        name, words = weight.tensor_name(index), (weight.shape[2], weight.shape[1])
+        name, words, kind = weight.tensor_name(index), (weight.shape[2], weight.shape[1]), self._kind_of(weight)
+        if kind is not None:
+            every = self._files.tensor(name)
+            return lambda expert: self._cutter.cut_quantised(_quantised(every[expert].T, kind), words)
         if self._quantisation != "auto" or self._files.quantised(name, 0) is None:
             whole = self.matrix(weight, index)
             return lambda expert: whole[expert].T
@@ -319,6 +326,10 @@ def _halves(rows: Part, head_rows: int, rotary_dim: int) -> Part:
     heads = torch.arange(num_rows).view(-1, head_rows)
     plain, turned = torch.split(heads, [head_rows - rotary_dim, rotary_dim], dim=1)
     return rows[torch.cat((plain, turned[:, ::2], turned[:, 1::2]), dim=1).flatten()]
+
+
+def _quantised(weight: Tensor, kind: Kind) -> QuantisedWeight:
+    return quantise(weight, kind, INT4_GROUP if kind == "int4" else None)
 
 
 def _alike(weights: list[QuantisedWeight]) -> bool:

@@ -140,6 +140,11 @@ class WorkerConfig(Section):
     handoff: HandoffConfig = HandoffConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
+    @model_validator(mode="after")
+    def _steps_hold_every_sequence(self) -> WorkerConfig:
+        _check_step(self.engine)
+        return self
+
 
 class RouterConfig(Section):
     router_id: Name | None = None  # None: drawn at start
@@ -242,6 +247,15 @@ class ClusterConfig(Section):
             "drain_s": self.drain_s,
             "telemetry": telemetry,
         }
+
+
+def _check_step(engine: EngineConfig) -> None:
+    """Found before anything is loaded."""
+    if engine.max_step_tokens < engine.max_sequences:
+        raise ValueError(
+            f"engine.max_step_tokens ({engine.max_step_tokens}) must be at least engine.max_sequences "
+            f"({engine.max_sequences}): a step holds a token of each sequence that runs"
+        )
 
 
 def to_yaml(config: Section) -> str:

@@ -26,6 +26,7 @@ def model_from_hf(config: Config) -> ModelSpec:
         raise UnsupportedModel(f"model_type {family!r} is not known; known are {known}", family=family)
     if "text_config" in config:  # of a model that sees images too: its text part is served
         config = {**config, **config["text_config"], "model_type": family}
+    config = {**DEFAULTS.get(str(family), {}), **config}
     try:
         spec = _read(str(family), config)
     except KeyError as missing:
@@ -61,6 +62,20 @@ def _read(family: str, config: Config) -> ModelSpec:
     if fields.get("activation", "silu") == "silu" and config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not known to family {family}, only silu")
     return ModelSpec(**fields)
+
+
+GEMMA3_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+# What published files leave to the family, as transformers has it.
+DEFAULTS: dict[str, Config] = {"gemma3": GEMMA3_DEFAULTS, "gemma3_text": GEMMA3_DEFAULTS}
 
 
 # ---- families --------------------------------------------------------------------------------------------------------

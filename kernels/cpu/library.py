@@ -381,6 +381,10 @@ class Library:
         assert inside, f"expert ids lie in [-1, {num_experts})"
         return out
 
+    def covers(self, x: torch.dtype, blocks: torch.dtype) -> bool:
+        """Whether it was compiled for these activations over KV blocks of that dtype."""
+        return (x, blocks) in self._attention
+
     # ---- for kernels/cpu/program.py: addresses of the same functions -------------------------------------------------
 
     def linear_function(self, x: torch.dtype, panels: torch.dtype, out: torch.dtype) -> int:

@@ -66,6 +66,13 @@ def test_every_form_of_weights(folder: Path, quantisation: str) -> None:
     compare(folder, dtype="bfloat16", quantisation=quantisation)
 
 
+@pytest.mark.parametrize("folder", ["llama3"], indirect=True)
+def test_kv_that_no_kernel_was_compiled_for_runs_one_by_one(folder: Path) -> None:
+    engine = Engine(open_model(folder), EngineOptions(device="cpu", dtype="float32", kv_dtype="float16"), 60)
+    assert engine.decoder.recorded is None
+    rows(engine)
+
+
 @pytest.mark.parametrize("folder", ["mixtral", "deepseek-v2-lite"], indirect=True)
 def test_what_is_not_covered_runs_one_by_one(folder: Path) -> None:
     engine = Engine(open_model(folder), EngineOptions(device="cpu"), 60)

@@ -108,12 +108,23 @@ def test_a_plain_model_is_quantised_as_it_is_loaded(kind: str, bytes_each: float
     assert held < 1.15 * (bytes_each * down.n * down.k + 4 * down.n)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_a_plain_model_becomes_the_same_in_every_layout(kind: str, tmp_path: Path) -> None:
+    """A weight is quantised whole and then cut: logits of ranks are those of one process."""
+    plain = make_model(tmp_path / "plain", "llama3", hidden_size=128, intermediate_size=256, head_dim=32)
+    options = {"dtype": "float32", "quantisation": kind}
+    expected = Stepper(Engine(open_model(plain), EngineOptions(device="cpu", **options), 20)).run(TOKENS, 17)
+    with ranked_engine(plain, ParallelLayout(tp=2, pp=2), 20, **options) as engine:
+        assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("config", "error", "words"),
     [
         ({"quant_method": "eetq"}, UnsupportedModel, "eetq.*gptq"),
         ({"quant_method": "gptq", "bits": 3}, UnsupportedModel, "3 bits"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, UnsupportedModel, "gemm"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, UnsupportedModel, "pack-quantized"),
     ],
 )
 def test_what_is_not_known_is_refused(
