@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+import itertools
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -71,7 +72,7 @@ class Registry:
         self._read_tokenizer = read_tokenizer
         self._models: dict[bytes, Model] = {}
         self._longest_tokens: dict[bytes, dict[int, int]] = {}
-        self._adapters: dict[bytes, list[common_pb2.Adapter]] = {}
+        self._last_adapters: dict[bytes, Sequence[common_pb2.Adapter]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reading: set[bytes] = set()
         self._closed = False
@@ -136,14 +137,13 @@ class Registry:
         return asked
 
     def adapters(self, model: Model) -> list[common_pb2.Adapter]:
-        """That a worker of the model has, ready or not, by name; where no worker is there, what they had last."""
-        records = [w.record for w in self.workers.values() if w.record.identity == model.identity]
-        if records:
-            found = {(adapter.name, adapter.revision) for record in records for adapter in record.adapters}
-            self._adapters[_key(records[0])] = [
-                common_pb2.Adapter(name=name, revision=revision) for name, revision in sorted(found)
-            ]
-        return self._adapters.get(model.identity.SerializeToString(deterministic=True), [])
+        """Of the base model: those that a worker has, ready or not, by name; where no worker is there, those that the
+        last one to come had."""
+        present = [w.record.adapters for w in self.workers.values() if w.record.identity == model.identity]
+        key = model.identity.SerializeToString(deterministic=True)
+        each = itertools.chain.from_iterable(present or [self._last_adapters.get(key, ())])
+        found = sorted({(adapter.name, adapter.revision) for adapter in each})
+        return [common_pb2.Adapter(name=name, revision=revision) for name, revision in found]
 
     def context_tokens(self, model: Model) -> int:
         """The longest sequence that both pools take; of a pool that is empty, what it took last."""
@@ -184,6 +184,7 @@ class Registry:
         worker = Worker(record, channel, self.router_id, changed=self.room.fire, moved=self._moved)
         self.workers[record.worker_id] = worker
         key = _key(record)
+        self._last_adapters[key] = record.adapters
         if key not in self._models and key not in self._reading:
             self._reading.add(key)
             self.spawn(self._read_model(record), name=f"read tokenizer of {record.identity.model_id}")

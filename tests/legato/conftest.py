@@ -125,7 +125,13 @@ class ToyRouter(inference_pb2_grpc.InferenceServicer, inference_pb2_grpc.Cluster
         return inference_pb2.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
     async def ListModels(self, request: Any, context: Any) -> Any:
-        model = inference_pb2.ListModelsResponse.Model(id="toy", revision="r1", max_context_tokens=99, vocab_size=26)
+        model = inference_pb2.ListModelsResponse.Model(
+            id="toy",
+            revision="r1",
+            max_context_tokens=99,
+            vocab_size=26,
+            adapters=[common_pb2.Adapter(name="poems", revision="0123456789")],
+        )
         return inference_pb2.ListModelsResponse(models=[model])
 
     async def GetCluster(self, request: Any, context: Any) -> Any:

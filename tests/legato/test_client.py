@@ -343,7 +343,7 @@ def test_api_key_and_trace_context_travel(router):
 
 
 def test_models_cluster_and_text(client):
-    assert client.models() == [legato.Model("toy", "r1", 99, 26, False)]
+    assert client.models() == [legato.Model("toy", "r1", 99, 26, False, (legato.Adapter("poems", "0123456789"),))]
     cluster = client.cluster()
     assert (cluster.router_id, cluster.finished_requests, cluster.ttft_s.p90) == ("toy-router", 3, 0.2)
     assert (cluster.workers[0].worker_id, cluster.workers[0].free_blocks) == ("decode-0", 6)

@@ -83,6 +83,13 @@ def test_generate_streams_and_draws(router, capsys, expected):
     assert router.toy.requests[0].options.sampling.max_tokens == 3
 
 
+def test_an_adapter_is_asked_for_by_name(router):
+    assert run(["generate", "abc", "-a", router.address, "-n", "1", "--adapter", "poems"]) == 0
+    assert run(["chat", "--say", "hi", "-a", router.address, "-n", "1", "--adapter", "prose"]) == 0
+    assert run(["generate", "abc", "-a", router.address, "-n", "1"]) == 0
+    assert [request.options.adapter for request in router.toy.requests] == ["poems", "prose", ""]
+
+
 def test_generate_as_json_from_standard_input(router, capsys, monkeypatch, expected):
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
     assert run(["generate", "-", "-a", router.address, "-n", "2", "--seed", "1", "--logprobs", "1", "--json"]) == 0
@@ -115,9 +122,13 @@ def test_chat_keeps_its_history(router, capsys, monkeypatch):
 
 def test_models_and_top(router, capsys):
     assert run(["models", "-a", router.address]) == 0
-    assert "toy" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "toy" in shown
+    assert "poems@01234567" in shown
     assert run(["models", "-a", router.address, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["max_context_tokens"] == 99
+    (model,) = json.loads(capsys.readouterr().out)
+    assert model["max_context_tokens"] == 99
+    assert model["adapters"] == [{"name": "poems", "revision": "0123456789"}]
     assert run(["top", "-a", router.address, "--once"]) == 0
     shown = capsys.readouterr().out
     assert "decode-0" in shown

@@ -17,6 +17,9 @@ import pytest
 from tiny_llama import SHAPES, make_llama
 
 import legato
+from legato.command import up
+from legato.command.main import run
+from service.config import ClusterConfig
 
 READY_S, STOP_S = 120.0, 15.0  # deadlines, with room for a busy machine: `up` itself kills what is left after 9 s
 
@@ -189,6 +192,24 @@ def test_no_orphan_when_up_itself_is_killed(start: Callable[..., Up]) -> None:
     assert set(pids) == {"redis", "router-0", "prefill-0", "decode-0"}
     cluster.process.kill()
     wait_for(lambda: not any(is_alive(pid) for pid in pids.values()), 30.0)
+
+
+def test_adapters_of_the_command_line_reach_both_pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ClusterConfig] = []
+    monkeypatch.setattr(up, "fetch_model", lambda name: None)
+
+    async def keep(config: ClusterConfig, folder: Path) -> int:
+        asked.append(config)
+        return 0
+
+    monkeypatch.setattr(up, "_up", keep)
+    assert run(["up", "--adapter", "poems=/lora/poems", "--adapter", "prose=./prose"]) == 0
+    workers = asked[0].resolve("redis://127.0.0.1").workers()
+    assert [worker.role for worker in workers] == ["prefill", "decode"]
+    assert all(worker.engine.adapters == {"poems": "/lora/poems", "prose": "./prose"} for worker in workers)
+    assert run(["up", "--adapter", "poems"]) == 4
+    monkeypatch.setenv("LEGATO_DECODE_ENGINE__ADAPTERS", "poems=/other")
+    assert run(["up", "--adapter", "poems=/lora/poems"]) == 4
 
 
 def test_up_ends_when_a_worker_cannot_load_its_model(tmp_path: Path) -> None:
