@@ -20,6 +20,7 @@ import torch
 from memory_worker import Bytes, MemoryWorker, loaded, make_worker, slots, stored
 
 from engine.engine import Engine
+from engine.grammar import Grammars, Matcher
 from engine.kv_memory import TORCH_DTYPES
 from kvtransfer.memory import MemoryTransport
 from kvtransfer.routes import RankMemory, ranks_to_proto
@@ -29,7 +30,9 @@ from scheduler.handoff import HandoffConfig
 from scheduler.plan import Drawn, Slice, StepPlan, StepResult
 from service.config import WorkerConfig
 from service.messages import layout_to_proto
+from spec.constraint import Constraint
 from spec.dtype import Dtype
+from spec.errors import InvalidParameter
 from spec.layout import KVLayout
 from telemetry.setup import Telemetry
 from worker.core import Core, CoreRank
@@ -142,7 +145,7 @@ class OneOfTheLanes(Lanes):
 
     group = 0
 
-    def lightest(self, token_ids: Sequence[int]) -> Scheduler:
+    def lightest(self, token_ids: Sequence[int], adapter: str) -> Scheduler:
         return self.schedulers[self.group]
 
 
@@ -207,6 +210,7 @@ def _core(config: WorkerConfig, telemetry: Telemetry, cut: Cut, model: Path, chu
         ),
         engine=cast(Engine, SimpleNamespace(groups=SimpleNamespace(close=lambda: None))),
         others=None,
+        grammars=Grammars(_no_constraints, range(record.vocab_size), 8),
         executor=cast(StepExecutor, cast(Any, None)),
         landings_are_kv=True,
         transports={transport.name: transport},
@@ -219,6 +223,10 @@ def _core(config: WorkerConfig, telemetry: Telemetry, cut: Cut, model: Path, chu
     core.memory, core.cut = memory, cut
     core.executor = core
     return core
+
+
+def _no_constraints(constraint: Constraint) -> Matcher:
+    raise InvalidParameter("is not for a toy", field="constraint")
 
 
 def toy_layout(
