@@ -17,9 +17,6 @@ import time
 from kvtransfer import ticket as tickets
 from kvtransfer.routes import ranks_from_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
-from prefill_svc.peers import Peers
-from prefill_svc.sender import Sender, Target
-from prefill_svc.staging import SourceKV
 from scheduler.events import Computed, Event, Failed, Tokens
 from service.messages import finish_to_proto, layout_from_proto, logprobs_to_proto, token_to_proto
 from service.tracing import Spans
@@ -27,7 +24,10 @@ from spec.errors import InvalidParameter, LegatoError
 from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
+from worker.peers import Peers
+from worker.sender import Sender, Target
 from worker.sequences import identity_of, sequence_from_proto
+from worker.staging import SourceKV
 
 ACCEPT_TIMEOUT_S = 5.0
 

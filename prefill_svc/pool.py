@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from legato.v1 import worker_pb2_grpc
-from prefill_svc.peers import Peers
 from prefill_svc.prefill import PrefillService
 from scheduler.events import Event
 from service.channel import channel
 from service.host import Host
 from service.tracing import Spans
 from worker.core import Core
+from worker.peers import Peers
 
 
 class PrefillPool:

@@ -13,11 +13,11 @@ import grpc
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.call import PrefillCall
-from prefill_svc.peers import Peers
 from scheduler.events import Computed, Event, Preempted
 from service.tracing import Spans
 from spec.errors import Draining, InvalidParameter
 from worker.core import Core
+from worker.peers import Peers
 
 
 class PrefillService(worker_pb2_grpc.PrefillServicer):

@@ -65,7 +65,6 @@ THIRD_PARTY: dict[str, set[str]] = {
     "worker/rank_setup.py": {"psutil"},
     "worker/ranks.py": {"psutil"},
     "prefill_svc": {"grpc", "opentelemetry"},
-    "prefill_svc/staging.py": {"torch"},
     "decode_svc": {"grpc", "opentelemetry"},
     "router": {"grpc", "redis"},
     "legato": {"google.protobuf", "google.rpc", "grpc"},

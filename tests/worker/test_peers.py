@@ -10,9 +10,9 @@ from kvtransfer.memory import MemoryTransport
 from kvtransfer.sockets import SocketsTransport
 from kvtransfer.transport import Region, Transport
 from legato.v1.worker_pb2 import TransportEndpoint
-from prefill_svc.peers import Peers
 from service.channel import channel
 from spec.errors import TransferFailed
+from worker.peers import Peers
 
 
 class Remote:

@@ -25,10 +25,10 @@ from kvtransfer.routes import RankMemory, plan_handoff
 from kvtransfer.transport import Peer
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from legato.v1.common_pb2 import TransferStats
-from prefill_svc.staging import SourceKV, Staging
 from service import logs
 from service.status import error_from_reason, error_from_rpc
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
+from worker.staging import SourceKV, Staging
 
 logger = logs.get(__name__)
 
