@@ -16,11 +16,11 @@ class Dtype(enum.Enum):
 
     @property
     def itemsize_bytes(self) -> int:
-        return {Dtype.FLOAT32: 4, Dtype.FLOAT8_E4M3: 1, Dtype.INT8: 1}.get(self, 2)
+        return 4 if self is Dtype.FLOAT32 else 1 if self.is_quantised else 2
 
     @property
     def is_quantised(self) -> bool:
-        return self.itemsize_bytes == 1
+        return self is Dtype.INT8 or self is Dtype.FLOAT8_E4M3
 
     @classmethod
     def parse(cls, name: str) -> Dtype:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy
 import pytest
 import torch
+from handoff_cases import Case, draw_case
 from memory_worker import loaded, make_worker, model_layout, slots
 
 from engine.kv_memory import TORCH_DTYPES
@@ -89,3 +90,62 @@ async def test_scratch_holds_the_chunks_blocks_and_is_given_back() -> None:
         expected = values[rank.kv.layers.start : rank.kv.layers.stop].astype(numpy.float32)
         numpy.testing.assert_array_equal(loaded(found, Dtype.FLOAT32), expected)
     transport.close()
+
+
+async def test_whatever_the_layouts_every_converted_row_lands_where_it_belongs() -> None:
+    """As tests/kvtransfer/test_plan_property.py does it for equal dtypes; here values, since rows are rounded."""
+    transport = MemoryTransport()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for seed in range(150):
+            try:
+                await check_converted(draw_case(seed, converting=True), transport, pool)
+            except Exception as error:
+                error.add_note(f"seed {seed}")
+                raise
+    assert transport.counts()["regions"] == 0
+    transport.close()
+
+
+async def check_converted(case: Case, transport: MemoryTransport, pool: concurrent.futures.Executor) -> None:
+    source, target, whole = case.source, case.target, case.whole
+    end = case.first_token + case.num_tokens
+    shape = (whole.num_layers, whole.planes, whole.num_kv_heads, end, whole.head_dim)
+    rows = rows_of(torch.randn(shape, generator=torch.Generator().manual_seed(6)), whole.dtype)
+    values = values_of(rows, whole.dtype)
+    source.worker.fill(rows.contiguous().view(torch.uint8).numpy(), source.blocks, source.group)
+    region = transport.register(source.worker.region.nbytes, memoryview(source.worker.region))
+    ranks = [
+        CoreRank(rank.kv, rank.group, rank.offset_bytes, landing=as_rows(view, whole.dtype))
+        for rank, view in zip(source.worker.ranks, source.worker.views, strict=True)
+        if rank.group == source.group
+    ]
+    theirs = target.worker.of_group(target.group)
+    staging = Staging(SourceKV(lambda group: ranks, region, transport.register, staged_out), theirs, pool)
+    chunk = await staging.stage(source.group, source.blocks, case.first_token, end)
+    pieces = plan_handoff(chunk.ranks, chunk.block_table, theirs, target.blocks, case.first_token, case.num_tokens)
+    scratch, expected = numpy.frombuffer(chunk.region.buffer, numpy.uint8), target.worker.region.copy()
+    for source_offset, target_offset, nbytes in pieces:
+        target.worker.region[target_offset:][:nbytes] = scratch[source_offset : source_offset + nbytes]
+    dtype = theirs[0].kv.layout.dtype
+    for rank, view in zip(target.worker.ranks, target.worker.views, strict=True):
+        if rank.group != target.group:
+            continue
+        layers, heads = rank.kv.layers, rank.kv.heads
+        places = slots(target.blocks, rank.kv.layout)[case.first_token : end]
+        found = as_rows(numpy.stack([view[block, :, :, :, slot] for block, slot in places], axis=3), dtype)
+        sent = values[layers.start : layers.stop, :, heads.start : heads.stop, case.first_token :]
+        error = (values_of(found, dtype) - sent).abs() / sent.abs().amax(-1, keepdim=True)
+        assert error.max() <= ERROR[dtype]
+        start, size = rank.offset_bytes, rank.kv.layout.block_bytes * target.num_blocks
+        before = expected[start : start + size].reshape(view.shape)
+        for block, slot in places:
+            before[block, :, :, :, slot] = view[block, :, :, :, slot]
+    numpy.testing.assert_array_equal(target.worker.region, expected, err_msg="more than the tokens was written")
+    del scratch
+    staging.release()
+    region.release()
+
+
+def as_rows(rows: numpy.ndarray, dtype: Dtype) -> torch.Tensor:
+    """[..., row_bytes] of bytes as elements."""
+    return torch.from_numpy(numpy.ascontiguousarray(rows)).view(TORCH_DTYPES[dtype])
