@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 from scheduler.events import Finish
 from scheduler.lifetime import Stage, advance
 from scheduler.plan import Draw, Drawn, Proposal, Slice, TokenLogprobs
+from scheduler.prompt_lookup import PromptLookup
 from spec.sampling import MAX_DRAFT_TOKENS, SamplingParams
-
-if TYPE_CHECKING:
-    from scheduler.speculation import PromptLookup
 
 
 @dataclasses.dataclass(slots=True, eq=False)

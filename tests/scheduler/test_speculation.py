@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from scheduler.batch import Scheduler, SchedulerConfig, Tokens
+from scheduler.prompt_lookup import PromptLookup
 from scheduler.sequence import Sequence
-from scheduler.speculation import PromptLookup, room_for_guesses
+from scheduler.speculation import room_for_guesses
 from spec.errors import InvalidParameter
 from spec.sampling import SamplingParams, Speculation, check_logprobs_fit
 
