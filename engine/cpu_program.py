@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from engine.layer_hook import LayerHook
 from engine.step import StepTensors
 from engine.weights import AttentionWeights, LayerWeights, MlpWeights
 from kernels.cpu.program import Program
@@ -44,6 +47,7 @@ class RecordedLayers:
         inner = max(layer.mlp.down.base.k for layer in decoder.weights.layers if isinstance(layer.mlp, MlpWeights))
         self._gate_up, self._inner = program.buffer(2 * inner), program.buffer(inner)
         self._kept_stream, self._kept_attended = program.buffer(hidden), program.buffer(attended)
+        self._written: list[int] = []  # operations up to and with the one that writes a layer's KV
         program.rms_norm(self._stream, first.attention_norm, spec.rms_norm_eps, self._normed, offset=spec.norm_offset)
         for index, layer in enumerate(decoder.weights.layers):
             self._layer(index, layer)
@@ -88,6 +92,7 @@ class RecordedLayers:
             norm_eps=spec.rms_norm_eps,
             norm_offset=spec.norm_offset,
         )
+        self._written.append(self.program.length)
         self.program.paged_attention(
             self._queries,
             key_blocks,
@@ -112,7 +117,7 @@ class RecordedLayers:
             source, weight, spec.rms_norm_eps, self._normed, stream=self._stream, offset=spec.norm_offset
         )
 
-    def run(self, stream: Tensor, step: StepTensors) -> Tensor:
+    def run(self, stream: Tensor, step: StepTensors, hook: LayerHook | None = None) -> Tensor:
         """stream: [T, hidden]. Returns the normed rows that are wanted, in a stage that is not the last the stream; a
         view that the next step writes over."""
         return self.program.run(
@@ -124,4 +129,10 @@ class RecordedLayers:
             step.context_lens,
             step.wanted_rows if self._decoder.shard.is_last_stage else None,
             self._result,
+            self._pauses(hook),
         )
+
+    def _pauses(self, hook: LayerHook | None) -> list[tuple[int, Callable[[], None]]]:
+        if hook is None:
+            return []
+        return [(self._written[end - 1], functools.partial(hook.written, end)) for end in hook.ends]

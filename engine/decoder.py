@@ -7,8 +7,6 @@ holds was cut by the sharding table, and the sums over the cuts are `groups`'.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from engine.cpu_program import record
 from engine.feed_forward import Experts, dense, gathers, weight_gathered
 from engine.groups import Groups
 from engine.kv_memory import KVMemory
+from engine.layer_hook import LayerHook
 from engine.projection import Segments
 from engine.rope import tables
 from engine.step import StepTensors
@@ -49,21 +48,20 @@ class Decoder:
         self.recorded = record(self)
         self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
-    def forward(self, step: StepTensors, on_layer: Callable[[int], None] | None = None) -> Tensor | None:
+    def forward(self, step: StepTensors, hook: LayerHook | None = None) -> Tensor | None:
         """In the last stage the final hidden states of the wanted rows, [W, hidden], normed; None in the others, whose
         rows have gone on to the next. The KV of every row is written on the way.
 
-        `on_layer(i)` is called when the write of the rank's layer i is issued: done on the CPU, on a GPU queued on the
-        current stream.
+        The hook is called when a write is issued: done on the CPU, on a GPU queued on the current stream.
         """
         layers = self.weights.layers
         stream = self._embed(step) if self.shard.is_first_stage else self._received(step)
-        if self.recorded is not None and on_layer is None and not step.adapters:
-            return self._leave(self.recorded.run(stream, step))
+        if self.recorded is not None and not step.adapters:
+            return self._leave(self.recorded.run(stream, step, hook))
         normed = self._norm(stream, layers[0].attention_norm)
         for index, layer in enumerate(layers):
             rows = step.wanted_rows if self.shard.is_last_stage and index + 1 == len(layers) else None
-            output = self.groups.sum(self._attend(normed, layer, index, step, rows, on_layer))
+            output = self.groups.sum(self._attend(normed, layer, index, step, rows, hook))
             if rows is not None:  # nothing reads the other rows any more
                 stream = stream[rows]
             normed, stream = self._join(output, layer.attention_post_norm, layer.mlp_norm, stream)
@@ -131,18 +129,16 @@ class Decoder:
         index: int,
         step: StepTensors,
         rows: Tensor | None,
-        on_layer: Callable[[int], None] | None,
+        hook: LayerHook | None,
     ) -> Tensor:
         weights, described = layer.attention, self.spec.layers[self.shard.layers[index]]
         rope_tables = self.rope_tables[described.rope]
         if isinstance(weights, LatentWeights):
             queries = attention.latent_queries(normed, weights, self.spec, self.kv, index, rope_tables, step)
-            if on_layer is not None:
-                on_layer(index)
+            _told(hook, index + 1)
             return attention.latent_output(queries, weights, self.spec, self.kv, index, step, rows)
         queries = attention.grouped_queries(normed, weights, self.spec, self.kv, index, rope_tables, step)
-        if on_layer is not None:
-            on_layer(index)
+        _told(hook, index + 1)
         return attention.grouped_output(queries, weights, self.spec, described, self.kv, index, step, rows)
 
     def _feed_forward(self, normed: Tensor, layer: LayerWeights, index: int, segments: Segments) -> Tensor:
@@ -152,3 +148,8 @@ class Decoder:
             return self.groups.sum(dense(normed, layer.mlp, self.spec.activation, segments))
         assert self.experts is not None
         return self.experts.forward(normed, layer.mlp, index)
+
+
+def _told(hook: LayerHook | None, end: int) -> None:
+    if hook is not None and end in hook.ends:
+        hook.written(end)

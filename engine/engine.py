@@ -17,6 +17,7 @@ from engine.decoder import Decoder
 from engine.grammar import Grammars, refuse
 from engine.groups import Groups
 from engine.kv_memory import TORCH_DTYPES, KVMemory
+from engine.layer_hook import DeviceHooks, LayerHook
 from engine.model_base import ModelFiles
 from engine.projection import Segments
 from engine.speculation import DraftModel, draws_of, verified
@@ -124,31 +125,33 @@ class Engine:
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
         self._captured = CapturedDecodes(self.decoder, options.graph_rows, self.device) if captures else None
+        self._device_hooks = DeviceHooks() if self.device.type == "cuda" else None
         self._adapters = frozenset(adapters or ())
         self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
+    def execute(self, plan: StepPlan, hook: LayerHook | None = None) -> StepResult:
         """Writes the KV of every slice's tokens into its blocks and draws where a slice says so.
 
-        `on_layer(i)` is called during the step, on this thread, when layer i's KV is written (see Decoder.forward). An
-        exception of it ends the step; the KV of the slices is then undefined. Only a rank of the last stage has a
-        result; in the others nothing is drawn. A plan without slices is a rank's share of a step in which its group
-        has no sequence. Raises WorkerLost when the ranks lose each other.
+        The hook hears which layers have written. Only a rank of the last stage has a result; in the others nothing is
+        drawn. A plan without slices is a rank's share of a step in which its group has no sequence. Raises WorkerLost
+        when the ranks lose each other.
         """
         if not plan.slices:
             self.decoder.follow()
             return StepResult((), ())
+        if hook is not None and self._device_hooks is not None:
+            hook = self._device_hooks.following(hook)
         slices = plan.slices if self._draft_model is None else self._draft_model.guess(plan.slices)
         draws = [draws_of(piece) for piece in slices] if self.shard.is_last_stage else []
         pending, flat = self._grammars.start(slices, draws), list(itertools.chain.from_iterable(draws))
-        if self._captured is not None and on_layer is None and self._captured.takes(slices):
+        if self._captured is not None and hook is None and self._captured.takes(slices):
             logits, best = self._captured.run(slices)
             undrawn = logits[:0]
         else:
             wanted, num_drawn = _wanted_rows(slices)
-            hidden = self.decoder.forward(self._step_tensors(slices, wanted), on_layer)
+            hidden = self.decoder.forward(self._step_tensors(slices, wanted), hook)
             if hidden is None:
                 return StepResult(((),) * len(slices), ((),) * len(slices))
             logits, best = self.decoder.logits(hidden[:num_drawn]) if flat else hidden, None

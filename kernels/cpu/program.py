@@ -10,6 +10,7 @@ and KV memory are the caller's and must outlive the program.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ class Program:
         self._packed: Any = None
         self._arenas: list[Tensor] = []
         self._rows = 0
+
+    @property
+    def length(self) -> int:
+        """Operations recorded so far."""
+        return len(self._recorded)
 
     def buffer(self, width: int) -> int:
         """A new one, of `width` elements a row."""
@@ -189,9 +195,13 @@ class Program:
         context_lens: Tensor,
         wanted_rows: Tensor | None,
         result: int,
+        pauses: Sequence[tuple[int, Callable[[], None]]] = (),
     ) -> Tensor:
         """`first` [T, width] goes into buffer 0; the others as in paged_attention and rope_kv_write. Returns buffer
-        `result`, [T or W, width], a view that the next run writes over."""
+        `result`, [T or W, width], a view that the next run writes over.
+
+        `pauses`: what is called between operations, after so many of them, rising; none lies behind `wanted_rows`.
+        An exception ends the run."""
         num_rows = first.shape[0]
         num_wanted = num_rows if wanted_rows is None else wanted_rows.shape[0]
         self._prepare(num_rows)
@@ -208,11 +218,19 @@ class Program:
             query_starts.data_ptr(),
             context_lens.data_ptr(),
         )
-        self._library.run_program(
-            self._packed, len(self._recorded), self._pointers, ctypes.byref(step), torch.get_num_threads()
-        )
+        done = 0
+        for count, pause in pauses:
+            self._execute(done, count, step)
+            pause()
+            done = count
+        self._execute(done, len(self._recorded), step)
         width = self._widths[result]
         return self._arenas[result][: num_wanted * width].view(num_wanted, width)
+
+    def _execute(self, start: int, end: int, step: _Step) -> None:
+        first = ctypes.addressof(self._packed) + start * ctypes.sizeof(_Operation)
+        threads = torch.get_num_threads()
+        self._library.run_program(first, end - start, self._pointers, ctypes.byref(step), threads)
 
     def _record(self, kind: int, function: int | None, source: int, target: int, **fields: Any) -> None:
         fixed: dict[str, Any] = {"residual": -1}

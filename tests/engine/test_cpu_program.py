@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from stepper import Stepper, rows_of
 from tiny_models import MODELS, MOE_MODELS, make_model
 
 from engine.engine import Engine, EngineOptions
+from engine.layer_hook import LayerHook
 from engine.model_files import open_model
 from kernels.cpu.library import shared_library
 
@@ -43,6 +46,22 @@ def compare(folder: Path, **options: str) -> None:
     one_by_one = Engine(files, EngineOptions(device="cpu", block_tokens=7, **options), 60)
     one_by_one.decoder.recorded = None
     assert np.array_equal(rows(recorded), rows(one_by_one))
+
+
+@needs_kernels
+@pytest.mark.parametrize("folder", ["llama3"], indirect=True)
+def test_a_run_with_pauses_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = open_model(folder)
+    whole, paused = (Engine(files, EngineOptions(device="cpu", block_tokens=7), 60) for _ in range(2))
+    ends: list[int] = []
+    for engine in (whole, paused):
+        engine.kv.tensor.zero_()
+    monkeypatch.setattr(
+        paused, "execute", functools.partial(paused.execute, hook=LayerHook((1, files.spec.num_layers), ends.append))
+    )
+    assert np.array_equal(rows(paused), rows(whole))
+    assert torch.equal(paused.kv.tensor, whole.kv.tensor)
+    assert set(ends) == {1, files.spec.num_layers}
 
 
 @needs_kernels

@@ -12,6 +12,7 @@ from tiny_llama import SHAPES, Shape, load_reference, make_llama
 
 from engine.engine import Engine, EngineOptions, kv_layout_for
 from engine.kv_memory import KVMemory, default_num_blocks
+from engine.layer_hook import LayerHook
 from engine.model_files import open_model
 from kernels.cpu.library import shared_library
 from scheduler.plan import Draw, Slice, StepPlan, StepResult
@@ -78,19 +79,27 @@ def test_layers_are_told_when_their_kv_is_there(engine: Engine) -> None:
     engine.kv.tensor.zero_()
     seen: list[tuple[int, list[bool]]] = []
 
-    def on_layer(index: int) -> None:
-        seen.append((index, engine.kv.tensor[5].flatten(1).bool().all(dim=1).tolist()))
+    def written(end: int) -> None:
+        seen.append((end, engine.kv.tensor[5].flatten(1).bool().all(dim=1).tolist()))
 
-    engine.execute(StepPlan(0, (Slice("a", (3, 4, 5, 6), 0, (5,), None),)), on_layer)
-    assert seen == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]
+    plan = StepPlan(0, (Slice("a", (3, 4, 5, 6), 0, (5,), None),))
+    each = [(1, [True, False, False]), (2, [True, True, False]), (3, [True, True, True])]
+    for recorded in (engine.decoder.recorded, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.decoder, "recorded", recorded)
+            for ends in ((1, 2, 3), (2, 3), (3,), (2,), ()):
+                engine.kv.tensor.zero_()
+                seen.clear()
+                engine.execute(plan, LayerHook(ends, written))
+                assert seen == [each[end - 1] for end in ends]
 
 
 def test_an_exception_of_the_hook_ends_the_step(engine: Engine) -> None:
-    def on_layer(index: int) -> None:
+    def written(end: int) -> None:
         raise OutOfBlocks("no")
 
     with pytest.raises(OutOfBlocks):
-        engine.execute(StepPlan(0, (Slice("a", (3,), 0, (0,), None),)), on_layer)
+        engine.execute(StepPlan(0, (Slice("a", (3,), 0, (0,), None),)), LayerHook((2,), written))
 
 
 def test_results_stand_where_their_slices_stand(engine: Engine) -> None:
