@@ -110,6 +110,7 @@ class Journey:
         self._early: dict[int, worker_pb2.SequenceOutput] = {}
         self._prefill_call: asyncio.Task[bool] | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._failed: Worker | None = None  # who ended the placement, as far as it is known
 
     async def run(self) -> AsyncGenerator[Drawn, None]:
         """Raises the typed error that ended it. Use with contextlib.aclosing."""
@@ -164,7 +165,7 @@ class Journey:
         route.prefill_worker_id = placement.prefill.worker_id if placement.prefill is not None else ""
         route.decode_worker_id = placement.decode.worker_id if placement.decode is not None else ""
         route.ClearField("transfer")
-        self._prefill_call = None
+        self._prefill_call = self._failed = None
         if placement.prefill is not None:
             reading = self._read_prefill(placement, placement.prefill)
             self._prefill_call = loop.create_task(reading, name=f"prefill {placement.sequence_id}")
@@ -203,6 +204,7 @@ class Journey:
             match event:
                 case Failure(error, worker):
                     if worker is not placement.prefill or worker is None or not placement.handed_over:
+                        self._failed = worker
                         raise self._as_ours(error)
                     drawn = None  # its part was done
                 case worker_pb2.SequenceOutput():
@@ -267,7 +269,7 @@ class Journey:
         )
         if attempts >= MAX_ATTEMPTS:
             raise error
-        self._need.avoid.update((worker.worker_id, worker.record.epoch) for worker in placement.workers())
+        self._need.failed(placement, self._failed, error)
 
     async def _last_word(self, placement: Placement) -> None:
         """The answer may be complete before its prefill worker has said what the hand-over moved."""

@@ -20,7 +20,16 @@ from router.line import Line, Place
 from router.registry import Model, Registry
 from router.worker import Charge, Worker
 from service import logs
-from spec.errors import Draining, LegatoError, NoWorkers, OutOfBlocks, Overloaded, TicketRefused, WorkerLost
+from spec.errors import (
+    Draining,
+    HandoffError,
+    LegatoError,
+    NoWorkers,
+    OutOfBlocks,
+    Overloaded,
+    TicketRefused,
+    WorkerLost,
+)
 
 logger = logs.get(__name__)
 
@@ -44,13 +53,25 @@ Event = worker_pb2.PrefillEvent | worker_pb2.SequenceOutput | Failure
 
 @dataclasses.dataclass(slots=True)
 class Need:
-    """What has to be placed. `avoid`: workers that failed this request, taken only where there are no others."""
+    """What has to be placed. `avoid`: workers that failed this request, taken only where there are no others. `keeper`:
+    the decode worker to which a hand-over failed, through the prefill worker's fault as far as can be told: it has kept
+    what had landed, and is asked first where another prefill worker goes on."""
 
     model: Model  # with its adapter, which the sequence names too
     sequence: worker_pb2.SequenceState  # its id is set at each placement
     arrival: int
     was_placed: bool = False  # it, or the answer before it in the same request, has had workers
     avoid: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    keeper: tuple[str, int] | None = None
+
+    def failed(self, placement: Placement, worker: Worker | None, error: LegatoError) -> None:
+        """`worker` said so, or was lost. A second hand-over to the same decode worker is not tried a third time."""
+        self.avoid.update(_start_of(each) for each in placement.workers())
+        decode, tried, self.keeper = placement.decode, self.keeper, None
+        if decode is None or placement.prefill is None or placement.handed_over or worker is None:
+            return
+        if (worker is not decode or isinstance(error, HandoffError)) and tried != _start_of(decode):
+            self.keeper = _start_of(decode)
 
     @property
     def computed_tokens(self) -> int:
@@ -199,8 +220,14 @@ class Placer:
         return next(iter(self._ranked(need, prefill)), None)
 
     def _ranked(self, need: Need, prefill: Worker | None) -> list[Worker]:
-        workers = _unless(self.registry.decode_workers(need.model, prefill), need.avoid)
-        ranked = policy.rank_decode([worker.decode_view() for worker in workers], need.total_tokens)
+        capable = self.registry.decode_workers(need.model, prefill)
+        workers, keeper = _unless(capable, need.avoid), None
+        if prefill is not None and _start_of(prefill) not in need.avoid:
+            keeper = next((worker for worker in capable if _start_of(worker) == need.keeper), None)
+        if keeper is not None and keeper not in workers:
+            workers = [*workers, keeper]
+        views = [worker.decode_view() for worker in workers]
+        ranked = policy.rank_decode(views, need.total_tokens, keeper.worker_id if keeper is not None else None)
         return [self.registry.workers[worker_id] for worker_id in ranked]
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -279,5 +306,10 @@ async def _send_abort(decode: Worker, sequence_id: str) -> None:
 
 def _unless(workers: list[Worker], avoid: set[tuple[str, int]]) -> list[Worker]:
     """Those that have not failed this request; all, where every one has."""
-    others = [worker for worker in workers if (worker.worker_id, worker.record.epoch) not in avoid]
+    others = [worker for worker in workers if _start_of(worker) not in avoid]
     return others or workers
+
+
+def _start_of(worker: Worker) -> tuple[str, int]:
+    """Names this life of the worker."""
+    return worker.worker_id, worker.record.epoch

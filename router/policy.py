@@ -61,13 +61,17 @@ def choose_prefill(views: Sequence[PrefillView], total_tokens: int) -> str | Non
     return best.worker_id if best is not None else None
 
 
-def rank_decode(views: Sequence[DecodeView], total_tokens: int) -> list[str]:
-    """Workers to ask for a reservation, in this order, for a sequence that may grow to `total_tokens`.
+def rank_decode(views: Sequence[DecodeView], total_tokens: int, keeper: str | None = None) -> list[str]:
+    """Workers to ask for a reservation, in this order, for a sequence that may grow to `total_tokens`. First the
+    `keeper`, which holds some of its KV from a hand-over that failed.
 
     A full worker is in the list: whether blocks can be had now is the worker's own answer, not ours.
     """
     fitting = [view for view in views if view.longest_tokens >= total_tokens]
-    return [view.worker_id for view in sorted(fitting, key=lambda view: (view.fill, view.worker_id))]
+    return [
+        view.worker_id
+        for view in sorted(fitting, key=lambda view: (view.worker_id != keeper, view.fill, view.worker_id))
+    ]
 
 
 def decode_prefills(prefill_workers: int, prompt_tokens: int, decode: DecodeView, up_to_tokens: int) -> bool:

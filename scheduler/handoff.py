@@ -2,12 +2,16 @@
 
     RESERVED    blocks are taken; no writer has begun                       waiting clock: lease_s from reserve
     WRITING     a writer may write into them                                moving clock: lease_s from a sign of life
-    CANCELLING  the request failed; a write may still land, so the blocks stay until the writer is quiet
+    CANCELLING  the request failed; a write may still land, so blocks stay until the writer is quiet
     ADMITTED    all landed; the blocks passed to the caller                 ended
     FREED       the blocks went back to the pool                            ended
 
 Three verdicts, never one: the request failed (fail, expire), its memory is quiet (quiet), the worker is healthy (not
 ours). Once a writer has begun, blocks are freed on the second alone: no clock frees memory that may still be written.
+
+A chunk is told after its transfer is complete, and chunks follow on each other: full blocks of what has landed with the
+right digest are quiet by construction (settled). They are prefix content from then on, and when the request fails they
+go back at once: whoever reserves for the same tokens, through another producer, holds them already.
 """
 
 from __future__ import annotations
@@ -86,7 +90,9 @@ class Reservations(ReservationBook):
             group=self.config.group,
             adapter=adapter,
         )
-        self._live[reservation.reservation_id] = Entry(reservation, hashes, held_tokens, reservation.expires_s)
+        held_blocks = held_tokens // self._pool.block_tokens
+        entry = Entry(reservation, hashes, held_tokens, reservation.expires_s, settled_blocks=held_blocks)
+        self._live[reservation.reservation_id] = entry
         return reservation
 
     def _reservable(self, num_tokens: int) -> None:
@@ -99,7 +105,8 @@ class Reservations(ReservationBook):
             raise OutOfBlocks(f"{len(self._live)} hand-overs are on their way already")
 
     def fail(self, reservation_id: str, reason: str, now_s: float) -> bool:
-        """The request failed. Without a writer the blocks are free at once, otherwise when it is quiet: CANCELLING.
+        """The request failed. Without a writer the blocks are free at once, otherwise those that are settled, and the
+        others when it is quiet: CANCELLING.
 
         False when there was nothing to fail: unknown, ended, or failed before."""
         entry = self._live.get(reservation_id)
@@ -110,6 +117,7 @@ class Reservations(ReservationBook):
             self._free(entry, reason)
         else:
             self._advance(entry, _S.CANCELLING)
+            self._return_settled(entry)
         return True
 
     def expire(self, now_s: float) -> list[str]:
@@ -176,6 +184,21 @@ class Reservations(ReservationBook):
             raise self._refusal("overlong chunk", reservation_id)
         entry.landed_tokens = first_token + num_tokens
         self._progress(entry, now_s)
+
+    def settled(self, reservation_id: str, end_token: int) -> None:
+        """Tokens before `end_token` landed, were found right by their digest and lie where the engine reads them.
+
+        Not to be called where no digest was taken: then nothing is proven. One that has ended is left alone."""
+        entry = self._live.get(reservation_id)
+        if entry is None:
+            return
+        assert end_token <= entry.landed_tokens
+        full = end_token // self._pool.block_tokens
+        if full > entry.settled_blocks:
+            self._prefix.publish(entry.block_hashes, entry.reservation.block_ids, entry.settled_blocks, full)
+            entry.settled_blocks = full
+        if entry.stage is _S.CANCELLING:
+            self._return_settled(entry)
 
     def complete(self, reservation_id: str, now_s: float) -> tuple[int, ...]:
         """All is there. Returns the block table of its `num_tokens` tokens, whose references pass to the caller, for

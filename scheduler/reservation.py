@@ -1,7 +1,7 @@
 """A reservation's legal life, and the book of those that live and how the others ended.
 
 RESERVED ──▶ WRITING ──▶ ADMITTED      the blocks passed to the caller
-    │          │  └────▶ CANCELLING    a write may still land, so the blocks stay
+    │          │  └────▶ CANCELLING    a write may still land, so the blocks stay that are not settled
     └──────────┴─────────────┴──▶ FREED
 """
 
@@ -58,7 +58,14 @@ class Entry:
     block_hashes: list[bytes]
     landed_tokens: int  # positions [0, landed_tokens) are there and verified
     expires_s: float
+    settled_blocks: int  # the first so many are prefix content, and no write to them is to come
+    returned_blocks: int = 0  # the first so many went back to the pool before the others
     stage: ReservationStage = ReservationStage.RESERVED
+
+    @property
+    def held_blocks(self) -> tuple[int, ...]:
+        """Those on which it has a reference."""
+        return self.reservation.block_ids[self.returned_blocks :]
 
 
 class ReservationBook:
@@ -91,8 +98,13 @@ class ReservationBook:
         assert to in TRANSITIONS[entry.stage], f"no reservation goes from {entry.stage.value} to {to.value}"
         entry.stage = to
 
+    def _return_settled(self, entry: Entry) -> None:
+        """Of a request that failed: what nobody writes any more goes back, and stays as prefix."""
+        self._pool.release(entry.reservation.block_ids[entry.returned_blocks : entry.settled_blocks])
+        entry.returned_blocks = entry.settled_blocks
+
     def _free(self, entry: Entry, how_it_ended: str) -> None:
-        self._pool.release(entry.reservation.block_ids)
+        self._pool.release(entry.held_blocks)
         self._bury(entry, _S.FREED, how_it_ended)
 
     def _bury(self, entry: Entry, to: ReservationStage, how_it_ended: str) -> None:
@@ -104,7 +116,7 @@ class ReservationBook:
         self._totals[to.value] += 1
 
     def reserved_blocks(self) -> int:
-        return sum(len(entry.reservation.block_ids) for entry in self._live.values())
+        return sum(len(entry.held_blocks) for entry in self._live.values())
 
     def counts(self) -> dict[str, int]:
         """What must be zero when nothing runs (P3)."""
@@ -119,7 +131,7 @@ class ReservationBook:
 
     def references(self) -> collections.Counter[int]:
         """References on blocks that reservations hold."""
-        return count_references(entry.reservation.block_ids for entry in self._live.values())
+        return count_references(entry.held_blocks for entry in self._live.values())
 
     def check(self) -> None:
         """Asserts the invariants."""
@@ -128,6 +140,9 @@ class ReservationBook:
             reservation = entry.reservation
             assert entry.stage not in ENDED
             assert reservation.held_tokens <= entry.landed_tokens <= reservation.num_tokens
-            assert reservation.generations == tuple(self._pool.generation(block) for block in reservation.block_ids)
+            generations = tuple(self._pool.generation(block) for block in entry.held_blocks)
+            assert reservation.generations[entry.returned_blocks :] == generations
+            assert entry.returned_blocks in (0, entry.settled_blocks)
+            assert entry.settled_blocks * self._pool.block_tokens <= entry.landed_tokens
         assert not self._live.keys() & self._tombstones.keys()
         assert len(self._tombstones) <= self._max_tombstones

@@ -140,6 +140,38 @@ def test_what_is_here_already_is_shared_and_need_not_come(consumer: Consumer) ->
     consumer.assert_empty()
 
 
+def test_a_hand_over_that_fails_leaves_what_had_landed(consumer: Consumer) -> None:
+    """Settled blocks go back on the first verdict, as prefix; those that may still be written on the second."""
+    reservations, pool = consumer.reservations, consumer.scheduler.pool
+    first = consumer.reserve("a")
+    consumer.begin(first)
+    reservations.landed(first.reservation_id, 0, 7, 1.0)
+    assert consumer.scheduler.prefix.match([*PROMPT, 1]) == [], "its digest alone publishes nothing"
+    reservations.settled(first.reservation_id, 7)
+    consumer.check()
+    shared = consumer.reserve("b", now_s=1.0)  # while the first is still being written
+    assert shared.held_tokens == 4
+    assert reservations.fail(shared.reservation_id, "test", 1.0)
+    assert pool.num_held == 3
+    reservations.landed(first.reservation_id, 7, 2, 1.0)
+    assert reservations.fail(first.reservation_id, "its producer died", 2.0)
+    assert (pool.num_held, pool.num_cached) == (2, 1)
+    assert consumer.reservations.counts()["reserved_blocks"] == 2
+    reservations.settled(first.reservation_id, 9)  # it was on its way to the device
+    assert (pool.num_held, pool.num_cached) == (1, 2)
+    consumer.check()
+    again = consumer.reserve("c", (*range(9), 44, 45), producer_id="prefill-2", now_s=2.0)
+    assert again.held_tokens == 8
+    assert again.block_ids[:2] == first.block_ids[:2]
+    assert first.block_ids[2] not in again.block_ids, "a write may still land there"
+    assert reservations.quiet(first.reservation_id, 3.0)
+    reservations.settled(first.reservation_id, 9)
+    consumer.begin(again, now_s=3.0, producer_id="prefill-2")
+    reservations.landed(again.reservation_id, 8, 3, 3.0)
+    pool.release(reservations.complete(again.reservation_id, 3.0))
+    consumer.assert_empty()
+
+
 def test_the_table_of_transitions_is_what_the_verbs_do() -> None:
     """Each verb from each stage: where the table has no arrow, nothing moves."""
 

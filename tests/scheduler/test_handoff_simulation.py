@@ -81,7 +81,7 @@ class World:
         self.now_s = 0.0
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.order = 0
-        self.streams = 0
+        self.streams = self.returned_early = 0
         self.loss = self.rng.choice([0.0, 0.05, 0.2])
         num_blocks = self.rng.randint(9, 14)
         self.scheduler = Scheduler(
@@ -240,10 +240,21 @@ class World:
                 raise TransferFailed("the digest differs")
             self.reservations.landed(job.reservation_id, first, count, self.now_s)
             assert job.ended is None, "a late chunk was accepted"
+            self.at(self.rng.choice([0.0, 0.0, 0.5]), self.settle, job, first + count)  # what lands may be staged yet
         except TicketRefused:
             pass
         except TransferFailed:
             self.fail(job)
+
+    def settle(self, job: Job, end_token: int) -> None:
+        self.reservations.settled(job.reservation_id, end_token)
+        entry = self.reservations._live.get(job.reservation_id)
+        if entry is not None:
+            num_tokens = entry.settled_blocks * BLOCK_TOKENS
+            published = self.scheduler.prefix.match((*job.prompt[:num_tokens], -1))
+            found = self.engine.read(published, len(published) * BLOCK_TOKENS)
+            assert found == self.fake.kv_of(job.prompt)[: len(found)], "what did not land became prefix"
+            self.scheduler.pool.release(published)
 
     def final(self, job: Job, stream: int) -> None:
         if job.stream != stream:
@@ -275,6 +286,8 @@ class World:
             stage = None if entry is None else entry.stage
             assert (job.ended is None and job.sequence is None) or stage in (None, ReservationStage.CANCELLING)
             if stage is ReservationStage.CANCELLING:
+                assert entry is not None
+                self.returned_early += entry.returned_blocks
                 name = job.reservation.producer_id if job.reservation else ""
                 self.send(self.cancel, next(p for p in self.producers if p.name == name), job)
         events = self.scheduler.expire(self.now_s)
@@ -405,12 +418,23 @@ def simulate(fake: SimpleNamespace, seeds: range, kind: type[Reservations] = Res
             ends[f"refused: {reason}"] = ends.get(f"refused: {reason}", 0) + count
         preemptions = world.scheduler.totals()["preemptions"]
         ends["preemptions"] = ends.get("preemptions", 0) + preemptions
+        ends["returned early"] = ends.get("returned early", 0) + world.returned_early
     return ends
 
 
 def test_two_thousand_schedules_with_faults(fake: SimpleNamespace) -> None:
     ends = simulate(fake, range(2000))
-    for end in ("finished", "failed", "expired", "aborted", "writer gave up", "deadline", "no room", "preemptions"):
+    for end in (
+        "finished",
+        "failed",
+        "expired",
+        "aborted",
+        "writer gave up",
+        "deadline",
+        "no room",
+        "preemptions",
+        "returned early",
+    ):
         assert ends.get(end, 0) >= 20, (end, ends)
     for reason in ("ended", "begun before", "other epoch", "cancelled", "repeated chunk", "gap"):
         assert ends.get(f"refused: {reason}", 0) >= 20, (reason, ends)
@@ -463,6 +487,17 @@ class AdmitsWhatDidNotLand(Reservations):
         return super().complete(reservation_id, now_s)
 
 
+class SettlesTooMuch(Reservations):
+    def settled(self, reservation_id: str, end_token: int) -> None:
+        """Also the block of which only the first tokens have landed."""
+        entry = self._live.get(reservation_id)
+        if entry is not None and entry.stage in (ReservationStage.WRITING, ReservationStage.CANCELLING):
+            end_token = min(end_token + BLOCK_TOKENS, entry.reservation.num_tokens)
+            entry.landed_tokens, landed = end_token, entry.landed_tokens
+            super().settled(reservation_id, end_token)
+            entry.landed_tokens = landed
+
+
 class ForgetsToFree(Reservations):
     def _free(self, entry: Any, how_it_ended: str) -> None:
         self._bury(entry, ReservationStage.FREED, how_it_ended)
@@ -485,6 +520,7 @@ class ExpiryFreesWriters(Reservations):
         (NeverExpires, "None|reservations_"),
         (AcceptsLateMessages, "late chunk|after it had failed"),
         (AdmitsWhatDidNotLand, "did not land"),
+        (SettlesTooMuch, "given away|another's|became prefix"),
         (ForgetsToFree, "seed"),
         (ExpiryFreesWriters, "given away|another's"),
     ],
