@@ -18,7 +18,7 @@ from tiny_llama import SHAPES, load_reference, make_llama
 
 import decode_svc.handoff
 import legato
-import prefill_svc.sender
+import worker.sender
 from engine.adapters import AdapterFiles
 from engine.model_files import open_model
 from kvtransfer import ticket as tickets
@@ -217,7 +217,7 @@ async def test_a_sequence_state_of_another_adapter_is_refused(
     world: World, expected: Mapping[str, tuple[int, ...]], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its KV is right and its tokens are, and it would go on under other weights."""
-    finish, changed = prefill_svc.sender.Sender.finish, 0
+    finish, changed = worker.sender.Sender.finish, 0
 
     async def finish_as_prose(sender: Any, state: worker_pb2.SequenceState) -> Any:
         nonlocal changed
@@ -228,7 +228,7 @@ async def test_a_sequence_state_of_another_adapter_is_refused(
 
     async with cluster(world[0], redis_url, engine=served(world)) as running:
         prose = _ids(running.workers["prefill-0"].core.record)["prose"]
-        monkeypatch.setattr(prefill_svc.sender.Sender, "finish", finish_as_prose)
+        monkeypatch.setattr(worker.sender.Sender, "finish", finish_as_prose)
         answer = await ask(running, "poems")
         assert running.workers["decode-0"].core.meter.refused_handoffs == 1
         await running.assert_as_at_start()

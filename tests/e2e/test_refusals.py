@@ -15,9 +15,9 @@ from tiny_llama import SHAPES, make_llama
 
 import decode_svc.handoff
 import kvtransfer.memory
-import prefill_svc.sender
 import worker.build
 import worker.loop
+import worker.sender
 from kvtransfer import ticket as tickets
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
 from kvtransfer.transport import Piece
@@ -64,7 +64,7 @@ async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkey
 
 async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sender that reads the wrong blocks sends what does not match the digest of what it computed."""
-    plan = prefill_svc.sender.plan_handoff
+    plan = worker.sender.plan_handoff
     wrong = 0
 
     def shifted(*arguments: Any) -> list[Piece]:
@@ -79,7 +79,7 @@ async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch
         expected = (await greedy(running, PROMPT)).token_ids
     async with cluster(model, redis_url) as running:
         await greedy(running, [5] * 90)  # its KV lies in the prefill worker's blocks
-        monkeypatch.setattr(prefill_svc.sender, "plan_handoff", shifted)
+        monkeypatch.setattr(worker.sender, "plan_handoff", shifted)
         answer = await greedy(running, PROMPT)
         assert wrong == 1
         assert answer.token_ids == expected
