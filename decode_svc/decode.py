@@ -41,6 +41,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         if request.identity != identity_of(state, core.record):
             raise TicketRefused(f"{core.record.worker_id} serves another model or revision than the one asked for")
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
+        await core.warm(tokens, state.adapter)
+        self._refuse_if_taken(state.sequence_id)  # a second call may have come meanwhile
         self._placements.subscriptions.attach(request.router_id, state.sequence_id)
         try:
             with core.loop.lock:
@@ -98,6 +100,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._refuse_if_taken(state.sequence_id)
         sequence = sequence_from_proto(state, self._core.record)
         await self._core.prepare(sequence.params)
+        if not sequence.wants_prompt_logprobs:
+            await self._core.warm(sequence.tokens(0, sequence.known_tokens), sequence.adapter)
         self._refuse_if_taken(state.sequence_id)  # a second call may have come meanwhile
         self._placements.subscriptions.attach(request.router_id, state.sequence_id)
         try:

@@ -95,6 +95,8 @@ class PrefillCall:
     async def _first_token(self) -> worker_pb2.PrefillEvent.FirstToken:
         sequence = sequence_from_proto(self._request.sequence, self._core.record, draws_here=1)
         await self._core.prepare(sequence.params)
+        if not sequence.wants_prompt_logprobs:
+            await self._core.warm(sequence.tokens(0, sequence.known_tokens), sequence.adapter)
         with self._core.loop.lock:
             self._core.scheduler.add(sequence, time.monotonic())
         self._core.loop.wake()

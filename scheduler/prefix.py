@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scheduler.blocks import BlockPool
 
@@ -20,12 +20,15 @@ TOKEN_BYTES = array("q").itemsize
 
 
 class PrefixCache:
-    """Names and finds what the pool keeps and evicts. `enabled=False`: finds and publishes nothing."""
+    """Names and finds what the pool keeps and evicts. `enabled=False`: finds and publishes nothing.
+
+    `on_use` is told of contents that are published or found, the deepest of a prefix first."""
 
     def __init__(self, pool: BlockPool, salt: bytes, *, enabled: bool = True) -> None:
         self._pool = pool
         self._enabled = enabled
         self._root = hashlib.blake2b(salt, digest_size=HASH_BYTES).digest()
+        self.on_use: Callable[[Sequence[bytes]], None] | None = None
 
     def _root_of(self, adapter: str) -> bytes:
         if not adapter:
@@ -59,6 +62,7 @@ class PrefixCache:
                 break
             blocks.append(block)
         self._pool.hold(blocks)
+        self._used(chain, 0, len(blocks))
         return blocks
 
     def count(self, hashes: Sequence[bytes]) -> int:
@@ -70,6 +74,11 @@ class PrefixCache:
         if self._enabled:
             for index in range(first_block, end_block):
                 self._pool.publish(block_table[index], hashes[index])
+            self._used(hashes, first_block, end_block)
+
+    def _used(self, hashes: Sequence[bytes], first_block: int, end_block: int) -> None:
+        if self.on_use is not None and first_block < end_block:
+            self.on_use(hashes[first_block:end_block][::-1])
 
     @property
     def enabled(self) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "ClusterConfig",
     "EngineConfig",
     "HandoffConfig",
+    "KVTiersConfig",
     "RouterConfig",
     "TelemetryConfig",
     "WorkerConfig",
@@ -119,6 +120,20 @@ class HandoffConfig(Section):
     digest: Literal["always", "off"] = "always"
 
 
+class KVTiersConfig(Section):
+    """Where copies of KV blocks are kept after their memory was given to others."""
+
+    host_bytes: ByteSize = ByteSize(0)  # of host memory; bytes, or "4GiB"; 0: none
+    disk_folder: Folder | None = None  # None: none on disk; workers of one host may share it
+    disk_bytes: ByteSize = ByteSize(0)  # of files of this worker
+
+    @model_validator(mode="after")
+    def _disk_has_folder_and_size(self) -> KVTiersConfig:
+        if (self.disk_folder is None) != (self.disk_bytes == 0):
+            raise ValueError("disk_folder and disk_bytes go together: set both, or neither")
+        return self
+
+
 class TelemetryConfig(Section):
     otlp_endpoint: str | None = None  # "http://host:4317"; None: no traces and no metrics leave the process
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -138,6 +153,7 @@ class WorkerConfig(Section):
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8.0
     engine: EngineConfig = EngineConfig()
     handoff: HandoffConfig = HandoffConfig()
+    kv_tiers: KVTiersConfig = KVTiersConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
@@ -180,6 +196,7 @@ class ClusterConfig(Section):
     prefill_engine: EngineConfig = EngineConfig()
     decode_engine: EngineConfig = EngineConfig()
     handoff: HandoffConfig = HandoffConfig()
+    kv_tiers: KVTiersConfig = KVTiersConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @field_validator("engine", "prefill_engine", "decode_engine")
@@ -214,6 +231,7 @@ class ClusterConfig(Section):
                 host=self.host,
                 engine=self._engine(overrides),
                 handoff=self.handoff,
+                kv_tiers=self.kv_tiers,
                 **self._shared(f"legato-{role}"),
             )
             for role, count, overrides in pools

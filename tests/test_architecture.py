@@ -64,6 +64,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "worker": {"google.protobuf", "grpc", "opentelemetry", "torch"},
     "worker/rank_setup.py": {"psutil"},
     "worker/ranks.py": {"psutil"},
+    "worker/tier_files.py": {"xxhash"},
     "prefill_svc": {"grpc", "opentelemetry"},
     "decode_svc": {"grpc", "opentelemetry"},
     "router": {"grpc", "redis"},

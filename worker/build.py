@@ -49,6 +49,7 @@ from worker.meter import Meter
 from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
 from worker.ranks import Ranks
 from worker.stage_times import StageTimes
+from worker.tiers import open_tiers
 
 logger = logs.get(__name__)
 
@@ -279,6 +280,8 @@ class _Builder:
         record = self._record(engine, ranks, memory.num_blocks * self._layout.dp)
         lanes = self._lanes(record, memory.num_blocks, draft_model is not None)
         meter = Meter(telemetry)
+        group = [rank for rank in ranks if rank.group == 0]
+        tiers = open_tiers(self._config.kv_tiers, self._content_salt(record).decode(), group)
         executor: StepExecutor = OneRank(engine, meter)
         if self._others is not None:
             stages = StageTimes(self._layout.pp, telemetry)
@@ -304,6 +307,7 @@ class _Builder:
                 consumer=f"{record.worker_id}/{record.epoch:x}",
             ),
             meter=meter,
+            tiers=tiers,
             digest_pool=concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="digest"),
         )
 
@@ -317,13 +321,16 @@ class _Builder:
                 max_sequences=engine.max_sequences,
                 max_context_tokens=self._max_context_tokens,
                 eos_token_ids=self._files.spec.eos_token_ids,
-                cache_salt=identity_text(record.identity).encode() + self._files.revision.encode(),
+                cache_salt=self._content_salt(record),
                 draft_model=has_draft_model,
                 group=group,
                 steps_out=self._steps_out,
             )
             for group in range(self._layout.dp)
         )
+
+    def _content_salt(self, record: worker_pb2.WorkerRecord) -> bytes:
+        return (identity_text(record.identity) + self._files.revision).encode()
 
     def _record(self, engine: Engine, ranks: Sequence[CoreRank], total_blocks: int) -> worker_pb2.WorkerRecord:
         """All but the address, which is known once the server listens."""

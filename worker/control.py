@@ -26,9 +26,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def GetCounts(
         self, request: worker_pb2.GetCountsRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.Counts:
-        with self._core.loop.lock:
-            totals = self._core.scheduler.totals() | self._core.executor.totals()
-        return worker_pb2.Counts(live=self._core.live() | self._live(), total=totals, load=self._core.load())
+        live = self._core.live() | self._live()
+        return worker_pb2.Counts(live=live, total=self._core.all_totals(), load=self._core.load())
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext

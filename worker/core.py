@@ -27,6 +27,8 @@ from worker.lanes import LaneReservations, Lanes
 from worker.loop import EngineLoop
 from worker.meter import Meter
 from worker.ranks import Ranks
+from worker.tiers import Tier
+from worker.warming import Warming
 
 # Of a constraint, of which a router's sandbox took less than one; the vocabulary is read first.
 COMPILE_TIMEOUT_S = 10.0
@@ -61,7 +63,9 @@ class Core:
     reservations: LaneReservations
     digest_pool: concurrent.futures.ThreadPoolExecutor
     meter: Meter
+    tiers: tuple[Tier, ...] = ()
     loop: EngineLoop = dataclasses.field(init=False)
+    warming: Warming | None = dataclasses.field(init=False, default=None)  # where there are tiers
 
     def ranks_of(self, group: int) -> tuple[CoreRank, ...]:
         """Of one group (among dp): they hold the same blocks, each its layers and heads."""
@@ -93,6 +97,12 @@ class Core:
                 await asyncio.shield(compiling)
         except TimeoutError:
             raise params.constraint.refusal(f"was not compiled within {COMPILE_TIMEOUT_S:g} s") from None
+
+    async def warm(self, token_ids: Sequence[int], adapter: str) -> None:
+        """Before a sequence of these tokens joins the scheduler or reserves: what tiers hold of its prefix is brought
+        into the prefix cache."""
+        if self.warming is not None:
+            await self.warming.warm(token_ids, adapter)
 
     async def stage_out(self, ranks: Sequence[CoreRank], block_ids: Sequence[int]) -> None:
         """Before these ranks' blocks are sent: brings them into their landing memory. Nothing to do where that is the
@@ -153,7 +163,13 @@ class Core:
         for name, transport in self.transports.items():
             moving = transport.counts()
             counts |= {f"{name}.{key}": moving[key] for key in ("regions", "transfers")}
-        return counts
+        return counts if self.warming is None else counts | self.warming.live()
+
+    def all_totals(self) -> dict[str, int]:
+        """What only grows."""
+        with self.loop.lock:
+            totals = self.scheduler.totals() | self.executor.totals()
+        return totals if self.warming is None else totals | self.warming.totals()
 
     def check(self) -> None:
         """Asserts every invariant; O(everything), for tests."""

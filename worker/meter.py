@@ -12,7 +12,8 @@ from telemetry.setup import Telemetry
 
 
 class Meter:
-    """`step` is called by the engine loop's thread, the others by the event loop."""
+    """`step` is called by the engine loop's thread, `tier_hit` and `tier_bytes` also by threads that copy, the others
+    by the event loop."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.refused_handoffs = 0
@@ -45,3 +46,10 @@ class Meter:
         """A ticket that opens nothing, a chunk that is not what was computed."""
         self.refused_handoffs += 1
         self._counters[names.HANDOFFS_REFUSED.name].add(1, {"reason": error.reason})
+
+    def tier_bytes(self, direction: str, num_bytes: int) -> None:
+        """`direction`: stored or loaded."""
+        self._counters[names.TIER_BYTES.name].add(num_bytes, {"direction": direction})
+
+    def tier_hit(self, tier: str) -> None:
+        self._counters[names.TIER_HITS.name].add(1, {"tier": tier})

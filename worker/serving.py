@@ -30,6 +30,7 @@ from worker.core import Core
 from worker.loop import EngineLoop
 from worker.rank import run_rank
 from worker.rank_setup import Place, layout_of, place_from
+from worker.warming import Warming
 
 logger = logs.get(__name__)
 
@@ -99,6 +100,8 @@ async def running(
             on_failure=on_failure,
             tick=pool.tick,
         )
+        if core.tiers:
+            core.warming = Warming(core, core.tiers)
         registrar = Registrar(config.redis_url, config.cluster, core.record, config.registration_lease_s)
 
         async def drain() -> None:
@@ -124,6 +127,8 @@ async def running(
         finally:
             await pool.close()
             await host.stop()
+            if core.warming is not None:
+                await core.warming.close()
             await asyncio.to_thread(core.close)
             telemetry.close()
 

@@ -22,7 +22,7 @@ from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.pool import PrefillPool
 from router.__main__ import serve as serve_router
 from service.channel import channel
-from service.config import EngineConfig, HandoffConfig, RouterConfig, TelemetryConfig, WorkerConfig
+from service.config import EngineConfig, HandoffConfig, KVTiersConfig, RouterConfig, TelemetryConfig, WorkerConfig
 from worker.serving import Running, running
 
 KEY = "a key for tests"
@@ -85,6 +85,7 @@ async def cluster(
     prefill_engine: Mapping[str, Any] | None = None,
     decode_engine: Mapping[str, Any] | None = None,
     handoff: Mapping[str, Any] | None = None,
+    kv_tiers: Mapping[str, Any] | None = None,
     telemetry: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Cluster]:
@@ -107,6 +108,7 @@ async def cluster(
                     worker_id=f"{role}-{index}",
                     engine=_engine(model, {**(engine or {}), **(own or {})}),
                     handoff=HandoffConfig(**(handoff or {})),
+                    kv_tiers=KVTiersConfig(**(kv_tiers or {})),
                     drain_s=0.5,
                     **shared,
                 )
