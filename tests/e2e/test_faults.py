@@ -133,7 +133,9 @@ def setup(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Set
     redis = ValkeyServer()
     redis.start()
     folder = tmp_path_factory.mktemp("processes")
-    with processes(folder, redis.port, engine, routers=2, handoff={"lease_s": LEASE_S}) as running:
+    with processes(
+        folder, f"redis://127.0.0.1:{redis.port}", engine, routers=2, handoff={"lease_s": LEASE_S}
+    ) as running:
         made = Setup(running, redis)
         yield made
     made.redis.stop()

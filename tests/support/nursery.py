@@ -29,6 +29,7 @@ from typing import Any
 from gates import Gate
 
 import decode_svc.decode
+import kvtransfer.ucx
 import router.__main__
 import worker.build
 import worker.executor
@@ -66,7 +67,9 @@ def _child(asked: dict[str, str], gates: Path) -> int:
         os.dup2(source, target)
     if netns := asked.get("netns"):
         with open(netns) as namespace:
-            assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) == 0
+            assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
+        options = kvtransfer.ucx.default_options
+        kvtransfer.ucx.default_options = lambda host: options(host) | {"TLS": "tcp,self"}  # memory goes past a network
     config = Path(asked["config"])
     if asked["role"] == "router":
         router_config = load(RouterConfig, config, {})

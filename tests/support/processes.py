@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 from gates import Gates
+from networks import Networks
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.channel import channel
@@ -29,9 +30,8 @@ READY_S, SETTLE_S = 60.0, 20.0
 class Processes:
     """`addresses` by name: router-0.., prefill-0.., decode-0... Made by processes()."""
 
-    def __init__(self, folder: Path, redis_url: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.redis_url = redis_url
         self.gates = Gates(folder / "gates")
         self.gates.folder.mkdir()
         self.addresses: dict[str, str] = {}
@@ -157,21 +157,24 @@ class Processes:
 @contextlib.contextmanager
 def processes(
     folder: Path,
-    redis_port: int,
+    redis_url: str,
     engine: Mapping[str, Any],
     *,
     routers: int = 1,
     prefill: int = 2,
     decode: int = 2,
     handoff: Mapping[str, Any] | None = None,
+    networks: Networks | None = None,
 ) -> Iterator[Processes]:
+    """Workers are in `networks`, where these are given, each in that of its name; routers stay outside."""
     shared: dict[str, Any] = {
-        "redis_url": f"redis://127.0.0.1:{redis_port}",
+        "redis_url": redis_url,
         "cluster_key": KEY,
         "cluster": "test",
         "drain_s": 0.5,
     }
-    running = Processes(folder, shared["redis_url"])
+    outside = "127.0.0.1" if networks is None else networks.gateway
+    running = Processes(folder)
     try:
         for role, count in (("prefill", prefill), ("decode", decode)):
             for index in range(count):
@@ -179,15 +182,16 @@ def processes(
                 config = WorkerConfig(
                     role=role,
                     worker_id=name,
-                    port=free_port("127.0.0.1", 0),
+                    host=outside if networks is None else networks.addresses[name],
+                    port=free_port(outside, 0),
                     engine=EngineConfig(**engine),
                     handoff=HandoffConfig(**(handoff or {})),
                     **shared,
                 )
-                running.add(name, config)
+                running.add(name, config, "" if networks is None else networks.namespace(name))
         for index in range(routers):
             name = f"router-{index}"
-            running.add(name, RouterConfig(router_id=name, port=free_port("127.0.0.1", 0), **shared))
+            running.add(name, RouterConfig(router_id=name, host=outside, port=free_port(outside, 0), **shared))
         yield running
     finally:
         running.close()
