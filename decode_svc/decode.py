@@ -1,8 +1,9 @@
 """legato.v1.Decode: reserve, take over, write the answer.
 
-A sequence is placed here by Reserve (its KV comes from a prefill worker; see handoff.py) or by Admit (prefilled in the
-inflight batch). From then on its router reads its tokens on the Subscribe stream, until the message that carries a
-finish reason or an error. A router whose stream ends has left: its sequences are given up.
+A sequence is placed here by Reserve (its KV comes from a prefill worker, or from the decode worker that it leaves; see
+handoff.py) or by Admit (prefilled in the inflight batch). From then on its router reads its tokens on the Subscribe
+stream, until the message that carries a finish reason or an error, or says that it moved on (move.py). A router whose
+stream ends has left: its sequences are given up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 
 from decode_svc.handoff import Handoffs
+from decode_svc.move import Moves
 from decode_svc.placements import Placed, Placements
 from kvtransfer import ticket as tickets
 from kvtransfer.routes import layout_id, ranks_to_proto
@@ -25,11 +27,12 @@ from worker.sequences import identity_of, sequence_from_proto
 
 
 class DecodeService(worker_pb2_grpc.DecodeServicer):
-    def __init__(self, placements: Placements, handoffs: Handoffs) -> None:
+    def __init__(self, placements: Placements, handoffs: Handoffs, moves: Moves) -> None:
         self.draining = False
         self._core = placements.core
         self._placements = placements
         self._handoffs = handoffs
+        self._moves = moves
 
     async def Reserve(
         self, request: worker_pb2.ReserveRequest, context: grpc.aio.ServicerContext
@@ -49,8 +52,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 reservation = core.reservations.reserve(
                     state.sequence_id,
                     tokens,
-                    producer_id=request.prefill_worker_id,
-                    producer_epoch=request.prefill_epoch,
+                    producer_id=request.producer_id,
+                    producer_epoch=request.producer_epoch,
                     deadline_s=monotonic_s(state.deadline_unix_ns),
                     now_s=time.monotonic(),
                     adapter=state.adapter,
@@ -82,8 +85,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             num_tokens=reservation.num_tokens,
             identity=identity,
             kv_layout_id=layout_id(core.ranks_of(reservation.group)),
-            producer_id=request.prefill_worker_id,
-            producer_epoch=request.prefill_epoch,
+            producer_id=request.producer_id,
+            producer_epoch=request.producer_epoch,
             consumer_id=core.record.worker_id,
             consumer_epoch=core.record.epoch,
             block_ids=reservation.block_ids,
@@ -131,6 +134,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     ) -> AsyncIterator[worker_pb2.HandoffReply]:
         async for reply in self._handoffs.stream(request_iterator):
             yield reply
+
+    async def Move(self, request: worker_pb2.MoveRequest, context: grpc.aio.ServicerContext) -> worker_pb2.MoveResponse:
+        return worker_pb2.MoveResponse(transfer=await self._moves.move(request))
 
     async def Subscribe(
         self, request: worker_pb2.SubscribeRequest, context: grpc.aio.ServicerContext

@@ -213,8 +213,8 @@ class Receiver:
         if (
             state.sequence_id != ticket.sequence_id
             or state.adapter != ticket.identity.adapter
-            or len(tokens) != ticket.num_tokens + 1
-            or tickets.prefix_digest(ticket.identity, tokens[:-1]) != ticket.prefix_digest
+            or len(tokens) <= ticket.num_tokens
+            or tickets.prefix_digest(ticket.identity, tokens[: ticket.num_tokens]) != ticket.prefix_digest
         ):
             raise TicketRefused(
                 "the sequence state is not of the tokens, or the adapter, that the ticket was issued for"
@@ -242,9 +242,9 @@ class Receiver:
         with self._core.loop.lock:
             self._core.reservations.quiet(self.ticket.reservation_id, time.monotonic())
         self._core.loop.wake()  # somebody may wait for these blocks
-        why: LegatoError = TransferFailed("the prefill worker stopped")
-        if finished_without_handoff:  # the router has that from the prefill worker
-            why = RequestCancelled("the first token ended the sequence")
+        why: LegatoError = TransferFailed("the writer stopped")
+        if finished_without_handoff:  # the router has that from the writer
+            why = RequestCancelled("the sequence has ended where it was")
         self._give_up(why)
 
     @property
@@ -263,7 +263,7 @@ class Receiver:
     def _placed_gone(self) -> None:
         if (placed := self._ours()) is not None:
             placed.cancel_writer = None
-            self._give_up(TransferFailed("the prefill worker left during the hand-over"))
+            self._give_up(TransferFailed("the writer left during the hand-over"))
 
 
 class Handoffs:
@@ -310,14 +310,14 @@ class Handoffs:
 
     async def _is_quiet(self, address: str, ticket: worker_pb2.Ticket) -> bool:
         """Silence proves nothing; any of these does: a later start of the same worker is registered, the writer or its
-        successor on the same address says so, no process listens there, or one of another kind or cluster does."""
+        successor on the same address says so, no process listens there, or one that is no worker of this cluster."""
         epoch = await self._find_epoch(ticket.producer_id)
         if epoch is not None and epoch != ticket.producer_epoch:
             return True
         channel = self._open_channel(address)
         request = worker_pb2.ConfirmQuietRequest(reservation_id=ticket.reservation_id)
         try:
-            await worker_pb2_grpc.PrefillStub(channel).ConfirmQuiet(request, timeout=ASK_TIMEOUT_S)
+            await worker_pb2_grpc.WorkerStub(channel).ConfirmQuiet(request, timeout=ASK_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return "refused" in (error.details() or "").lower()

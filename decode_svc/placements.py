@@ -38,6 +38,7 @@ class Placed:
     reservation: Reservation | None = None
     handed_over_ns: int = 0
     cancel_writer: Callable[[LegatoError], None] | None = None  # set while a Handoff stream is open
+    watch: Callable[[Event | LegatoError], None] | None = None  # set while it is on its way to another decode worker
     told: bool = False  # stage times went out
     output_tokens: int = 0
     context: Context = dataclasses.field(default_factory=get_current)  # the trace that it belongs to
@@ -74,7 +75,35 @@ class Placements:
                 self.core.reservations.fail(placed.reservation.reservation_id, reason.reason, now_s)
         if placed.cancel_writer is not None:
             placed.cancel_writer(reason)
+        if placed.watch is not None:
+            placed.watch(reason)
         self.core.loop.wake()
+
+    def may_move(self, sequence_id: str) -> bool:
+        placed = self.placed.get(sequence_id)
+        return placed is not None and placed.reservation is None and placed.watch is None
+
+    def watch(self, sequence_id: str, watch: Callable[[Event | LegatoError], None] | None) -> None:
+        """From here on `watch` is called with what happens to the sequence, after its router was told, and with why it
+        is given up. None: no more."""
+        if (placed := self.placed.get(sequence_id)) is not None:
+            placed.watch = watch
+
+    def moved(self, sequence_id: str, output_tokens: int) -> bool:
+        """A held sequence goes on elsewhere with the next token of the answer: its last message here says so. False: it
+        was given up meanwhile."""
+        placed = self.placed.pop(sequence_id, None)
+        if placed is None:
+            return False
+        if (subscription := self.subscriptions.of(sequence_id)) is not None:
+            last = worker_pb2.SequenceOutput(sequence_id=sequence_id, first_index=output_tokens, moved=True)
+            subscription.put(worker_pb2.StepOutput(sequences=[last], load=self.core.load()))
+        self.subscriptions.detach(sequence_id)
+        self._trace(sequence_id, placed)
+        with self.core.loop.lock:
+            self.core.scheduler.release(sequence_id)
+        self.core.loop.wake()  # somebody may wait for these blocks
+        return True
 
     def deliver(self, events: Sequence[Event]) -> None:
         """In the engine loop's thread."""
@@ -82,14 +111,15 @@ class Placements:
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         outputs: dict[Subscription, worker_pb2.StepOutput] = {}
+        watched: list[tuple[Callable[[Event | LegatoError], None], Event]] = []
         for event in events:
+            placed = self.placed.get(event.sequence_id)
             if isinstance(event, Preempted):
                 self.core.meter.preempted()
-            if not isinstance(event, Tokens | Failed):
-                continue
+            if placed is not None and placed.watch is not None:
+                watched.append((placed.watch, event))
             subscription = self.subscriptions.of(event.sequence_id)
-            placed = self.placed.get(event.sequence_id)
-            if subscription is None or placed is None:
+            if subscription is None or placed is None or not isinstance(event, Tokens | Failed):
                 continue
             output = outputs.setdefault(subscription, worker_pb2.StepOutput())
             last = self._fill(output.sequences.add(), event, placed)
@@ -101,6 +131,8 @@ class Placements:
                 self._send(subscription, outputs.pop(subscription))
         for subscription, output in outputs.items():
             self._send(subscription, output)
+        for watch, event in watched:
+            watch(event)
 
     def _send(self, subscription: Subscription, output: worker_pb2.StepOutput) -> None:
         output.load.CopyFrom(self.core.load())
@@ -158,7 +190,7 @@ class Placements:
         for sequence_id, placed in list(self.placed.items()):
             if placed.reservation is not None and placed.reservation.reservation_id in reservation_ids:
                 self.give_up(
-                    sequence_id, TransferFailed("no sign of the prefill worker within the lease", sequence=sequence_id)
+                    sequence_id, TransferFailed("no sign of the writer within the lease", sequence=sequence_id)
                 )
 
 

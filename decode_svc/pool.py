@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from decode_svc.decode import DecodeService
 from decode_svc.handoff import Handoffs
+from decode_svc.move import Moves
 from decode_svc.placements import Placements
 from legato.v1 import worker_pb2_grpc
 from scheduler.events import Event
-from service.channel import channel
+from service.channel import Channel, channel
 from service.host import Host
 from service.registry import connect, registered_epoch
 from service.tracing import Spans
 from worker.core import Core
+from worker.peers import Peers
 
 
 class DecodePool:
@@ -23,11 +25,11 @@ class DecodePool:
     def __init__(self, core: Core, spans: Spans) -> None:
         self._placements = Placements(core, spans)
         self._redis = connect(core.config.redis_url)
-        self._cluster = core.config.cluster
-        self._handoffs = Handoffs(
-            self._placements, lambda address: channel(address, core.config.cluster_key), self._find_epoch
-        )
-        self._service = DecodeService(self._placements, self._handoffs)
+        self._config = core.config
+        self._peers = Peers(core.transports, self._open_channel)
+        self._handoffs = Handoffs(self._placements, self._open_channel, self._find_epoch)
+        self._moves = Moves(self._placements, self._peers, spans)
+        self._service = DecodeService(self._placements, self._handoffs, self._moves)
         self._heartbeat = asyncio.create_task(self._placements.heartbeat())
 
     def add_to(self, host: Host) -> None:
@@ -45,17 +47,26 @@ class DecodePool:
             "decode.attached": self._placements.subscriptions.attached,
             "decode.handoffs": self._handoffs.open_streams,
             "decode.quarantined": self._handoffs.quarantined,
+            "decode.moves": self._moves.under_way,
         }
 
     def drain(self) -> None:
         self._service.draining = True
 
+    async def confirm_quiet(self, reservation_id: str) -> None:
+        await self._moves.confirm_quiet(reservation_id)
+
+    def _open_channel(self, address: str) -> Channel:
+        return channel(address, self._config.cluster_key)
+
     async def _find_epoch(self, worker_id: str) -> int | None:
-        return await registered_epoch(self._redis, self._cluster, worker_id)
+        return await registered_epoch(self._redis, self._config.cluster, worker_id)
 
     async def close(self) -> None:
         self._heartbeat.cancel()
         for subscription in self._placements.subscriptions.all:
             subscription.end()
         await self._handoffs.close()
+        await self._moves.close()
+        await self._peers.close()
         await self._redis.aclose()

@@ -15,21 +15,18 @@ import functools
 import time
 
 from kvtransfer import ticket as tickets
-from kvtransfer.routes import ranks_from_proto
-from legato.v1 import worker_pb2, worker_pb2_grpc
+from legato.v1 import worker_pb2
 from scheduler.events import Computed, Event, Failed, Tokens
-from service.messages import finish_to_proto, layout_from_proto, logprobs_to_proto, token_to_proto
+from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
 from service.tracing import Spans
-from spec.errors import InvalidParameter, LegatoError
+from spec.errors import LegatoError
 from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
+from worker.outgoing import ACCEPT_TIMEOUT_S, sender_for
 from worker.peers import Peers
-from worker.sender import Sender, Target
+from worker.sender import Sender
 from worker.sequences import identity_of, sequence_from_proto
-from worker.staging import SourceKV
-
-ACCEPT_TIMEOUT_S = 5.0
 
 
 class PrefillCall:
@@ -69,25 +66,10 @@ class PrefillCall:
         core, reservation, state = self._core, self._request.reservation, self._request.sequence
         identity = identity_of(state, core.record)
         ticket = tickets.verify(core.cluster_key, reservation.ticket, now_unix_ns=time.time_ns())
-        target_ranks = ranks_from_proto(layout_from_proto(reservation.kv_layout), reservation.ranks)
-        tickets.check_sender(
-            ticket,
-            identity=identity,
-            target_ranks=target_ranks,
-            producer_id=core.record.worker_id,
-            producer_epoch=core.record.epoch,
-            computed_prefix_digest=tickets.prefix_digest(identity, (*state.prompt_token_ids, *state.output_token_ids)),
-        )
-        if not reservation.lease_s > 0:
-            raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
         self.reservation_id = ticket.reservation_id
-        name, peer = await self._peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
-        self._sender = Sender(
-            worker_pb2_grpc.DecodeStub(await self._peers.channel(ticket.consumer_id, self._request.decode_address)),
-            SourceKV(core.ranks_of, core.regions[name], core.transports[name].register, core.stage_out),
-            Target(ticket, reservation.ticket, target_ranks, peer, name, reservation.lease_s),
-            core.record.address,
-            core.digest_pool,
+        tokens = (*state.prompt_token_ids, *state.output_token_ids)
+        self._sender = await sender_for(
+            core, self._peers, ticket, reservation, self._request.decode_address, identity, tokens
         )
         self._sender.failed.add_done_callback(lambda failed: self.events.put_nowait(failed.result()))
         await self._sender.open(ACCEPT_TIMEOUT_S)

@@ -36,5 +36,8 @@ class PrefillPool:
     def drain(self) -> None:
         self._service.draining = True
 
+    async def confirm_quiet(self, reservation_id: str) -> None:
+        await self._service.confirm_quiet(reservation_id)
+
     async def close(self) -> None:
         await self._peers.close()

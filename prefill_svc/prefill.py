@@ -82,10 +82,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         await call.close()
         del self._calls[call.sequence_id]
 
-    async def ConfirmQuiet(
-        self, request: worker_pb2.ConfirmQuietRequest, context: grpc.aio.ServicerContext
-    ) -> worker_pb2.ConfirmQuietResponse:
+    async def confirm_quiet(self, reservation_id: str) -> None:
         for call in list(self._calls.values()):
-            if call.reservation_id == request.reservation_id:
+            if call.reservation_id == reservation_id:
                 await call.closed.wait()
-        return worker_pb2.ConfirmQuietResponse()

@@ -269,8 +269,8 @@ class Placer:
                     router_id=router_id,
                     sequence=placement.sequence,
                     identity=need.model.identity,
-                    prefill_worker_id=placement.prefill.worker_id,
-                    prefill_epoch=placement.prefill.record.epoch,
+                    producer_id=placement.prefill.worker_id,
+                    producer_epoch=placement.prefill.record.epoch,
                 )
                 placement.reservation = await decode.decode.Reserve(reserve, timeout=CALL_TIMEOUT_S)
             return True

@@ -101,6 +101,28 @@ class Scheduler(Holdings):
         if sequence is not None and sequence.stage is Stage.HELD:
             self._end(sequence)
 
+    def take_out(self, sequence_id: str) -> bool:
+        """It is to be held after the step that draws next, whose Tokens event says so. True: it is held already, for it
+        had been preempted, and has no blocks. Nothing happens to one that has ended."""
+        sequence = self._roster.get(sequence_id)
+        if sequence is None or sequence.stage is Stage.LEAVING:
+            return False
+        if sequence.stage is Stage.PREEMPTED:
+            self._roster.move(sequence, Stage.HELD)
+        if sequence.stage is Stage.HELD:
+            return True
+        sequence.draws_here = sequence.drawn_here + 1
+        return False
+
+    def put_back(self, sequence_id: str) -> None:
+        """One that was to be taken out, or was, goes on as before. Nothing happens to one that has ended."""
+        sequence = self._roster.get(sequence_id)
+        if sequence is None:
+            return
+        sequence.draws_here = None
+        if sequence.stage is Stage.HELD:
+            self._roster.move(sequence, Stage.RUNNING if sequence.block_table else Stage.PREEMPTED)
+
     def expire(self, now_s: float) -> list[Event]:
         """Ends those whose deadline has passed. A held one is left alone: the hand-over has a clock of its own."""
         events, self._untold = self._untold, []
@@ -310,7 +332,7 @@ class Scheduler(Holdings):
         self._totals["accepted_tokens"] += accepted
         scored = tuple(sequence.prompt_logprobs)
         sequence.prompt_logprobs.clear()
-        held = finish is None and sequence.drawn_here == sequence.draws_here
+        held = finish is None and sequence.draws_here is not None and sequence.drawn_here >= sequence.draws_here
         if finish is not None:
             self._end(sequence)
             self._totals["finished"] += 1

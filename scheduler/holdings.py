@@ -27,6 +27,10 @@ class Holdings:
         """It is here and has not ended."""
         return self._roster.get(sequence_id) is not None
 
+    def sequence(self, sequence_id: str) -> Sequence | None:
+        """To be read; None: it is not here (any more)."""
+        return self._roster.get(sequence_id)
+
     def load(self) -> Load:
         waiting, running = self._roster.waiting, self._roster.running
         return Load(

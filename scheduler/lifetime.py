@@ -3,8 +3,8 @@
                     ┌───────────── PREEMPTED ◀──┐ its blocks are given up; it waits at the front
                     ▼                           │
 NEW ──▶ WAITING ──▶ RUNNING ────────────────────┘
- │                  │ ▲  └──▶ HELD       it drew what it should here; its blocks stay until release()
- └──── adopted ─────┼─┘        │
+ │                  │ ▲  └──▶ HELD       it drew what it should here, or was taken out; its blocks stay until
+ └──── adopted ─────┼─┘        │         release(), or until it is put back into the stage that its blocks allow
                     └──▶ LEAVING         it ended while a step writes its blocks; they go at that step's commit
                              └──▶ ENDED  no block, no place in any line
 """
@@ -28,8 +28,8 @@ TRANSITIONS: dict[Stage, frozenset[Stage]] = {
     Stage.NEW: frozenset({Stage.WAITING, Stage.RUNNING}),
     Stage.WAITING: frozenset({Stage.RUNNING, Stage.ENDED}),
     Stage.RUNNING: frozenset({Stage.PREEMPTED, Stage.HELD, Stage.LEAVING, Stage.ENDED}),
-    Stage.PREEMPTED: frozenset({Stage.RUNNING, Stage.ENDED}),
-    Stage.HELD: frozenset({Stage.ENDED}),
+    Stage.PREEMPTED: frozenset({Stage.RUNNING, Stage.HELD, Stage.ENDED}),
+    Stage.HELD: frozenset({Stage.RUNNING, Stage.PREEMPTED, Stage.ENDED}),
     Stage.LEAVING: frozenset({Stage.ENDED}),
     Stage.ENDED: frozenset(),
 }

@@ -47,7 +47,11 @@ class Roster:
     def move(self, sequence: Sequence, to: Stage) -> None:
         """Out of the line of its stage, into that of `to`."""
         self._leave_line(sequence)
+        clock_stood = sequence.stage is Stage.HELD
         sequence.advance(to)
+        if clock_stood and to is not Stage.ENDED:
+            heapq.heappush(self._deadlines, (sequence.deadline_s, sequence.arrival, sequence.sequence_id))
+            self._sweep_deadlines()
         if to in (Stage.WAITING, Stage.PREEMPTED):
             bisect.insort(self.waiting, sequence, key=_place_in_line)
             self.waiting_tokens += sequence.owed_tokens
@@ -96,9 +100,9 @@ class Roster:
         return sequence
 
     def _sweep_deadlines(self) -> None:
-        """Ended sequences leave the heap at the latest when they are most of it."""
+        """Ended sequences, and second entries of others, leave the heap at the latest when they are most of it."""
         if len(self._deadlines) > 2 * len(self._by_id) + 64:
-            self._deadlines = [entry for entry in self._deadlines if self._due(entry) is not None]
+            self._deadlines = [entry for entry in set(self._deadlines) if self._due(entry) is not None]
             heapq.heapify(self._deadlines)
 
     def check(self) -> None:

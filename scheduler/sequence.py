@@ -21,7 +21,7 @@ class Sequence:
     """The first seven are the caller's; once it is added, all is the Scheduler's, and only it writes.
 
     `output_token_ids` may hold tokens at start: they were drawn elsewhere. `draws_here`: None = until finished; k = it
-    stops after k tokens drawn here, its blocks held for the hand-over. `deadline_s` is on the scheduler's clock.
+    stops once k tokens are drawn here, its blocks held for the hand-over. `deadline_s` is on the scheduler's clock.
     `adapter` is the id of one that the engine has, its revision included; "": the base model.
     """
 

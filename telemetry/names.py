@@ -8,7 +8,8 @@ legato.client                        the SDK, from sending to the last token
     │   ├── legato.prefill.compute   its steps, up to the first token
     │   └── legato.transfer          from the first write to the last acknowledgement
     │       └── legato.handoff.finish    what the first token did not wait for
-    └── legato.decode                from admission to the last token
+    ├── legato.move                  from one decode worker to another, while it runs: what the first does
+    └── legato.decode                from admission to the last token there
         ├── legato.decode.queue      blocks landed, waiting for a step
         └── legato.decode.first_step
 """
@@ -25,6 +26,7 @@ SPAN_PREFILL_QUEUE = "legato.prefill.queue"
 SPAN_PREFILL_COMPUTE = "legato.prefill.compute"
 SPAN_TRANSFER = "legato.transfer"
 SPAN_HANDOFF_FINISH = "legato.handoff.finish"
+SPAN_MOVE = "legato.move"
 SPAN_DECODE = "legato.decode"
 SPAN_DECODE_QUEUE = "legato.decode.queue"
 SPAN_DECODE_FIRST_STEP = "legato.decode.first_step"
@@ -89,6 +91,7 @@ STAGE_BUSY = Metric("legato.stage.busy", "s", "time in which a pipeline stage co
 STAGE_IDLE = Metric("legato.stage.idle", "s", "time in which it waited while steps were out: its bubble, by stage")
 TRANSFER_BYTES_TOTAL = Metric("legato.transfer.bytes", "By", "KV bytes handed over")
 HANDOFFS_REFUSED = Metric("legato.handoffs.refused", "{handoff}", "hand-overs refused, by reason")
+MOVES = Metric("legato.moves", "{sequence}", "moves to another decode worker, by why they stayed; OK: they went")
 PREEMPTIONS = Metric("legato.preemptions", "{sequence}", "sequences that gave their blocks up")
 TIER_BYTES = Metric("legato.tier.bytes", "By", "KV bytes stored in tiers, and loaded from them")
 TIER_HITS = Metric("legato.tier.hits", "{block}", "KV blocks brought back from a tier, by tier")

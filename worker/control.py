@@ -11,12 +11,20 @@ from worker.core import Core
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """`live` are the pool's own counts beside the core's; `drain` ends when nothing runs any more."""
+    """`live` are the pool's own counts beside the core's; `drain` ends when nothing runs any more; `confirm_quiet` when
+    nothing of that reservation is in flight from here."""
 
-    def __init__(self, core: Core, live: Callable[[], dict[str, int]], drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        live: Callable[[], dict[str, int]],
+        drain: Callable[[], Awaitable[None]],
+        confirm_quiet: Callable[[str], Awaitable[None]],
+    ) -> None:
         self._core = core
         self._live = live
         self._drain = drain
+        self._confirm_quiet = confirm_quiet
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
@@ -34,3 +42,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.DrainResponse:
         await self._drain()
         return worker_pb2.DrainResponse()
+
+    async def ConfirmQuiet(
+        self, request: worker_pb2.ConfirmQuietRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ConfirmQuietResponse:
+        await self._confirm_quiet(request.reservation_id)
+        return worker_pb2.ConfirmQuietResponse()

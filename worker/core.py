@@ -153,6 +153,7 @@ class Core:
             preemptions=totals["preemptions"],
             transferred_bytes=sum(transport.counts()["written_bytes"] for transport in self.transports.values()),
             refused_handoffs=self.meter.refused_handoffs,
+            moved_sequences=self.meter.moved_sequences,
         )
 
     def live(self) -> dict[str, int]:

@@ -51,6 +51,21 @@ class Lanes:
         lane = self._of(sequence_id)
         return lane is not None and lane.abort(sequence_id, now_s)
 
+    def find(self, sequence_id: str) -> tuple[int, Running] | None:
+        """(Its group, the sequence), to be read. None: it is not here (any more)."""
+        lane = self._of(sequence_id)
+        sequence = None if lane is None else lane.sequence(sequence_id)
+        return None if lane is None or sequence is None else (lane.config.group, sequence)
+
+    def take_out(self, sequence_id: str) -> bool:
+        """As Scheduler.take_out() does."""
+        lane = self._of(sequence_id)
+        return lane is not None and lane.take_out(sequence_id)
+
+    def put_back(self, sequence_id: str) -> None:
+        if (lane := self._of(sequence_id)) is not None:
+            lane.put_back(sequence_id)
+
     def release(self, sequence_id: str) -> None:
         if (lane := self._of(sequence_id)) is not None:
             lane.release(sequence_id)

@@ -17,6 +17,7 @@ class Meter:
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.refused_handoffs = 0
+        self.moved_sequences = 0
         self._histograms = telemetry.histograms
         self._counters = telemetry.counters
 
@@ -41,6 +42,11 @@ class Meter:
         """As its sender counted it."""
         self._histograms[names.TRANSFER_DURATION.name].record(stats.moving_s, {"transport": stats.transport})
         self._counters[names.TRANSFER_BYTES_TOTAL.name].add(stats.bytes, {"transport": stats.transport})
+
+    def moved(self, reason: str) -> None:
+        """A move to another decode worker ended; `reason` is "" where it went, the error's name where it stays."""
+        self.moved_sequences += not reason
+        self._counters[names.MOVES.name].add(1, {names.ERROR_REASON: reason or "OK"})
 
     def refused(self, error: LegatoError) -> None:
         """A ticket that opens nothing, a chunk that is not what was computed."""

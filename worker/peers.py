@@ -1,4 +1,4 @@
-"""Connections to decode workers: one gRPC channel an address, one transport peer a worker's life (its epoch)."""
+"""Connections to the workers that KV is sent to: a gRPC channel an address, a transport peer a life of a worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SET_ASIDE_S = 30.0  # before a transport that did not get through to a worker is
 
 
 class Peers:
-    """Owned by the process. A decode worker that restarts has a new epoch: it is connected anew, the old released."""
+    """Owned by the process. A worker that restarts has a new epoch: it is connected anew, the old released."""
 
     def __init__(self, transports: Mapping[str, Transport], open_channel: Callable[[str], grpc.aio.Channel]) -> None:
         self._transports = transports

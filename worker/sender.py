@@ -2,6 +2,7 @@
 
     open()      Begin ──▶ Accepted             no byte is written before it, none outside the stream's life
     advance()   a chunk's KV is in the blocks  called by the engine's events; holds those blocks
+    sent()      every chunk was told
     finish()    Final ──▶ Admitted             the decode worker has the sequence
     close()     Quiet ──▶                      proven: nothing is in flight; the decode worker may free its blocks
 
@@ -57,7 +58,7 @@ class _Chunk(NamedTuple):
 
 
 class Sender:
-    """Owned by one Prefill call. Not thread-safe: every method runs in the event loop."""
+    """Owned by one Prefill call or one move. Not thread-safe: every method runs in the event loop."""
 
     def __init__(
         self,
@@ -108,11 +109,18 @@ class Sender:
         """KV of tokens [0, end) is in `block_table` of `group`, whose blocks are held until `release` is called."""
         self._chunks.put_nowait(_Chunk(end, group, block_table, release))
 
-    async def finish(self, state: worker_pb2.SequenceState) -> TransferStats:
-        """Waits for the last chunk, hands the sequence state over and waits until the decode worker has admitted it."""
-        assert self._call is not None
+    async def sent(self) -> None:
+        """Waits until all that advance() brought is told; nothing more may be brought. Raises why it was given up."""
         self._chunks.put_nowait(None)
         await self._or_failed(self._tasks[1])
+
+    def give_up(self, error: LegatoError) -> None:
+        """Ends what waits here with this error; close() follows."""
+        self._fail(error)
+
+    async def finish(self, state: worker_pb2.SequenceState) -> TransferStats:
+        """Waits for the last chunk, hands the sequence state over and waits until the decode worker has admitted it."""
+        await self.sent()
         await self._write(worker_pb2.HandoffRequest(final=worker_pb2.HandoffRequest.Final(sequence=state)))
         await self._or_failed(asyncio.ensure_future(self._admitted.wait()))
         return self.stats

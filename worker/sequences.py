@@ -1,4 +1,4 @@
-"""The wire's sequence state as the scheduler's sequence."""
+"""The wire's sequence state as the scheduler's sequence, and back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 from legato.v1 import worker_pb2
 from scheduler.sequence import Sequence
-from service.messages import sampling_from_proto, serves, with_adapter
+from service.messages import sampling_from_proto, sampling_to_proto, serves, with_adapter
 from spec.errors import InvalidParameter, TicketRefused
 from spec.sampling import check_logprobs_fit, check_token_ids
-from worker.clock import monotonic_s
+from worker.clock import monotonic_s, unix_ns
 
 
 def identity_of(state: worker_pb2.SequenceState, record: worker_pb2.WorkerRecord) -> worker_pb2.ModelIdentity:
@@ -46,4 +46,16 @@ def sequence_from_proto(
         draws_here=draws_here,
         adapter=state.adapter,
         queued_s=time.monotonic(),
+    )
+
+
+def sequence_to_proto(sequence: Sequence, sequence_id: str) -> worker_pb2.SequenceState:
+    """All that it needs to go on elsewhere, under the id that it has there."""
+    return worker_pb2.SequenceState(
+        sequence_id=sequence_id,
+        prompt_token_ids=sequence.prompt_token_ids,
+        output_token_ids=sequence.output_token_ids,
+        sampling=sampling_to_proto(sequence.params),
+        deadline_unix_ns=unix_ns(sequence.deadline_s),
+        adapter=sequence.adapter,
     )

@@ -3,7 +3,8 @@
 the port is taken first         a port that is taken is found before a model is loaded
 then model, memory, engine      minutes for a large model; health says NOT_SERVING, `report` how far it is
 then the registration           routers find it
-asked to stop: drain            the registration says so, nothing new is admitted, what runs ends or its time is up
+asked to stop: drain            the registration says so, nothing new is admitted, what runs moves away, ends, or its
+                                time is up
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ class Pool(Protocol):
     def live(self) -> dict[str, int]: ...
     def drain(self) -> None:
         """Refuse new work from now on."""
+
+    async def confirm_quiet(self, reservation_id: str) -> None:
+        """Returns when nothing of that reservation is, or ever will be, in flight from here."""
 
     async def close(self) -> None: ...
 
@@ -108,7 +112,7 @@ async def running(
             await _drain(host, core, pool, registrar)
 
         pool.add_to(host)
-        control = WorkerService(core, pool.live, drain)
+        control = WorkerService(core, pool.live, drain, pool.confirm_quiet)
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
         core.loop.start()
         if core.others is not None:

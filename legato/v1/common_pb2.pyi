@@ -199,17 +199,19 @@ class TransferStats(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., bytes: _Optional[int] = ..., pieces: _Optional[int] = ..., sent_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ..., moving_s: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("router_id", "prefill_worker_id", "decode_worker_id", "attempts", "transfer", "prefill_cached_tokens")
+    __slots__ = ("router_id", "prefill_worker_id", "decode_worker_id", "attempts", "transfer", "prefill_cached_tokens", "moves")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     prefill_worker_id: str
     decode_worker_id: str
     attempts: int
     transfer: TransferStats
     prefill_cached_tokens: int
-    def __init__(self, router_id: _Optional[str] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., attempts: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., prefill_cached_tokens: _Optional[int] = ...) -> None: ...
+    moves: int
+    def __init__(self, router_id: _Optional[str] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., attempts: _Optional[int] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., prefill_cached_tokens: _Optional[int] = ..., moves: _Optional[int] = ...) -> None: ...

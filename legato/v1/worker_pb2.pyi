@@ -109,7 +109,7 @@ class WorkerRecord(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs")
+    __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs", "moved_sequences")
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class WorkerLoad(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
     REFUSED_HANDOFFS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     waiting_requests: int
     running_requests: int
     waiting_tokens: int
@@ -132,7 +133,8 @@ class WorkerLoad(_message.Message):
     preemptions: int
     transferred_bytes: int
     refused_handoffs: int
-    def __init__(self, waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., refused_handoffs: _Optional[int] = ...) -> None: ...
+    moved_sequences: int
+    def __init__(self, waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., refused_handoffs: _Optional[int] = ..., moved_sequences: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -147,6 +149,16 @@ class DrainRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConfirmQuietRequest(_message.Message):
+    __slots__ = ("reservation_id",)
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: str
+    def __init__(self, reservation_id: _Optional[str] = ...) -> None: ...
+
+class ConfirmQuietResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -190,16 +202,6 @@ class SequenceState(_message.Message):
     adapter: str
     def __init__(self, sequence_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., deadline_unix_ns: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
 
-class ConfirmQuietRequest(_message.Message):
-    __slots__ = ("reservation_id",)
-    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
-    reservation_id: str
-    def __init__(self, reservation_id: _Optional[str] = ...) -> None: ...
-
-class ConfirmQuietResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "reservation", "decode_address")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -240,19 +242,35 @@ class PrefillEvent(_message.Message):
     handed_over: PrefillEvent.HandedOver
     def __init__(self, first_token: _Optional[_Union[PrefillEvent.FirstToken, _Mapping]] = ..., handed_over: _Optional[_Union[PrefillEvent.HandedOver, _Mapping]] = ...) -> None: ...
 
+class MoveRequest(_message.Message):
+    __slots__ = ("sequence_id", "reservation", "target_address")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    reservation: Reservation
+    target_address: str
+    def __init__(self, sequence_id: _Optional[str] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ..., target_address: _Optional[str] = ...) -> None: ...
+
+class MoveResponse(_message.Message):
+    __slots__ = ("transfer",)
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    transfer: _common_pb2.TransferStats
+    def __init__(self, transfer: _Optional[_Union[_common_pb2.TransferStats, _Mapping]] = ...) -> None: ...
+
 class ReserveRequest(_message.Message):
-    __slots__ = ("router_id", "sequence", "identity", "prefill_worker_id", "prefill_epoch")
+    __slots__ = ("router_id", "sequence", "identity", "producer_id", "producer_epoch")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
+    PRODUCER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     sequence: SequenceState
     identity: ModelIdentity
-    prefill_worker_id: str
-    prefill_epoch: int
-    def __init__(self, router_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceState, _Mapping]] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., prefill_worker_id: _Optional[str] = ..., prefill_epoch: _Optional[int] = ...) -> None: ...
+    producer_id: str
+    producer_epoch: int
+    def __init__(self, router_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceState, _Mapping]] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., producer_id: _Optional[str] = ..., producer_epoch: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("reservation_id", "sequence_id", "prefix_digest", "num_tokens", "identity", "kv_layout_id", "producer_id", "producer_epoch", "consumer_id", "consumer_epoch", "block_ids", "block_generations", "first_token", "expires_unix_ns")
@@ -345,7 +363,7 @@ class StepOutput(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "first_index", "tokens", "finish_reason", "error", "error_message", "queued_ns", "started_ns", "drawn_ns", "handed_over_ns", "cached_tokens", "prompt_logprobs", "proposed_tokens", "accepted_tokens")
+    __slots__ = ("sequence_id", "first_index", "tokens", "finish_reason", "error", "error_message", "queued_ns", "started_ns", "drawn_ns", "handed_over_ns", "cached_tokens", "prompt_logprobs", "proposed_tokens", "accepted_tokens", "moved")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -360,6 +378,7 @@ class SequenceOutput(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROPOSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     first_index: int
     tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
@@ -374,7 +393,8 @@ class SequenceOutput(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
     proposed_tokens: int
     accepted_tokens: int
-    def __init__(self, sequence_id: _Optional[str] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorReason, str]] = ..., error_message: _Optional[str] = ..., queued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., drawn_ns: _Optional[int] = ..., handed_over_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., proposed_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
+    moved: bool
+    def __init__(self, sequence_id: _Optional[str] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorReason, str]] = ..., error_message: _Optional[str] = ..., queued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., drawn_ns: _Optional[int] = ..., handed_over_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., proposed_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., moved: bool = ...) -> None: ...
 
 class HandoffRequest(_message.Message):
     __slots__ = ("begin", "chunk", "final", "quiet", "alive")

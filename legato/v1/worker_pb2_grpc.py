@@ -50,6 +50,11 @@ class WorkerStub(object):
                 request_serializer=legato_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=legato_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ConfirmQuiet = channel.unary_unary(
+                '/legato.v1.Worker/ConfirmQuiet',
+                request_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
+                response_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -70,7 +75,16 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Admits nothing new and answers when what runs has ended.
+        """Admits nothing new and answers when nothing runs here any more: routers move what is running to other decode workers,
+        and what finds no room there ends here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmQuiet(self, request, context):
+        """Asked by a decode worker whose Handoff stream broke: answers when nothing of that reservation is, or ever will be, in
+        flight from here, so that its blocks may be freed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +107,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=legato_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=legato_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'ConfirmQuiet': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmQuiet,
+                    request_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.FromString,
+                    response_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -187,6 +206,33 @@ class Worker(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ConfirmQuiet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/legato.v1.Worker/ConfirmQuiet',
+            legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
+            legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class PrefillStub(object):
     """---- prefill ---------------------------------------------------------------------------------------------------------
@@ -204,11 +250,6 @@ class PrefillStub(object):
                 request_serializer=legato_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=legato_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
                 _registered_method=True)
-        self.ConfirmQuiet = channel.unary_unary(
-                '/legato.v1.Prefill/ConfirmQuiet',
-                request_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
-                response_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
-                _registered_method=True)
 
 
 class PrefillServicer(object):
@@ -224,14 +265,6 @@ class PrefillServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ConfirmQuiet(self, request, context):
-        """Asked by a decode worker whose Handoff stream broke: answers when nothing of that reservation is, or ever will be, in
-        flight from here, so that its blocks may be freed.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -239,11 +272,6 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=legato_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=legato_dot_v1_dot_worker__pb2.PrefillEvent.SerializeToString,
-            ),
-            'ConfirmQuiet': grpc.unary_unary_rpc_method_handler(
-                    servicer.ConfirmQuiet,
-                    request_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.FromString,
-                    response_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -275,33 +303,6 @@ class Prefill(object):
             '/legato.v1.Prefill/Prefill',
             legato_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             legato_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ConfirmQuiet(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/legato.v1.Prefill/ConfirmQuiet',
-            legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
-            legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -349,6 +350,11 @@ class DecodeStub(object):
                 request_serializer=legato_dot_v1_dot_worker__pb2.HandoffRequest.SerializeToString,
                 response_deserializer=legato_dot_v1_dot_worker__pb2.HandoffReply.FromString,
                 _registered_method=True)
+        self.Move = channel.unary_unary(
+                '/legato.v1.Decode/Move',
+                request_serializer=legato_dot_v1_dot_worker__pb2.MoveRequest.SerializeToString,
+                response_deserializer=legato_dot_v1_dot_worker__pb2.MoveResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer(object):
@@ -386,7 +392,16 @@ class DecodeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Handoff(self, request_iterator, context):
-        """One per hand-over, opened by the prefill worker before its first write; no write may happen outside it.
+        """One per hand-over, opened by the writer before its first write; no write may happen outside it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Move(self, request, context):
+        """Hands a running sequence over to another decode worker, which has reserved blocks for tokens of it. It goes on here
+        while they are sent. Answers when the target has it; its last message here then says so. A call that ends otherwise
+        leaves it where it is, and the caller gives the reservation up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -419,6 +434,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Handoff,
                     request_deserializer=legato_dot_v1_dot_worker__pb2.HandoffRequest.FromString,
                     response_serializer=legato_dot_v1_dot_worker__pb2.HandoffReply.SerializeToString,
+            ),
+            'Move': grpc.unary_unary_rpc_method_handler(
+                    servicer.Move,
+                    request_deserializer=legato_dot_v1_dot_worker__pb2.MoveRequest.FromString,
+                    response_serializer=legato_dot_v1_dot_worker__pb2.MoveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -558,6 +578,33 @@ class Decode(object):
             '/legato.v1.Decode/Handoff',
             legato_dot_v1_dot_worker__pb2.HandoffRequest.SerializeToString,
             legato_dot_v1_dot_worker__pb2.HandoffReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Move(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/legato.v1.Decode/Move',
+            legato_dot_v1_dot_worker__pb2.MoveRequest.SerializeToString,
+            legato_dot_v1_dot_worker__pb2.MoveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -180,8 +180,8 @@ async def test_a_ticket_is_of_one_adapter_in_one_revision(world: World, redis_ur
                     router_id="tester",
                     sequence=state,
                     identity=with_adapter(prefill.identity, asked),
-                    prefill_worker_id=prefill.worker_id,
-                    prefill_epoch=prefill.epoch,
+                    producer_id=prefill.worker_id,
+                    producer_epoch=prefill.epoch,
                 )
 
             assert "no adapter" in await _refusal(stub.Reserve(reserve(ours["poems"], ours["poems"])))

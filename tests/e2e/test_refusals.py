@@ -173,8 +173,8 @@ def _reserve(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) 
             deadline_unix_ns=time.time_ns() + 60_000_000_000,
         ),
         identity=decode.identity,
-        prefill_worker_id=prefill.worker_id,
-        prefill_epoch=prefill.epoch,
+        producer_id=prefill.worker_id,
+        producer_epoch=prefill.epoch,
     )
 
 

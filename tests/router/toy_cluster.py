@@ -276,7 +276,7 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         self.called("Reserve")
         await asyncio.sleep(self.faults.reserve_delay_s)
         self._take(request.router_id, request.sequence)
-        ticket = worker_pb2.Ticket(sequence_id=request.sequence.sequence_id, producer_epoch=request.prefill_epoch)
+        ticket = worker_pb2.Ticket(sequence_id=request.sequence.sequence_id, producer_epoch=request.producer_epoch)
         return worker_pb2.Reservation(ticket=worker_pb2.SignedTicket(ticket=ticket.SerializeToString()))
 
     async def Admit(self, request: worker_pb2.AdmitRequest, context: object) -> worker_pb2.AdmitResponse:

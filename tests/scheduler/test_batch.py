@@ -21,7 +21,7 @@ from spec.errors import (
     InvalidParameter,
     Overloaded,
 )
-from spec.sampling import SamplingParams
+from spec.sampling import SamplingParams, Speculation
 
 
 def config(**changes: Any) -> SchedulerConfig:
@@ -476,3 +476,63 @@ def test_the_table_of_transitions_is_enforced() -> None:
     for _ in Stage:
         reachable |= {to for stage in reachable for to in TRANSITIONS[stage]}
     assert reachable == set(Stage)
+
+
+def test_a_sequence_that_is_taken_out_is_held_once_the_step_has_come_back(fake: SimpleNamespace) -> None:
+    """Also with guesses in the step; put back, it goes on, and answers as if nothing had been."""
+    guessing = SamplingParams(max_tokens=30, ignore_eos=True, speculation=Speculation("draft_model", 3, 2))
+    worker = Worker(fake, draft_model=True)
+    worker.add(sequence("stays", 5, 20), sequence("moves", 6, 30, params=guessing))
+    worker.step()
+    prompt = worker.scheduler.sequence("moves").prompt_token_ids
+    expected, _ = fake.answer(prompt, [], guessing, (), 100)
+    told: list[Event] = []
+    for _ in range(3):
+        plan = worker.scheduler.plan(worker.now_s)
+        assert worker.scheduler.take_out("moves") is False, "a step computes it"
+        told += worker.scheduler.commit(plan, worker.engine.execute(plan), worker.now_s)
+        drawn = [event for event in told if isinstance(event, Tokens) and event.sequence_id == "moves"]
+        assert drawn[-1].held
+        assert "moves" not in worker.step()[0]
+        worker.scheduler.put_back("moves")
+        told += worker.step()[1]
+    told += worker.finish()
+    drawn = [event for event in told if isinstance(event, Tokens) and event.sequence_id == "moves"]
+    assert [each.held for each in drawn].count(True) == 3
+    known = worker_tokens = [each.token_id for event in drawn for each in event.drawn]
+    assert known == expected[-len(worker_tokens) :] and len(known) >= len(expected) - 4
+
+
+def test_one_that_was_preempted_is_taken_out_at_once_and_put_back_in_line(fake: SimpleNamespace) -> None:
+    worker = Worker(fake, num_blocks=8, max_context_tokens=32)
+    worker.add(sequence("old", 12, 16), sequence("young", 12, 12))
+    while not any(isinstance(event, Preempted) for event in worker.step()[1]):
+        assert worker.scheduler.take_out("young") is False
+        worker.scheduler.put_back("young")
+    assert worker.scheduler.take_out("young") is True
+    assert worker.scheduler.counts()["waiting"] == 0
+    worker.scheduler.check()
+    worker.scheduler.put_back("young")
+    assert worker.scheduler.counts()["waiting"] == 1
+    ends = [event.sequence_id for event in worker.finish() if isinstance(event, Tokens) and event.finish]
+    assert ends == ["old", "young"]
+
+
+def test_the_deadline_of_one_that_was_put_back_counts_again(fake: SimpleNamespace) -> None:
+    worker = Worker(fake)
+    worker.add(sequence("a", 4, 90, deadline_s=50.0))
+    for _ in range(200):  # its second entries in the heap are swept
+        worker.scheduler.take_out("a")
+        if worker.scheduler.sequence("a").drawn_here < 40:
+            worker.step()
+        assert worker.scheduler.expire(49.0) == []
+        worker.scheduler.put_back("a")
+        worker.scheduler.check()
+    assert worker.scheduler.take_out("a") is False
+    plan = worker.scheduler.plan(49.0)
+    worker.scheduler.commit(plan, worker.engine.execute(plan), 49.0)
+    assert worker.scheduler.expire(60.0) == [], "held: the move has clocks of its own"
+    worker.scheduler.put_back("a")
+    (event,) = worker.scheduler.expire(60.0)
+    assert isinstance(event, Failed) and isinstance(event.error, DeadlineExceeded)
+    fake.assert_empty(worker.scheduler)

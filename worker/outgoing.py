@@ -1,0 +1,51 @@
+"""How a worker opens the source end of a hand-over: what it checks before a byte of its KV may leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtransfer import ticket as tickets
+from kvtransfer.routes import ranks_from_proto
+from legato.v1 import worker_pb2, worker_pb2_grpc
+from service.messages import layout_from_proto
+from spec.errors import InvalidParameter
+from worker.core import Core
+from worker.peers import Peers
+from worker.sender import Sender, Target
+from worker.staging import SourceKV
+
+ACCEPT_TIMEOUT_S = 5.0
+
+
+async def sender_for(
+    core: Core,
+    peers: Peers,
+    ticket: worker_pb2.Ticket,
+    reservation: worker_pb2.Reservation,
+    address: str,
+    identity: worker_pb2.ModelIdentity,
+    token_ids: Sequence[int],
+) -> Sender:
+    """To the worker at `address`, for KV of exactly these tokens, this model and this process; not open yet.
+    `ticket` is the reservation's, verified.
+
+    Raises TicketRefused where the ticket is for anything else, TransferFailed where no transport gets through."""
+    target_ranks = ranks_from_proto(layout_from_proto(reservation.kv_layout), reservation.ranks)
+    tickets.check_sender(
+        ticket,
+        identity=identity,
+        target_ranks=target_ranks,
+        producer_id=core.record.worker_id,
+        producer_epoch=core.record.epoch,
+        computed_prefix_digest=tickets.prefix_digest(identity, token_ids),
+    )
+    if not reservation.lease_s > 0:
+        raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
+    name, peer = await peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
+    return Sender(
+        worker_pb2_grpc.DecodeStub(await peers.channel(ticket.consumer_id, address)),
+        SourceKV(core.ranks_of, core.regions[name], core.transports[name].register, core.stage_out),
+        Target(ticket, reservation.ticket, target_ranks, peer, name, reservation.lease_s),
+        core.record.address,
+        core.digest_pool,
+    )
