@@ -177,7 +177,7 @@ class Receiver:
         await core.stage_in(ranks, list(ticket.block_ids[chunk.first_token // size : -(-end // size)]))
         if core.config.handoff.digest == "always":
             with core.loop.lock:
-                core.reservations.settled(ticket.reservation_id, end)
+                core.reservations.settled(ticket.reservation_id, chunk.first_token, chunk.num_tokens)
 
     async def _compare(self, ranks: Sequence[CoreRank], chunk: Request.Chunk) -> None:
         """Each rank's own memory; replicas, too. Raises DigestMismatch."""

@@ -91,7 +91,7 @@ class Reservations(ReservationBook):
             adapter=adapter,
         )
         held_blocks = held_tokens // self._pool.block_tokens
-        entry = Entry(reservation, hashes, held_tokens, reservation.expires_s, settled_blocks=held_blocks)
+        entry = Entry(reservation, hashes, held_tokens, reservation.expires_s, held_tokens, held_blocks)
         self._live[reservation.reservation_id] = entry
         return reservation
 
@@ -185,15 +185,17 @@ class Reservations(ReservationBook):
         entry.landed_tokens = first_token + num_tokens
         self._progress(entry, now_s)
 
-    def settled(self, reservation_id: str, end_token: int) -> None:
-        """Tokens before `end_token` landed, were found right by their digest and lie where the engine reads them.
+    def settled(self, reservation_id: str, first_token: int, num_tokens: int) -> None:
+        """These tokens landed, were found right by their digest and lie where the engine reads them.
 
-        Not to be called where no digest was taken: then nothing is proven. One that has ended is left alone."""
+        Not to be called for a chunk without a digest: then nothing is proven of it, nor of what comes behind it. A
+        reservation that has ended is left alone."""
         entry = self._live.get(reservation_id)
-        if entry is None:
+        if entry is None or first_token > entry.settled_tokens:
             return
-        assert end_token <= entry.landed_tokens
-        full = end_token // self._pool.block_tokens
+        entry.settled_tokens = first_token + num_tokens
+        assert entry.settled_tokens <= entry.landed_tokens
+        full = entry.settled_tokens // self._pool.block_tokens
         if full > entry.settled_blocks:
             self._prefix.publish(entry.block_hashes, entry.reservation.block_ids, entry.settled_blocks, full)
             entry.settled_blocks = full

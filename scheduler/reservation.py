@@ -58,7 +58,8 @@ class Entry:
     block_hashes: list[bytes]
     landed_tokens: int  # positions [0, landed_tokens) are there and verified
     expires_s: float
-    settled_blocks: int  # the first so many are prefix content, and no write to them is to come
+    settled_tokens: int  # positions [0, settled_tokens) were found right, and no write to them is to come
+    settled_blocks: int  # of these the full ones: they are prefix content
     returned_blocks: int = 0  # the first so many went back to the pool before the others
     stage: ReservationStage = ReservationStage.RESERVED
 

@@ -214,8 +214,8 @@ class LaneReservations:
     def landed(self, reservation_id: str, first_token: int, num_tokens: int, now_s: float) -> None:
         self._of(reservation_id).landed(reservation_id, first_token, num_tokens, now_s)
 
-    def settled(self, reservation_id: str, end_token: int) -> None:
-        self._of(reservation_id).settled(reservation_id, end_token)
+    def settled(self, reservation_id: str, first_token: int, num_tokens: int) -> None:
+        self._of(reservation_id).settled(reservation_id, first_token, num_tokens)
 
     def complete(self, reservation_id: str, now_s: float) -> tuple[int, ...]:
         return self._of(reservation_id).complete(reservation_id, now_s)

@@ -147,7 +147,7 @@ def test_a_hand_over_that_fails_leaves_what_had_landed(consumer: Consumer) -> No
     consumer.begin(first)
     reservations.landed(first.reservation_id, 0, 7, 1.0)
     assert consumer.scheduler.prefix.match([*PROMPT, 1]) == [], "its digest alone publishes nothing"
-    reservations.settled(first.reservation_id, 7)
+    reservations.settled(first.reservation_id, 0, 7)
     consumer.check()
     shared = consumer.reserve("b", now_s=1.0)  # while the first is still being written
     assert shared.held_tokens == 4
@@ -157,7 +157,7 @@ def test_a_hand_over_that_fails_leaves_what_had_landed(consumer: Consumer) -> No
     assert reservations.fail(first.reservation_id, "its producer died", 2.0)
     assert (pool.num_held, pool.num_cached) == (2, 1)
     assert consumer.reservations.counts()["reserved_blocks"] == 2
-    reservations.settled(first.reservation_id, 9)  # it was on its way to the device
+    reservations.settled(first.reservation_id, 7, 2)  # it was on its way to the device
     assert (pool.num_held, pool.num_cached) == (1, 2)
     consumer.check()
     again = consumer.reserve("c", (*range(9), 44, 45), producer_id="prefill-2", now_s=2.0)
@@ -165,11 +165,21 @@ def test_a_hand_over_that_fails_leaves_what_had_landed(consumer: Consumer) -> No
     assert again.block_ids[:2] == first.block_ids[:2]
     assert first.block_ids[2] not in again.block_ids, "a write may still land there"
     assert reservations.quiet(first.reservation_id, 3.0)
-    reservations.settled(first.reservation_id, 9)
+    reservations.settled(first.reservation_id, 7, 2)
     consumer.begin(again, now_s=3.0, producer_id="prefill-2")
     reservations.landed(again.reservation_id, 8, 3, 3.0)
     pool.release(reservations.complete(again.reservation_id, 3.0))
     consumer.assert_empty()
+
+
+def test_behind_a_chunk_without_a_digest_nothing_is_settled(consumer: Consumer) -> None:
+    first = consumer.bring_to(WRITING)
+    for start, count in ((0, 4), (4, 4), (8, 2)):
+        consumer.reservations.landed(first.reservation_id, start, count, 1.0)
+        if start != 4:
+            consumer.reservations.settled(first.reservation_id, start, count)
+    assert consumer.reserve("b").held_tokens == 4
+    consumer.check()
 
 
 def test_the_table_of_transitions_is_what_the_verbs_do() -> None:

@@ -240,14 +240,14 @@ class World:
                 raise TransferFailed("the digest differs")
             self.reservations.landed(job.reservation_id, first, count, self.now_s)
             assert job.ended is None, "a late chunk was accepted"
-            self.at(self.rng.choice([0.0, 0.0, 0.5]), self.settle, job, first + count)  # what lands may be staged yet
+            self.at(self.rng.choice([0.0, 0.0, 0.5]), self.settle, job, first, count)  # what lands may be staged yet
         except TicketRefused:
             pass
         except TransferFailed:
             self.fail(job)
 
-    def settle(self, job: Job, end_token: int) -> None:
-        self.reservations.settled(job.reservation_id, end_token)
+    def settle(self, job: Job, first: int, count: int) -> None:
+        self.reservations.settled(job.reservation_id, first, count)
         entry = self.reservations._live.get(job.reservation_id)
         if entry is not None:
             num_tokens = entry.settled_blocks * BLOCK_TOKENS
@@ -488,13 +488,14 @@ class AdmitsWhatDidNotLand(Reservations):
 
 
 class SettlesTooMuch(Reservations):
-    def settled(self, reservation_id: str, end_token: int) -> None:
+    def settled(self, reservation_id: str, first_token: int, num_tokens: int) -> None:
         """Also the block of which only the first tokens have landed."""
         entry = self._live.get(reservation_id)
-        if entry is not None and entry.stage in (ReservationStage.WRITING, ReservationStage.CANCELLING):
-            end_token = min(end_token + BLOCK_TOKENS, entry.reservation.num_tokens)
-            entry.landed_tokens, landed = end_token, entry.landed_tokens
-            super().settled(reservation_id, end_token)
+        if entry is not None:
+            landed, num_tokens = entry.landed_tokens, num_tokens + BLOCK_TOKENS
+            num_tokens = min(num_tokens, entry.reservation.num_tokens - first_token)
+            entry.landed_tokens = max(landed, first_token + num_tokens)
+            super().settled(reservation_id, first_token, num_tokens)
             entry.landed_tokens = landed
 
 
