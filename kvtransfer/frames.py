@@ -1,4 +1,4 @@
-"""Frames and gathered bytes on a connected socket, for kvtransfer/sockets.py.
+"""Frames on a connected socket, for kvtransfer/sockets.py.
 
 A frame is a 4-byte little-endian length and a TransferFrame of protos/legato/v1/transfer.proto.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from kvtransfer.grids import Grid
 from kvtransfer.transport import QUIET_TIMEOUT_S
 from legato.v1.transfer_pb2 import SocketsAddress, TransferFrame
 from spec.errors import TransferFailed
 
 FRAME_LIMIT_BYTES = 1 << 20
-GATHERED_PIECES = 512  # of one system call; IOV_MAX is 1024
 SOCKET_BUFFER_BYTES = 4 << 20
+SCATTERED_BYTES = 8 << 10  # pieces of this size on average are cheaper gathered by the system call than by a copy
+BYTES_FOLLOW = getattr(socket, "MSG_MORE", 0)  # a flag of sending: no packet for this alone
 
 
 def listen(host: str) -> socket.socket:
@@ -69,9 +71,9 @@ def host_id() -> str:
     return boot_id.read_text().strip() if boot_id.exists() else f"{uuid.getnode():012x}"
 
 
-def send_frame(link: socket.socket, frame: TransferFrame) -> None:
+def send_frame(link: socket.socket, frame: TransferFrame, flags: int = 0) -> None:
     encoded = frame.SerializeToString()
-    link.sendall(len(encoded).to_bytes(4, "little") + encoded)
+    link.sendall(len(encoded).to_bytes(4, "little") + encoded, flags)
 
 
 def receive_frame(link: socket.socket) -> TransferFrame | None:
@@ -101,9 +103,14 @@ def _receive_exactly(link: socket.socket, nbytes: int) -> bytes:
     return bytes(received)
 
 
-def batches(buffer: memoryview, pieces: list[tuple[int, int]]) -> Iterator[list[memoryview]]:
-    for first in range(0, len(pieces), GATHERED_PIECES):
-        yield [buffer[offset : offset + nbytes] for offset, nbytes in pieces[first : first + GATHERED_PIECES]]
+def goes_packed(part: Grid) -> bool:
+    """Each side decides for itself: the bytes on the link are the same."""
+    return part.nbytes < SCATTERED_BYTES * part.num_pieces
+
+
+def views_of(memory: memoryview, pieces: Iterable[tuple[int, int]]) -> list[memoryview]:
+    """For one system call: a part that does not go packed has fewer pieces than IOV_MAX."""
+    return [memory[offset : offset + nbytes] for offset, nbytes in pieces]
 
 
 def advance(views: list[memoryview], nbytes: int) -> None:

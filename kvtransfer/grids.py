@@ -1,4 +1,4 @@
-"""Many pieces in few numbers: a plan is a list of grids, expanded a window at a time by whoever moves the bytes.
+"""Many pieces in few numbers: a plan is a list of grids, and whoever moves the bytes moves them grid by grid.
 
 Between layouts that are cut unlike each other a block falls into a piece per layer, plane and head, and a long prompt
 into millions. But they repeat from segment to segment: piece (s, u) of a grid goes
@@ -55,6 +55,30 @@ class Grid(NamedTuple):
             int(self.target_bases.max() + (self.target_units + sizes).max()),
         )
 
+    def cut(self, piece_bytes: int, group_bytes: int, group_numbers: int) -> Iterator[Grid]:
+        """The same bytes in the same order, a part at a time: whole pieces of `group_bytes` together at most, of as
+        many segments and units (at least two) as `group_numbers`; or one piece, or `piece_bytes` of a longer one."""
+        num_units = len(self.source_units)
+        totals = self.segment_bytes * self.unit_runs.sum()
+        if num_units == 1 or (num_units < group_numbers and totals.max() <= group_bytes):
+            for several in _groups(totals, group_bytes, group_numbers - num_units):
+                yield from self._part(several, slice(num_units))._split(piece_bytes)
+            return
+        for segment, segment_bytes in enumerate(self.segment_bytes):
+            for several in _groups(segment_bytes * self.unit_runs, group_bytes, group_numbers - 1):
+                yield from self._part(slice(segment, segment + 1), several)._split(piece_bytes)
+
+    def _part(self, segments: slice, units: slice) -> Grid:
+        return Grid(*(column[segments] for column in self[:3]), *(column[units] for column in self[3:]))
+
+    def _split(self, piece_bytes: int) -> Iterator[Grid]:
+        if self.num_pieces > 1 or self.nbytes <= piece_bytes:
+            yield self
+            return
+        source, target, nbytes = self.pieces(0, 1)[0]
+        for done in range(0, nbytes, piece_bytes):
+            yield grid_of([Piece(source + done, target + done, min(piece_bytes, nbytes - done))])
+
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """Segment by segment, unit by unit."""
         segment, unit = numpy.divmod(numpy.arange(start, stop), len(self.source_units))
@@ -64,18 +88,37 @@ class Grid(NamedTuple):
         return list(map(Piece, sources.tolist(), targets.tolist(), sizes.tolist()))
 
 
+def grid_of(pieces: Sequence[Piece]) -> Grid:
+    """Pieces that do not repeat: a segment each, of one unit. At least one."""
+    sources, targets, sizes = numpy.array(pieces, dtype=numpy.int64).reshape(-1, 3).T.copy()
+    return Grid(sources, targets, sizes, *_ONE_UNIT)
+
+
+_ONE_UNIT = tuple(numpy.array([number], dtype=numpy.int64) for number in (0, 0, 1))
+
+
+def _groups(sizes: Offsets, group_bytes: int, group_members: int) -> Iterator[slice]:
+    """Of neighbours, as many as fit, and at least one."""
+    ends, start = numpy.cumsum(sizes), 0
+    while start < len(sizes):
+        fitting = int(numpy.searchsorted(ends, group_bytes + (ends[start - 1] if start else 0), side="right"))
+        stop = max(start + 1, min(fitting, start + group_members))
+        yield slice(start, stop)
+        start = stop
+
+
 class TransferPlan(Sequence[Piece]):
     """Immutable. Reading it in order is cheap, from any thread."""
 
     def __init__(self, grids: Sequence[Grid]) -> None:
-        self._grids = [grid for grid in grids if grid.num_pieces]
-        self._firsts = [0, *itertools.accumulate(grid.num_pieces for grid in self._grids)]
+        self.grids = [grid for grid in grids if grid.num_pieces]
+        self._firsts = [0, *itertools.accumulate(grid.num_pieces for grid in self.grids)]
         self._window: tuple[int, list[Piece]] = (0, [])  # replaced as a whole
-        self.nbytes = sum(grid.nbytes for grid in self._grids)
+        self.nbytes = sum(grid.nbytes for grid in self.grids)
 
     def fits(self, source_bytes: int, target_bytes: int) -> bool:
         """Every piece lies within memories of these sizes."""
-        ends = [grid.ends() for grid in self._grids]
+        ends = [grid.ends() for grid in self.grids]
         return all(source <= source_bytes and target <= target_bytes for source, target in ends)
 
     def __len__(self) -> int:
@@ -107,7 +150,7 @@ class TransferPlan(Sequence[Piece]):
         found: list[Piece] = []
         number = bisect.bisect_right(self._firsts, start) - 1
         while start < stop:
-            first, grid = self._firsts[number], self._grids[number]
+            first, grid = self._firsts[number], self.grids[number]
             end = min(stop, self._firsts[number + 1])
             found += grid.pieces(start - first, end - first)
             start, number = end, number + 1

@@ -31,8 +31,7 @@ MEM_MAP_ALLOCATE = 1 << 1
 AM_SEND_FLAG_EAGER, AM_SEND_FLAG_COPY_HEADER = 1 << 1, 1 << 3
 AM_FLAG_WHOLE_MESSAGE = 1 << 0
 CLOSE_FLAG_FORCE = 1 << 0
-OP_FIELD_DATATYPE, OP_FIELD_FLAGS = 1 << 3, 1 << 4
-DATATYPE_IOV = 2
+OP_FIELD_FLAGS = 1 << 4
 
 ErrorHandler = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 MessageHandler = ctypes.CFUNCTYPE(
@@ -81,7 +80,7 @@ class WorkerParams(ctypes.Structure):
 class WorkerAttributes(ctypes.Structure):
     """ucp_worker_attr_t, whose tail is as large as any version of it needs"""
 
-    ADDRESS = 1 << 1
+    ADDRESS, MAX_AM_HEADER = 1 << 1, 1 << 3
     _fields_ = [
         ("field_mask", ctypes.c_uint64),
         ("thread_mode", ctypes.c_int),
@@ -176,18 +175,8 @@ class RequestParams(ctypes.Structure):
     ]
 
 
-class IoVector(ctypes.Structure):
-    """ucp_dt_iov_t"""
-
-    _fields_ = [("buffer", ctypes.c_void_p), ("length", ctypes.c_size_t)]
-
-
-_COPYING = AM_SEND_FLAG_COPY_HEADER
 PLAIN = RequestParams()
-EAGER = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_EAGER | _COPYING)
-GATHERED = RequestParams(
-    op_attr_mask=OP_FIELD_FLAGS | OP_FIELD_DATATYPE, flags=AM_SEND_FLAG_EAGER | _COPYING, datatype=DATATYPE_IOV
-)
+EAGER = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_EAGER | AM_SEND_FLAG_COPY_HEADER)
 FORCE = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=CLOSE_FLAG_FORCE)
 
 _handle, _out, _size, _text = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 
-from kvtransfer.grids import WINDOW_PIECES, TransferPlan
+from kvtransfer.grids import TransferPlan, grid_of
 from kvtransfer.transport import Piece
 from spec.errors import InvalidParameter
 
@@ -34,9 +34,9 @@ def check_pieces(pieces: Sequence[Piece], source_bytes: int, target_bytes: int) 
     return total_bytes
 
 
-def kept(pieces: Sequence[Piece]) -> Sequence[Piece]:
-    """For as long as a transfer takes, whatever the caller does with his."""
-    return pieces if isinstance(pieces, TransferPlan) and len(pieces) > WINDOW_PIECES else list(pieces)
+def planned(pieces: Sequence[Piece]) -> TransferPlan:
+    """What a transfer keeps for as long as it takes, whatever the caller does with his list."""
+    return pieces if isinstance(pieces, TransferPlan) else TransferPlan([grid_of(pieces)])
 
 
 def check_memory(nbytes: int, memory: memoryview | None) -> None:

@@ -1,8 +1,8 @@
 """Plain sockets: a Unix socket to a process of the same host, TCP otherwise. Portable; needs nothing installed.
 
 The wire is protos/legato/v1/transfer.proto, framed as in kvtransfer/frames.py; a Write is followed by the bytes that it
-describes, piece after piece. Nothing is copied in Python: the sender gathers from its region (sendmsg), the receiver
-scatters into its own (recvmsg_into).
+describes, piece after piece. Large pieces go from region to region; small ones by way of a buffer on each side, since a
+system call that gathers them costs more than that copy.
 
 Threads: one accepts; one per link on the owner's side writes what arrives; two per peer on the writer's side
 (kvtransfer/sockets_peer.py) send and read acknowledgements. A link ends by half-closing: the writer shuts its direction
@@ -14,6 +14,7 @@ connection (Detach, with the old link's id).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import secrets
 import selectors
@@ -24,10 +25,11 @@ import threading
 
 from google.protobuf.message import DecodeError
 
+from kvtransfer.copying import scatter
 from kvtransfer.frames import (
     advance,
-    batches,
     dial,
+    goes_packed,
     host_id,
     listen,
     receive_frame,
@@ -35,11 +37,13 @@ from kvtransfer.frames import (
     spelled,
     tune,
     unix_name,
+    views_of,
 )
 from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_memory, pages
 from kvtransfer.sockets_peer import SocketsPeer
 from kvtransfer.transport import Peer, Region, Transfer, Transport
+from kvtransfer.writes import GROUP_BYTES, address_of, landing_of
 from legato.v1.transfer_pb2 import RegionDescriptor, SocketsAddress, TransferFrame
 from spec.errors import TransferFailed, TransportUnavailable
 
@@ -268,21 +272,34 @@ class _Link(threading.Thread):
         self._connection.settimeout(None)
 
     def _write_what_arrives(self, buffer: memoryview) -> None:
+        base, _held = address_of(buffer)
         while not self._ending and (frame := receive_frame(self._connection)):
             if not frame.HasField("write"):
                 return
-            self._write(buffer, frame.write)
-            written = TransferFrame.Written(write_id=frame.write.write_id)
-            send_frame(self._connection, TransferFrame(written=written))
+            self._write(buffer, base, frame.write)
+            if not frame.write.more:
+                written = TransferFrame.Written(write_id=frame.write.write_id)
+                send_frame(self._connection, TransferFrame(written=written))
         send_frame(self._connection, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
 
-    def _write(self, buffer: memoryview, write: TransferFrame.Write) -> None:
-        pieces = list(zip(write.target_offsets, write.nbytes, strict=False))
-        if len(write.target_offsets) != len(write.nbytes) or any(o + n > buffer.nbytes for o, n in pieces):
-            raise TransferFailed("a write outside the region")
-        for views in batches(buffer, pieces):
-            while views and not self._ending:
-                got_bytes = self._connection.recvmsg_into(views)[0]
-                if not got_bytes:
-                    raise TransferFailed("the link ended within a write")
-                advance(views, got_bytes)
+    def _write(self, buffer: memoryview, base: int, write: TransferFrame.Write) -> None:
+        part = landing_of(write, buffer.nbytes)
+        if not goes_packed(part):
+            self._receive(views_of(buffer, (piece[1:] for piece in part.pieces(0, part.num_pieces))))
+            return
+        packed = self._packed[: part.nbytes]
+        if self._receive([packed]):
+            scatter(part, address_of(packed)[0], base)
+
+    @functools.cached_property
+    def _packed(self) -> memoryview:
+        return memoryview(bytearray(GROUP_BYTES))
+
+    def _receive(self, views: list[memoryview]) -> bool:
+        """Fills the views; False when this link ends first. Raises TransferFailed when the writer does."""
+        while views and not self._ending:
+            got_bytes = self._connection.recvmsg_into(views)[0]
+            if not got_bytes:
+                raise TransferFailed("the link ended within a write")
+            advance(views, got_bytes)
+        return not views

@@ -12,14 +12,16 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kvtransfer.frames import advance, batches, dial, receive_frame, send_frame, spelled
+from kvtransfer.copying import gather
+from kvtransfer.frames import BYTES_FOLLOW, advance, dial, goes_packed, receive_frame, send_frame, spelled, views_of
+from kvtransfer.grids import Grid, TransferPlan
 from kvtransfer.ledger import Ledger
-from kvtransfer.pieces import check_pieces, kept
+from kvtransfer.pieces import check_pieces, planned
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
+from kvtransfer.writes import GROUP_BYTES, address_of, announced, parts
 from legato.v1.transfer_pb2 import SocketsAddress, TransferFrame
 from spec.errors import TransferFailed
 
-FRAME_PIECES = 4096  # a transfer of more pieces is sent as several Writes
 ASK_AGAIN_S = 0.2
 
 
@@ -27,9 +29,7 @@ ASK_AGAIN_S = 0.2
 class _Outgoing:
     transfer: Transfer
     source: memoryview
-    pieces: Sequence[Piece]
-    total_bytes: int
-    unacknowledged_frames: int
+    plan: TransferPlan
 
 
 class SocketsPeer(Peer):
@@ -59,15 +59,15 @@ class SocketsPeer(Peer):
         return not self._lost
 
     def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
-        total_bytes = check_pieces(pieces, source.buffer.nbytes, self._region_bytes)
+        check_pieces(pieces, source.buffer.nbytes, self._region_bytes)
         transfer = Transfer()
         transfer.set_running_or_notify_cancel()
-        frames = -(-len(pieces) // FRAME_PIECES)
+        outgoing = _Outgoing(transfer, source.buffer, planned(pieces))
         with self._changed:
             if self._lost:
                 raise TransferFailed(self._lost, address=self._named)
             transfer_id = next(self._ids)
-            self._outgoing[transfer_id] = _Outgoing(transfer, source.buffer, kept(pieces), total_bytes, frames)
+            self._outgoing[transfer_id] = outgoing
             self._queue.append(transfer_id)
             self._ledger.began(transfer)
             self._changed.notify_all()
@@ -128,6 +128,7 @@ class SocketsPeer(Peer):
             outgoing.transfer.set_exception(TransferFailed(self._lost, address=self._named))
 
     def _send(self) -> None:
+        packed = memoryview(bytearray(GROUP_BYTES))
         while True:
             with self._changed:
                 while not (self._queue or self._lost):
@@ -136,22 +137,23 @@ class SocketsPeer(Peer):
                     return
                 transfer_id = self._queue.popleft()
                 outgoing = self._outgoing[transfer_id]
+            writes = parts(outgoing.plan)
             try:
-                for first in range(0, len(outgoing.pieces), FRAME_PIECES):
-                    self._send_write(transfer_id, outgoing.source, outgoing.pieces[first : first + FRAME_PIECES])
+                for number, part in enumerate(writes, 1):
+                    write = announced(part, transfer_id, more=number < len(writes))
+                    self._send_write(write, outgoing.source, part, packed)
             except OSError as error:
                 self._lose(f"the link to {self._named} broke: {error}")
 
-    def _send_write(self, transfer_id: int, source: memoryview, pieces: Sequence[Piece]) -> None:
-        write = TransferFrame.Write(
-            write_id=transfer_id,  # the same for all Writes of a transfer: they are counted
-            target_offsets=[piece.target_offset for piece in pieces],
-            nbytes=[piece.nbytes for piece in pieces],
-        )
-        send_frame(self._link, TransferFrame(write=write))
-        for views in batches(source, [(piece.source_offset, piece.nbytes) for piece in pieces]):
-            while views:
-                advance(views, self._link.sendmsg(views))
+    def _send_write(self, write: TransferFrame.Write, source: memoryview, part: Grid, packed: memoryview) -> None:
+        if goes_packed(part):
+            views = [packed[: part.nbytes]]
+            gather(part, address_of(source)[0], address_of(packed)[0])
+        else:
+            views = views_of(source, ((offset, nbytes) for offset, _, nbytes in part.pieces(0, part.num_pieces)))
+        send_frame(self._link, TransferFrame(write=write), BYTES_FOLLOW)
+        while views:
+            advance(views, self._link.sendmsg(views))
 
     def _read(self) -> None:
         why = f"{self._named} ended the link"
@@ -169,12 +171,8 @@ class SocketsPeer(Peer):
 
     def _acknowledged(self, transfer_id: int) -> None:
         with self._changed:
-            outgoing = self._outgoing.get(transfer_id)
-            if outgoing is None:
-                return  # it failed in the meantime
-            outgoing.unacknowledged_frames -= 1
-            if outgoing.unacknowledged_frames:
-                return
-            del self._outgoing[transfer_id]
-        self._ledger.ended(outgoing.transfer, outgoing.total_bytes)
+            outgoing = self._outgoing.pop(transfer_id, None)
+        if outgoing is None:
+            return  # it failed in the meantime
+        self._ledger.ended(outgoing.transfer, outgoing.plan.nbytes)
         outgoing.transfer.set_result(None)

@@ -27,11 +27,13 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from kvtransfer import ucx_key
+from kvtransfer.copying import scatter
 from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_memory
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
-from kvtransfer.ucx_peer import UcxPeer, copy_memory
+from kvtransfer.ucx_peer import UcxPeer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
+from kvtransfer.writes import landing_of
 from legato.v1.transfer_pb2 import RegionDescriptor, TransferFrame, UcxAddress
 from spec.errors import TransferFailed
 
@@ -174,17 +176,17 @@ class UcxTransport(Transport, Ledger):
         link = self._links.get(write.link_id)
         if link is None:
             return  # its writer has said goodbye, or never was let in
-        pieces = list(zip(write.target_offsets, write.nbytes, strict=False))
-        fits = len(write.target_offsets) == len(write.nbytes) and sum(write.nbytes) == nbytes
-        if link.region.released:
-            refused = "the owner has released the region"
-        elif not fits or any(target_offset + size > link.region.nbytes for target_offset, size in pieces):
-            refused = "a write outside the region"
-        else:
-            refused = ""
-            for target_offset, size in pieces:
-                copy_memory(link.region.base + target_offset, data, size)
-                data += size
+        refused = ""
+        try:
+            part = landing_of(write, link.region.nbytes)
+            if link.region.released:
+                refused = "the owner has released the region"
+            elif part.nbytes != nbytes:
+                refused = "a write that is none"
+            else:
+                scatter(part, data, link.region.base)
+        except TransferFailed as error:
+            refused = error.message
         self._worker.soon(lambda: self._confirm(link, write, refused))
 
     def _confirm(self, link: _Link, write: TransferFrame.Write, refused: str) -> None:

@@ -1,6 +1,6 @@
 """The writer's end of a UCX link, for kvtransfer/ucx.py.
 
-A transfer is cut into slices. Where the peer's region is mapped here, a slice is copied; otherwise it is sent as one
+A transfer is cut into parts. Where the peer's region is mapped here, a part is copied; otherwise it is sent as one
 active message and is in flight until the owner says Written, so that "nothing in flight" means that nothing can land.
 """
 
@@ -16,60 +16,29 @@ import secrets
 from collections.abc import Sequence
 
 from kvtransfer import libucp, ucx_key
+from kvtransfer.copying import copy, gather
+from kvtransfer.grids import Grid
 from kvtransfer.ledger import Ledger
-from kvtransfer.pieces import check_pieces, kept
+from kvtransfer.pieces import check_pieces, planned
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
+from kvtransfer.writes import GROUP_BYTES, address_of, announced, parts
 from legato.v1.transfer_pb2 import TransferFrame, UcxAddress
 from spec.errors import TransferFailed
 
-SLICE_BYTES = 4 << 20  # between two slices the thread looks at what else there is
-GATHERED_PIECES, GATHERED_BYTES = 64, 256 << 10  # small pieces that travel as one message
-SLICES_IN_FLIGHT = 8
-BRIEF_BYTES = 64 << 10  # a copy up to this keeps the interpreter lock
-_copy_briefly, _copy = ctypes.PyDLL(None).memmove, ctypes.CDLL(None).memmove
-for _function in (_copy_briefly, _copy):
-    _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    _function.restype = ctypes.c_void_p
-
-
-def copy_memory(target: int, source: int, nbytes: int) -> None:
-    (_copy_briefly if nbytes <= BRIEF_BYTES else _copy)(target, source, nbytes)
+TURN_BYTES = 4 << 20  # copied before the thread looks at what else there is
+WRITES_IN_FLIGHT = 8
 
 
 @dataclasses.dataclass(slots=True)
-class _Write:
+class _Outgoing:
     transfer: Transfer
-    held: ctypes.c_ubyte  # keeps the source's memory
+    held: object  # keeps the source's memory
     source_address: int
-    pieces: Sequence[Piece]
     total_bytes: int
-    next_piece: int = 0
-    next_byte: int = 0  # within that piece
-    slices: int = 0  # in flight
+    parts: collections.deque[Grid]  # not taken yet
+    writes: int = 0  # in flight
     failed: bool = False
-
-    def take(self) -> list[tuple[int, int, int]]:
-        """The next slice, (source address, target offset, nbytes) each: part of one piece, or several small pieces."""
-        source_offset, target_offset, nbytes = self.pieces[self.next_piece]
-        size = min(nbytes - self.next_byte, SLICE_BYTES)
-        taken = [(self.source_address + source_offset + self.next_byte, target_offset + self.next_byte, size)]
-        self.next_byte += size
-        if self.next_byte < nbytes:
-            return taken
-        self.next_piece, self.next_byte = self.next_piece + 1, 0
-        while self.next_piece < len(self.pieces) and len(taken) < GATHERED_PIECES:
-            source_offset, target_offset, nbytes = self.pieces[self.next_piece]
-            size += nbytes
-            if size > GATHERED_BYTES:
-                break
-            taken.append((self.source_address + source_offset, target_offset, nbytes))
-            self.next_piece += 1
-        return taken
-
-    @property
-    def all_taken(self) -> bool:
-        return self.next_piece == len(self.pieces)
 
 
 class UcxPeer(Peer):
@@ -85,9 +54,10 @@ class UcxPeer(Peer):
         self._region_bytes = 0
         self._mapped_base = 0  # where the peer's region lies in this process, 0 when it does not
         self._remote_key = 0  # keeps it mapped
-        self._queue: collections.deque[_Write] = collections.deque()  # not wholly taken
+        self._queue: collections.deque[_Outgoing] = collections.deque()  # with parts that are not taken
+        self._packed: list[ctypes.Array[ctypes.c_char]] = []  # not in use; those of messages under way are not in it
         self._write_ids = itertools.count(1)
-        self._in_flight: dict[int, _Write] = {}  # by write id: sent and not yet Written
+        self._in_flight: dict[int, _Outgoing] = {}  # by write id: sent and not yet Written
         self._unproven = ""  # nobody will ever say what became of what was in flight
         self._quiet: concurrent.futures.Future[None] = concurrent.futures.Future()  # nothing in flight or to come
 
@@ -99,8 +69,9 @@ class UcxPeer(Peer):
         total_bytes = check_pieces(pieces, source.buffer.nbytes, self._region_bytes)
         if self._why:
             raise TransferFailed(self._why)
-        held = ctypes.c_ubyte.from_buffer(source.buffer)
-        write = _Write(Transfer(), held, ctypes.addressof(held), kept(pieces), total_bytes)
+        source_address, held = address_of(source.buffer)
+        left = collections.deque(parts(planned(pieces), self._worker.max_header_bytes))
+        write = _Outgoing(Transfer(), held, source_address, total_bytes, left)
         write.transfer.set_running_or_notify_cancel()
         self._ledger.began(write.transfer)
         try:
@@ -152,7 +123,7 @@ class UcxPeer(Peer):
         write = self._in_flight.pop(answer.write_id, None)
         if write is None:
             return
-        write.slices -= 1
+        write.writes -= 1
         if answer.refused:
             self._fail(write, answer.refused)
         self._landed(write)
@@ -180,58 +151,65 @@ class UcxPeer(Peer):
         self._settle()
 
     def advance(self) -> bool:
-        """The next slices. True when more could go at once."""
+        """The next parts. True when more could go at once."""
         copied_bytes = 0
-        while self._queue and copied_bytes < SLICE_BYTES and len(self._in_flight) < SLICES_IN_FLIGHT:
+        while self._queue and copied_bytes < TURN_BYTES and len(self._in_flight) < WRITES_IN_FLIGHT:
             write = self._queue[0]
             if write.failed:
                 self._queue.popleft()
                 continue
-            taken = write.take()
-            if write.all_taken:
+            part = write.parts.popleft()
+            if not write.parts:
                 self._queue.popleft()
             if not self._mapped_base:
-                self._send(write, taken)
+                self._send(write, part)
                 continue
-            for source, target_offset, nbytes in taken:
-                copy_memory(self._mapped_base + target_offset, source, nbytes)
-                copied_bytes += nbytes
+            copy(part, write.source_address, self._mapped_base)
+            copied_bytes += part.nbytes
             self._landed(write)
         return bool(self._queue and copied_bytes)
 
-    def _enqueue(self, write: _Write) -> None:
+    def _enqueue(self, write: _Outgoing) -> None:
         if self._why:
             self._fail(write, self._why)
         else:
             self._queue.append(write)
 
-    def _send(self, write: _Write, taken: list[tuple[int, int, int]]) -> None:
+    def _send(self, write: _Outgoing, part: Grid) -> None:
         assert self.endpoint is not None
         write_id = next(self._write_ids)
-        header = TransferFrame.Write(
-            write_id=write_id,
-            link_id=self.link_id,
-            target_offsets=[target_offset for _, target_offset, _ in taken],
-            nbytes=[nbytes for _, _, nbytes in taken],
-        )
-        write.slices += 1
+        write.writes += 1
         self._in_flight[write_id] = write
-        views = [(source, nbytes) for source, _, nbytes in taken]
-        self._worker.send_data(self.endpoint, header, views, lambda status: self._sent(write, write_id, status))
+        packed: ctypes.Array[ctypes.c_char] | None = None
+        if part.num_pieces == 1:
+            payload = write.source_address + part.pieces(0, 1)[0].source_offset
+        else:
+            packed = self._packed.pop() if self._packed else (ctypes.c_char * GROUP_BYTES)()
+            payload = ctypes.addressof(packed)
+            gather(part, write.source_address, payload)
 
-    def _sent(self, write: _Write, write_id: int, status: int) -> None:
-        if status != libucp.OK and write_id in self._in_flight:
+        def sent(status: int) -> None:
+            if packed is not None:
+                self._packed.append(packed)
+            if status != libucp.OK:
+                self._not_sent(write, write_id, status)
+
+        header = announced(part, write_id, link_id=self.link_id)
+        self._worker.send_data(self.endpoint, header, payload, part.nbytes, sent)
+
+    def _not_sent(self, write: _Outgoing, write_id: int, status: int) -> None:
+        if write_id in self._in_flight:
             del self._in_flight[write_id]
-            write.slices -= 1
+            write.writes -= 1
             self._fail(write, f"the write failed: {self._worker.library.text_of(status)}")
             self._settle()
 
-    def _landed(self, write: _Write) -> None:
-        if write.all_taken and not write.slices and not write.failed:
+    def _landed(self, write: _Outgoing) -> None:
+        if not write.parts and not write.writes and not write.failed:
             self._ledger.ended(write.transfer, write.total_bytes)
             write.transfer.set_result(None)
 
-    def _fail(self, write: _Write, why: str) -> None:
+    def _fail(self, write: _Outgoing, why: str) -> None:
         if not write.failed and not write.transfer.done():
             write.failed = True
             self._ledger.ended(write.transfer, 0)

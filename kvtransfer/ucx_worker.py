@@ -87,6 +87,7 @@ class UcxWorker:
             self.library.ucp_cleanup(self._context)
             raise TransportUnavailable(f"libucp {self.library.version} cannot start: {error}") from None
         self.address = self._query_address()
+        self.max_header_bytes = self._query_max_header()  # libucp does not look, and writes beyond its buffer
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = select.poll()
         for readable in (descriptor.value, self._wake):
@@ -185,21 +186,15 @@ class UcxWorker:
         self.wait_for(request, lambda _: None)
 
     def send_data(
-        self, endpoint: Endpoint, write: TransferFrame.Write, views: list[tuple[int, int]], done: Callable[[int], None]
+        self, endpoint: Endpoint, write: TransferFrame.Write, payload: int, nbytes: int, done: Callable[[int], None]
     ) -> None:
-        """Sends the (address, nbytes) views as the payload of `write`. done(status): they may be changed again."""
+        """Sends `nbytes` at address `payload` as that of `write`. done(status): they may be changed again."""
         header = write.SerializeToString()
-        if len(views) == 1:
-            payload, count = views[0]
-            params = libucp.EAGER
-        else:
-            vector = (libucp.IoVector * len(views))(*(libucp.IoVector(*view) for view in views))
-            payload, count, params = ctypes.addressof(vector), len(views), libucp.GATHERED
+        assert len(header) <= self.max_header_bytes, "parts are cut so that it fits"
         request = self.library.ucp_am_send_nbx(
-            endpoint.handle, DATA_ID, header, len(header), payload, count, ctypes.byref(params)
+            endpoint.handle, DATA_ID, header, len(header), payload, nbytes, ctypes.byref(libucp.EAGER)
         )
-        held = vector if len(views) > 1 else None
-        self.wait_for(request, lambda status, held=held: done(status))  # type: ignore[misc]
+        self.wait_for(request, done)
 
     def soon(self, command: Callable[[], None]) -> None:
         """From within a callback of libucp, which must not call libucp: runs `command` in the next turn."""
@@ -363,6 +358,11 @@ class UcxWorker:
         address = ctypes.string_at(wanted.address, wanted.address_length)
         self.library.ucp_worker_release_address(self._worker, wanted.address)
         return address
+
+    def _query_max_header(self) -> int:
+        wanted = libucp.WorkerAttributes(field_mask=libucp.WorkerAttributes.MAX_AM_HEADER)
+        self.library.check(self.library.ucp_worker_query(self._worker, ctypes.byref(wanted)), "largest header")
+        return int(wanted.max_am_header)
 
 
 def _open_context(library: libucp.LibUcp, options: Mapping[str, str]) -> int | None:

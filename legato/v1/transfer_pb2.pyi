@@ -60,16 +60,22 @@ class TransferFrame(_message.Message):
         checksum: bytes
         def __init__(self, link_id: _Optional[int] = ..., refused: _Optional[str] = ..., region_bytes: _Optional[int] = ..., base_address: _Optional[int] = ..., remote_key: _Optional[bytes] = ..., checksum: _Optional[bytes] = ...) -> None: ...
     class Write(_message.Message):
-        __slots__ = ("write_id", "target_offsets", "nbytes", "link_id")
+        __slots__ = ("write_id", "target_bases", "segment_bytes", "link_id", "target_units", "unit_runs", "more")
         WRITE_ID_FIELD_NUMBER: _ClassVar[int]
-        TARGET_OFFSETS_FIELD_NUMBER: _ClassVar[int]
-        NBYTES_FIELD_NUMBER: _ClassVar[int]
+        TARGET_BASES_FIELD_NUMBER: _ClassVar[int]
+        SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
         LINK_ID_FIELD_NUMBER: _ClassVar[int]
+        TARGET_UNITS_FIELD_NUMBER: _ClassVar[int]
+        UNIT_RUNS_FIELD_NUMBER: _ClassVar[int]
+        MORE_FIELD_NUMBER: _ClassVar[int]
         write_id: int
-        target_offsets: _containers.RepeatedScalarFieldContainer[int]
-        nbytes: _containers.RepeatedScalarFieldContainer[int]
+        target_bases: _containers.RepeatedScalarFieldContainer[int]
+        segment_bytes: _containers.RepeatedScalarFieldContainer[int]
         link_id: int
-        def __init__(self, write_id: _Optional[int] = ..., target_offsets: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., link_id: _Optional[int] = ...) -> None: ...
+        target_units: _containers.RepeatedScalarFieldContainer[int]
+        unit_runs: _containers.RepeatedScalarFieldContainer[int]
+        more: bool
+        def __init__(self, write_id: _Optional[int] = ..., target_bases: _Optional[_Iterable[int]] = ..., segment_bytes: _Optional[_Iterable[int]] = ..., link_id: _Optional[int] = ..., target_units: _Optional[_Iterable[int]] = ..., unit_runs: _Optional[_Iterable[int]] = ..., more: bool = ...) -> None: ...
     class Written(_message.Message):
         __slots__ = ("write_id", "link_id", "refused")
         WRITE_ID_FIELD_NUMBER: _ClassVar[int]

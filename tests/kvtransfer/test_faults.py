@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -121,13 +121,36 @@ def ends(link: socket.socket) -> bool:
         return True
 
 
+def write_of(
+    target_bases: Sequence[int] = (0,),
+    segment_bytes: Sequence[int] = (1,),
+    target_units: Sequence[int] = (0,),
+    unit_runs: Sequence[int] = (1,),
+) -> TransferFrame.Write:
+    return TransferFrame.Write(
+        write_id=5,
+        target_bases=target_bases,
+        segment_bytes=segment_bytes,
+        target_units=target_units,
+        unit_runs=unit_runs,
+    )
+
+
 @pytest.mark.parametrize(
     "write",
     [
-        TransferFrame.Write(write_id=1, target_offsets=[1], nbytes=[64]),
-        TransferFrame.Write(write_id=1, target_offsets=[2**64 - 8], nbytes=[16]),
-        TransferFrame.Write(write_id=1, target_offsets=[0], nbytes=[2**40]),
-        TransferFrame.Write(write_id=1, target_offsets=[0, 1], nbytes=[1]),
+        write_of(target_bases=[1], segment_bytes=[64]),
+        write_of(target_bases=[2**64 - 8], segment_bytes=[16]),
+        write_of(target_bases=[0], segment_bytes=[2**40]),
+        write_of(target_bases=[0, 1], segment_bytes=[1]),
+        write_of(target_bases=[], segment_bytes=[]),
+        write_of(segment_bytes=[0]),
+        write_of(segment_bytes=[16], target_units=[0, 49], unit_runs=[1, 1]),
+        write_of(segment_bytes=[16], target_units=[0, 2**63], unit_runs=[1, 1]),
+        write_of(segment_bytes=[16], target_units=[0], unit_runs=[2**60]),
+        write_of(segment_bytes=[16], unit_runs=[1, 1]),
+        write_of(target_bases=[0, 0], segment_bytes=[1, 50], target_units=[0, 2], unit_runs=[1, 2]),
+        write_of(target_bases=[0] * 100, segment_bytes=[1] * 100, target_units=[0] * 100, unit_runs=[1] * 100),
     ],
 )
 def test_a_writer_that_lies_about_its_place_is_cut_off(owner: SocketsTransport, write: TransferFrame.Write) -> None:
@@ -146,7 +169,7 @@ def test_noise_instead_of_a_frame_ends_the_link_and_harms_no_other(owner: Socket
         with attached(owner, region.descriptor) as link:
             link.sendall(noise)
             assert ends(link)
-        send_frame(good, TransferFrame(write=TransferFrame.Write(write_id=5, target_offsets=[3], nbytes=[2])))
+        send_frame(good, TransferFrame(write=write_of(target_bases=[3], segment_bytes=[2])))
         good.sendall(b"ok")
         answer = receive_frame(good)
         assert answer is not None

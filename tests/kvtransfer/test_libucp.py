@@ -26,7 +26,6 @@ STRUCTURES: dict[str, tuple[type[ctypes.Structure], dict[str, str]]] = {
     ),
     "ucp_am_handler_param_t": (libucp.MessageHandlerParams, {}),
     "ucp_request_param_t": (libucp.RequestParams, {}),
-    "ucp_dt_iov_t": (libucp.IoVector, {}),
 }
 CONSTANTS = {
     "UCP_FEATURE_RMA": libucp.FEATURE_RMA,
@@ -40,8 +39,6 @@ CONSTANTS = {
     "UCP_AM_FLAG_WHOLE_MSG": libucp.AM_FLAG_WHOLE_MESSAGE,
     "UCP_EP_CLOSE_FLAG_FORCE": libucp.CLOSE_FLAG_FORCE,
     "UCP_OP_ATTR_FIELD_FLAGS": libucp.OP_FIELD_FLAGS,
-    "UCP_OP_ATTR_FIELD_DATATYPE": libucp.OP_FIELD_DATATYPE,
-    "UCP_DATATYPE_IOV": libucp.DATATYPE_IOV,
     "UCS_OK": libucp.OK,
     "UCS_INPROGRESS": libucp.IN_PROGRESS,
     "UCS_ERR_BUSY": libucp.ERR_BUSY,
@@ -49,6 +46,7 @@ CONSTANTS = {
     "UCP_PARAM_FIELD_MT_WORKERS_SHARED": libucp.Params.MT_WORKERS_SHARED,
     "UCP_WORKER_PARAM_FIELD_THREAD_MODE": libucp.WorkerParams.THREAD_MODE,
     "UCP_WORKER_ATTR_FIELD_ADDRESS": libucp.WorkerAttributes.ADDRESS,
+    "UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER": libucp.WorkerAttributes.MAX_AM_HEADER,
     "UCP_MEM_MAP_PARAM_FIELD_ADDRESS": libucp.MapParams.ADDRESS,
     "UCP_MEM_MAP_PARAM_FIELD_LENGTH": libucp.MapParams.LENGTH,
     "UCP_MEM_MAP_PARAM_FIELD_FLAGS": libucp.MapParams.FLAGS,

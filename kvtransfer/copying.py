@@ -1,0 +1,63 @@
+"""The pieces of a grid copied from memory to memory, or to and from a buffer in which they lie packed, one behind the
+other. Addresses are of memory of this process that the caller holds, and has found long enough."""
+
+from __future__ import annotations
+
+import ctypes
+
+from kernels.cpu.copy_grid import BRIEF_BYTES, Addresses, shared_copy
+from kvtransfer.grids import Grid, Offsets
+
+_copy_briefly, _copy_at_length = ctypes.PyDLL(None).memmove, ctypes.CDLL(None).memmove
+for _function in (_copy_briefly, _copy_at_length):
+    _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    _function.restype = ctypes.c_void_p
+
+_PACKED: Addresses = (None, None)
+
+
+def copy(grid: Grid, source: int, target: int) -> None:
+    if not _copied_natively(grid, source, target, _source_places(grid), _target_places(grid)):
+        for source_offset, target_offset, nbytes in grid.pieces(0, grid.num_pieces):
+            _memmove(target + target_offset, source + source_offset, nbytes)
+
+
+def gather(grid: Grid, source: int, packed: int) -> None:
+    if not _copied_natively(grid, source, packed, _source_places(grid), _PACKED):
+        for source_offset, _, nbytes in grid.pieces(0, grid.num_pieces):
+            _memmove(packed, source + source_offset, nbytes)
+            packed += nbytes
+
+
+def scatter(grid: Grid, packed: int, target: int) -> None:
+    if not _copied_natively(grid, packed, target, _PACKED, _target_places(grid)):
+        for _, target_offset, nbytes in grid.pieces(0, grid.num_pieces):
+            _memmove(target + target_offset, packed, nbytes)
+            packed += nbytes
+
+
+def _memmove(target: int, source: int, nbytes: int) -> None:
+    (_copy_briefly if nbytes <= BRIEF_BYTES else _copy_at_length)(target, source, nbytes)
+
+
+def _copied_natively(grid: Grid, source: int, target: int, sources: Addresses, targets: Addresses) -> bool:
+    """False where it is one piece, or there is no compiled copy."""
+    if grid.num_pieces == 1 or (native := shared_copy()) is None:
+        return False
+    sizes = _address(grid.segment_bytes), _address(grid.unit_runs)
+    native(source, target, sources, targets, sizes, len(grid.source_bases), len(grid.source_units), grid.nbytes)
+    return True
+
+
+def _source_places(grid: Grid) -> Addresses:
+    return _address(grid.source_bases), _address(grid.source_units)
+
+
+def _target_places(grid: Grid) -> Addresses:
+    return _address(grid.target_bases), _address(grid.target_units)
+
+
+def _address(column: Offsets) -> int:
+    assert column.flags.c_contiguous
+    address: int = column.__array_interface__["data"][0]
+    return address
