@@ -127,7 +127,9 @@ class Receiver:
             raise TicketRefused("the ticket is for another worker, or for this one before it restarted")
         placed = self._placements.placed.get(ticket.sequence_id)
         if placed is None:
-            raise TicketRefused("the reservation of this ticket has ended", cause=GIVEN_UP)
+            replayed = core.reservations.was_admitted(ticket.reservation_id)
+            cause = "replayed" if replayed else GIVEN_UP
+            raise TicketRefused(f"the reservation of this ticket has ended: {cause}", cause=cause)
         adapter = "" if placed.reservation is None else placed.reservation.adapter
         if ticket.identity != with_adapter(core.record.identity, adapter):
             raise TicketRefused("the ticket is for another model, adapter or revision")

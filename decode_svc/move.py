@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from decode_svc.placements import Placements
-from kvtransfer import ticket as tickets
 from legato.v1 import worker_pb2
 from legato.v1.common_pb2 import TransferStats
 from scheduler.events import Computed, Event, Preempted, Tokens
@@ -28,7 +26,7 @@ from scheduler.sequence import Sequence
 from service.tracing import Spans
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
 from telemetry import names
-from worker.outgoing import ACCEPT_TIMEOUT_S, sender_for
+from worker.outgoing import ACCEPT_TIMEOUT_S, sender_for, verified_ticket
 from worker.peers import Peers
 from worker.sender import Sender
 from worker.sequences import identity_of, sequence_to_proto
@@ -194,7 +192,7 @@ class Moves:
     async def move(self, request: worker_pb2.MoveRequest) -> TransferStats:
         """Raises the LegatoError for which the sequence stays here."""
         core = self._placements.core
-        ticket = tickets.verify(core.cluster_key, request.reservation.ticket, now_unix_ns=time.time_ns())
+        ticket = verified_ticket(core, request.reservation)
         if not self._placements.may_move(request.sequence_id) or ticket.reservation_id in self._moves:
             raise TransferFailed(f"{request.sequence_id!r} does not run here, or is on its way already")
         move = self._moves[ticket.reservation_id] = Move(request, ticket, self._placements, self._peers)

@@ -14,7 +14,6 @@ import asyncio
 import functools
 import time
 
-from kvtransfer import ticket as tickets
 from legato.v1 import worker_pb2
 from scheduler.events import Computed, Event, Failed, Tokens
 from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
@@ -23,7 +22,7 @@ from spec.errors import LegatoError
 from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
-from worker.outgoing import ACCEPT_TIMEOUT_S, sender_for
+from worker.outgoing import ACCEPT_TIMEOUT_S, sender_for, verified_ticket
 from worker.peers import Peers
 from worker.sender import Sender
 from worker.sequences import identity_of, sequence_from_proto
@@ -65,7 +64,7 @@ class PrefillCall:
         """Only for exactly this sequence, this model and this process: raises TicketRefused otherwise."""
         core, reservation, state = self._core, self._request.reservation, self._request.sequence
         identity = identity_of(state, core.record)
-        ticket = tickets.verify(core.cluster_key, reservation.ticket, now_unix_ns=time.time_ns())
+        ticket = verified_ticket(core, reservation)
         self.reservation_id = ticket.reservation_id
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
         self._sender = await sender_for(

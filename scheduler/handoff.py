@@ -210,7 +210,7 @@ class Reservations(ReservationBook):
         if entry.landed_tokens < reservation.num_tokens:
             raise self._gap(reservation_id, entry.landed_tokens, reservation.num_tokens)
         self._prefix.publish(entry.block_hashes, reservation.block_ids, 0, len(entry.block_hashes))
-        self._bury(entry, _S.ADMITTED, "admitted")
+        self._bury(entry, _S.ADMITTED, _S.ADMITTED.value)
         return reservation.block_ids
 
     def quiet(self, reservation_id: str, now_s: float) -> bool:

@@ -116,6 +116,10 @@ class ReservationBook:
             self._tombstones.popitem(last=False)
         self._totals[to.value] += 1
 
+    def was_admitted(self, reservation_id: str) -> bool:
+        """As far as tombstones reach."""
+        return self._tombstones.get(reservation_id) == ReservationStage.ADMITTED.value
+
     def reserved_blocks(self) -> int:
         return sum(len(entry.held_blocks) for entry in self._live.values())
 

@@ -220,6 +220,9 @@ class LaneReservations:
     def complete(self, reservation_id: str, now_s: float) -> tuple[int, ...]:
         return self._of(reservation_id).complete(reservation_id, now_s)
 
+    def was_admitted(self, reservation_id: str) -> bool:
+        return self._of(reservation_id).was_admitted(reservation_id)
+
     def fail(self, reservation_id: str, reason: str, now_s: float) -> bool:
         return self._of(reservation_id).fail(reservation_id, reason, now_s)
 

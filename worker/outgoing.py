@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 
 from kvtransfer import ticket as tickets
 from kvtransfer.routes import ranks_from_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.messages import layout_from_proto
-from spec.errors import InvalidParameter
+from spec.errors import InvalidParameter, TicketRefused
 from worker.core import Core
 from worker.peers import Peers
 from worker.sender import Sender, Target
 from worker.staging import SourceKV
 
 ACCEPT_TIMEOUT_S = 5.0
+
+
+def verified_ticket(core: Core, reservation: worker_pb2.Reservation) -> worker_pb2.Ticket:
+    """Raises TicketRefused, counted."""
+    with _refusals_counted(core):
+        return tickets.verify(core.cluster_key, reservation.ticket, now_unix_ns=time.time_ns())
 
 
 async def sender_for(
@@ -29,16 +37,18 @@ async def sender_for(
     """To the worker at `address`, for KV of exactly these tokens, this model and this process; not open yet.
     `ticket` is the reservation's, verified.
 
-    Raises TicketRefused where the ticket is for anything else, TransferFailed where no transport gets through."""
+    Raises TicketRefused, counted, where the ticket is for anything else, TransferFailed where no transport gets
+    through."""
     target_ranks = ranks_from_proto(layout_from_proto(reservation.kv_layout), reservation.ranks)
-    tickets.check_sender(
-        ticket,
-        identity=identity,
-        target_ranks=target_ranks,
-        producer_id=core.record.worker_id,
-        producer_epoch=core.record.epoch,
-        computed_prefix_digest=tickets.prefix_digest(identity, token_ids),
-    )
+    with _refusals_counted(core):
+        tickets.check_sender(
+            ticket,
+            identity=identity,
+            target_ranks=target_ranks,
+            producer_id=core.record.worker_id,
+            producer_epoch=core.record.epoch,
+            computed_prefix_digest=tickets.prefix_digest(identity, token_ids),
+        )
     if not reservation.lease_s > 0:
         raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
     name, peer = await peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
@@ -49,3 +59,12 @@ async def sender_for(
         core.record.address,
         core.digest_pool,
     )
+
+
+@contextlib.contextmanager
+def _refusals_counted(core: Core) -> Iterator[None]:
+    try:
+        yield
+    except TicketRefused as error:
+        core.meter.refused(error)
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 from cluster import KEY, Cluster, cluster
 from tiny_llama import SHAPES, make_llama
 
+import decode_svc.decode
 import decode_svc.handoff
 import kvtransfer.memory
 import worker.build
 import worker.loop
+import worker.outgoing
 import worker.sender
 from kvtransfer import ticket as tickets
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
@@ -187,6 +190,65 @@ async def _refused(stub: worker_pb2_grpc.DecodeStub, signed: worker_pb2.SignedTi
     error = error_from_rpc(caught.value)
     assert isinstance(error, TicketRefused)
     assert word in str(error)
+
+
+def _forged(ticket: worker_pb2.Ticket, earlier: worker_pb2.SignedTicket) -> worker_pb2.SignedTicket:
+    return tickets.issue(b"not the cluster's key", ticket)
+
+
+def _stale(ticket: worker_pb2.Ticket, earlier: worker_pb2.SignedTicket) -> worker_pb2.SignedTicket:
+    ticket.block_generations[0] -= 1
+    return tickets.issue(KEY.encode(), ticket)
+
+
+def _of_another_revision(ticket: worker_pb2.Ticket, earlier: worker_pb2.SignedTicket) -> worker_pb2.SignedTicket:
+    ticket.identity.revision += "-later"
+    return tickets.issue(KEY.encode(), ticket)
+
+
+def _replayed(ticket: worker_pb2.Ticket, earlier: worker_pb2.SignedTicket) -> worker_pb2.SignedTicket:
+    return earlier
+
+
+TICKETS = {_forged: "prefill-0", _stale: "decode-0", _of_another_revision: "prefill-0", _replayed: "prefill-0"}
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["checking sender", "careless sender"])
+@pytest.mark.parametrize("wrong", TICKETS, ids=lambda wrong: wrong.__name__)
+async def test_a_ticket_that_is_wrong_costs_the_request_an_attempt_and_no_more(
+    model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, wrong: Any, careless: bool
+) -> None:
+    """Who sends looks first and, where that one does not look, who receives."""
+    issue = decode_svc.decode.DecodeService._ticket
+    issued: list[worker_pb2.SignedTicket] = []
+
+    def issue_wrong(*arguments: Any) -> worker_pb2.SignedTicket:
+        issued.append(issue(*arguments))
+        if len(issued) != 2:
+            return issued[-1]
+        return wrong(worker_pb2.Ticket.FromString(issued[1].ticket), issued[0])
+
+    def read_unseen(key: bytes, signed: worker_pb2.SignedTicket, *, now_unix_ns: int) -> worker_pb2.Ticket:
+        return worker_pb2.Ticket.FromString(signed.ticket)
+
+    async with cluster(model, redis_url, prefill=0) as running:
+        expected = (await greedy(running, PROMPT)).token_ids
+    async with cluster(model, redis_url) as running:
+        monkeypatch.setattr(decode_svc.decode.DecodeService, "_ticket", issue_wrong)
+        if careless:
+            unchecked = types.SimpleNamespace(
+                verify=read_unseen, check_sender=lambda *_, **__: None, prefix_digest=tickets.prefix_digest
+            )
+            monkeypatch.setattr(worker.outgoing, "tickets", unchecked)
+        await greedy(running, [5] * 90)  # the ticket that is replayed
+        answer = await greedy(running, PROMPT)
+        assert answer.token_ids == expected
+        assert answer.route.attempts == 2
+        refused = {name: held.core.meter.refused_handoffs for name, held in running.workers.items()}
+        refuser = "decode-0" if careless else TICKETS[wrong]
+        assert refused == {"prefill-0": 0, "decode-0": 0, refuser: 1}
+        assert (await greedy(running, PROMPT)).token_ids == expected, "what is left of it in caches is wrong"
+        await running.assert_as_at_start()
 
 
 async def test_a_stream_touches_only_what_its_ticket_opened(model: Path, redis_url: str) -> None:
