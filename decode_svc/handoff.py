@@ -21,7 +21,7 @@ import grpc
 
 from decode_svc.placements import Placed, Placements
 from kvtransfer import ticket as tickets
-from kvtransfer.digest import Part, chunk_digest
+from kvtransfer.digest import DigestPolicy, Part, chunk_digest
 from kvtransfer.routes import layout_id
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service import logs
@@ -171,13 +171,14 @@ class Receiver:
         core, ticket = self._core, self.ticket
         assert ticket is not None and reservation is not None
         ranks = core.ranks_of(reservation.group)
-        if core.config.handoff.digest == "always":
+        policy = DigestPolicy(core.config.handoff.digest_share)
+        if is_digested := policy.covers(ticket.reservation_id, chunk.first_token):
             await self._compare(ranks, chunk)
         with core.loop.lock:
             core.reservations.landed(ticket.reservation_id, chunk.first_token, chunk.num_tokens, time.monotonic())
         size, end = ranks[0].kv.layout.block_tokens, chunk.first_token + chunk.num_tokens
         await core.stage_in(ranks, list(ticket.block_ids[chunk.first_token // size : -(-end // size)]))
-        if core.config.handoff.digest == "always":
+        if is_digested:
             with core.loop.lock:
                 core.reservations.settled(ticket.reservation_id, chunk.first_token, chunk.num_tokens)
 

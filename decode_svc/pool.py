@@ -11,6 +11,7 @@ from decode_svc.move import Moves
 from decode_svc.placements import Placements
 from legato.v1 import worker_pb2_grpc
 from scheduler.events import Event
+from scheduler.plan import StepPlan
 from service.channel import Channel, channel
 from service.host import Host
 from service.registry import connect, registered_epoch
@@ -37,6 +38,9 @@ class DecodePool:
 
     def deliver(self, events: Sequence[Event]) -> None:
         self._placements.deliver(events)
+
+    def begin(self, plans: Sequence[StepPlan]) -> None:
+        """Nothing leaves here while it is computed."""
 
     def tick(self, now_s: float) -> float | None:
         return self._placements.tick(now_s)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import xxhash
 
-from kvtransfer.plan import RankKV
+from kvtransfer.plan import RankKV, common
 from kvtransfer.routes import RankMemory, Route
 from spec.errors import InvalidParameter
 
@@ -31,56 +31,122 @@ class Part(NamedTuple):
 
 
 def chunk_digest(parts: Sequence[Part], block_ids: Sequence[int], first_token: int, num_tokens: int) -> bytes:
-    """16 bytes over tokens [first_token, first_token + num_tokens) of a sequence, in all layers and heads of `parts`.
-
-    parts      of one worker and group, in any order; together they are a rectangle, each layer and head once
-    block_ids  the sequence's block table from token 0 on
-
-    Raises InvalidParameter when the table is too short or names a block that there is not."""
-    num_blocks, _, _, _, block_tokens, _ = parts[0].kv.shape
-    end_token = first_token + num_tokens
-    first_block, end_block = first_token // block_tokens, -(-end_token // block_tokens)
-    if first_token < 0 or num_tokens < 1 or end_block > len(block_ids):
-        raise InvalidParameter(f"holds {len(block_ids)} blocks, too few for {end_token} tokens", field="block_ids")
-    used = list(block_ids[first_block:end_block])
-    if min(used) < 0 or max(used) >= num_blocks:
-        raise InvalidParameter(f"names a block outside [0, {num_blocks})", field="block_ids")
-
-    index = torch.tensor(used, dtype=torch.int64, device=parts[0].kv.device)
-    skip = first_token - first_block * block_tokens
-    hasher = xxhash.xxh3_128()
-    for beside in _by_layers(parts):
-        num_heads, row_bytes = sum(rows.shape[2] for rows in beside), beside[0].shape[-1]
-        step = max(1, _STAGE_BYTES // (num_heads * len(used) * block_tokens * row_bytes))  # of layer · planes + plane
-        for plane in range(0, beside[0].shape[1], step):
-            tokens = [_tokens(rows[:, plane : plane + step], index)[:, :, skip : skip + num_tokens] for rows in beside]
-            one = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-            hasher.update(one.contiguous().cpu().numpy().data)
+    """Of one rectangle at once; see ChunkHasher.update()."""
+    hasher = ChunkHasher()
+    hasher.update(parts, block_ids, first_token, num_tokens)
     return hasher.digest()
 
 
-def rank_digests(
-    ranks: Sequence[RankMemory],
-    landings: Sequence[torch.Tensor],
-    routes: Sequence[Route],
-    block_ids: Sequence[int],
-    first_token: int,
-    num_tokens: int,
-) -> list[bytes]:
-    """On the sender's side: of each target rank, in order, over what the routes bring there.
+class ChunkHasher:
+    """Takes the layers of a chunk as they come, from the first on; each by one thread at a time."""
 
-    landings  the KV memory of each of `ranks`, [num_blocks, layers, planes, heads, block_tokens, row]
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
 
-    Raises as chunk_digest() does. Replicas that are sent the same are digested once."""
-    known: dict[tuple[tuple[int, range, range], ...], bytes] = {}
-    digests = []
-    for _, together in itertools.groupby(routes, key=lambda route: route.target):
-        sent = tuple((route.source, route.layers, route.heads) for route in together)
-        if sent not in known:
-            parts = [_part(ranks[number].kv, landings[number], layers, heads) for number, layers, heads in sent]
-            known[sent] = chunk_digest(parts, block_ids, first_token, num_tokens)
-        digests.append(known[sent])
-    return digests
+    def update(self, parts: Sequence[Part], block_ids: Sequence[int], first_token: int, num_tokens: int) -> None:
+        """Tokens [first_token, first_token + num_tokens) of a sequence, in all layers and heads of `parts`.
+
+        parts      of one worker and group, in any order; together they are a rectangle, each layer and head once
+        block_ids  the sequence's block table from token 0 on
+
+        Raises InvalidParameter when the table is too short or names a block that there is not."""
+        num_blocks, _, _, _, block_tokens, _ = parts[0].kv.shape
+        end_token = first_token + num_tokens
+        first_block, end_block = first_token // block_tokens, -(-end_token // block_tokens)
+        if first_token < 0 or num_tokens < 1 or end_block > len(block_ids):
+            raise InvalidParameter(f"holds {len(block_ids)} blocks, too few for {end_token} tokens", field="block_ids")
+        used = list(block_ids[first_block:end_block])
+        if min(used) < 0 or max(used) >= num_blocks:
+            raise InvalidParameter(f"names a block outside [0, {num_blocks})", field="block_ids")
+
+        index = torch.tensor(used, dtype=torch.int64, device=parts[0].kv.device)
+        skip = first_token - first_block * block_tokens
+        for beside in _by_layers(parts):
+            num_heads, row_bytes = sum(rows.shape[2] for rows in beside), beside[0].shape[-1]
+            # Of layer · planes + plane.
+            step = max(1, _STAGE_BYTES // (num_heads * len(used) * block_tokens * row_bytes))
+            for plane in range(0, beside[0].shape[1], step):
+                tokens = [
+                    _tokens(rows[:, plane : plane + step], index)[:, :, skip : skip + num_tokens] for rows in beside
+                ]
+                one = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+                self._hasher.update(one.contiguous().cpu().numpy().data)
+
+    def digest(self) -> bytes:
+        """16 bytes, over all that came."""
+        return self._hasher.digest()
+
+
+class HeldDigests:
+    """On the receiver's side: of each of `ranks`, in order, over what it holds of one chunk."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._hashers = [ChunkHasher() for _ in range(num_ranks)]
+        self._end = 0
+
+    def update(
+        self,
+        ranks: Sequence[RankMemory],
+        landings: Sequence[torch.Tensor],
+        block_ids: Sequence[int],
+        first_token: int,
+        num_tokens: int,
+        end_layer: int,
+    ) -> None:
+        """Layers from where the last update ended up to `end_layer`. Raises as ChunkHasher.update() does."""
+        layers, self._end = range(self._end, end_layer), max(self._end, end_layer)
+        for hasher, rank, landing in zip(self._hashers, ranks, landings, strict=True):
+            if own := common(layers, rank.kv.layers):
+                hasher.update([_part(rank.kv, landing, own, rank.kv.heads)], block_ids, first_token, num_tokens)
+
+    def digests(self) -> list[bytes]:
+        return [hasher.digest() for hasher in self._hashers]
+
+
+class SentDigests:
+    """On the sender's side: of each target rank, in order, over what the routes bring there of one chunk. Replicas that
+    are sent the same are digested once."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._hashers: dict[tuple[tuple[int, range, range], ...], ChunkHasher] = {}
+        self._targets = []
+        for _, together in itertools.groupby(routes, key=lambda route: route.target):
+            sent = tuple((route.source, route.layers, route.heads) for route in together)
+            self._targets.append(self._hashers.setdefault(sent, ChunkHasher()))
+
+    def update(
+        self,
+        ranks: Sequence[RankMemory],
+        landings: Sequence[torch.Tensor],
+        block_ids: Sequence[int],
+        first_token: int,
+        num_tokens: int,
+        layers: range,
+    ) -> None:
+        """The chunk's next layers. Raises as ChunkHasher.update() does.
+
+        landings  the KV memory of each of `ranks`, [num_blocks, layers, planes, heads, block_tokens, row]"""
+        for sent, hasher in self._hashers.items():
+            parts = [
+                _part(ranks[number].kv, landings[number], own, heads)
+                for number, held, heads in sent
+                if (own := common(held, layers))
+            ]
+            if parts:
+                hasher.update(parts, block_ids, first_token, num_tokens)
+
+    def digests(self) -> list[bytes]:
+        return [hasher.digest() for hasher in self._targets]
+
+
+class DigestPolicy(NamedTuple):
+    """Which chunks are digested, the same on both sides: a share of them is chosen by what both know of a chunk."""
+
+    share: float  # 1: all, 0: none
+
+    def covers(self, reservation_id: str, first_token: int) -> bool:
+        drawn: int = xxhash.xxh3_64_intdigest(f"{reservation_id} {first_token}".encode())
+        return drawn < self.share * 2**64
 
 
 def _part(rank: RankKV, landing: torch.Tensor, layers: range, heads: range) -> Part:

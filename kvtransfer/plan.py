@@ -74,7 +74,7 @@ def plan_transfer(
     head_dim or planes), InvalidParameter for a block table that is too short or names a target block twice.
     """
     segments = segments_of(source.layout, source_blocks, target.layout, target_blocks, first_token, num_tokens)
-    return TransferPlan(grids_of(segments, source, 0, target, 0))
+    return TransferPlan(grids_of(segments, source, 0, target, 0, source.layers))
 
 
 def segments_of(
@@ -106,9 +106,14 @@ def segments_of(
 
 
 def grids_of(
-    segments: Segments, source: RankKV, source_offset_bytes: int, target: RankKV, target_offset_bytes: int
+    segments: Segments,
+    source: RankKV,
+    source_offset_bytes: int,
+    target: RankKV,
+    target_offset_bytes: int,
+    layers: range,
 ) -> list[Grid]:
-    """What one rank sends another, in offsets into memories in which the ranks' own begin at the offsets given.
+    """What one rank sends another of `layers`, in offsets into memories in which the ranks' own begin at those given.
 
     The segments are of ranks with these block sizes. Raises InvalidConfiguration as plan_transfer() does."""
     _check_convertible(source.layout, target.layout)
@@ -120,7 +125,7 @@ def grids_of(
     grids = []
     for first, last in _runs_of_equal(segments.is_whole):
         group = slice(first, last)
-        units = _units(source, target, whole_blocks=bool(segments.is_whole[first]))
+        units = _units(source, target, layers, whole_blocks=bool(segments.is_whole[first]))
         grids.append(Grid(source_bases[group], target_bases[group], segments.num_tokens[group] * row_bytes, *units))
     if all(len(grid.source_units) == 1 for grid in grids):
         return [_merged(grids)]
@@ -158,13 +163,13 @@ def _runs_of_equal(flags: NDArray[numpy.bool_]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _units(source: RankKV, target: RankKV, *, whole_blocks: bool) -> tuple[Offsets, Offsets, Offsets]:
+def _units(source: RankKV, target: RankKV, asked: range, *, whole_blocks: bool) -> tuple[Offsets, Offsets, Offsets]:
     """(source offset, target offset, number of heads' runs) within a block, of what the ranks have in common.
 
     Only in whole blocks does one head's run touch the next, so only there do units grow beyond one head: to all heads
-    in common and, where these are all that either rank holds, to all layers in common."""
-    layers = _common(source.layers, target.layers)
-    heads = _common(source.heads, target.heads)
+    in common and, where these are all that either rank holds, to all layers in common of those asked for."""
+    layers = common(common(source.layers, target.layers), asked)
+    heads = common(source.heads, target.heads)
     each = source.layout.planes
     planes = numpy.arange(each * layers.start, each * layers.stop, dtype=numpy.int64)  # layer · planes + plane
     runs_of_a_unit = 1
@@ -185,7 +190,8 @@ def _units(source: RankKV, target: RankKV, *, whole_blocks: bool) -> tuple[Offse
     return offsets(source), offsets(target), numpy.full(len(planes) * len(first_heads), runs_of_a_unit, numpy.int64)
 
 
-def _common(left: range, right: range) -> range:
+def common(left: range, right: range) -> range:
+    """What is in both; empty where nothing is."""
     start = max(left.start, right.start)
     return range(start, max(start, min(left.stop, right.stop)))
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvtransfer.grids import Grid, TransferPlan
-from kvtransfer.plan import RankKV, grids_of, segments_of
+from kvtransfer.plan import RankKV, common, grids_of, segments_of
 from legato.v1 import worker_pb2
 from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
@@ -51,7 +51,7 @@ def routes_between(sources: tuple[RankKV, ...], targets: tuple[RankKV, ...]) -> 
     for number, target in enumerate(targets):
         covered = 0
         for rectangle, holders in replicas.items():
-            layers, heads = _common(rectangle[0], target.layers), _common(rectangle[1], target.heads)
+            layers, heads = common(rectangle[0], target.layers), common(rectangle[1], target.heads)
             if not layers or not heads:
                 continue
             routes.append(Route(holders[taken[rectangle] % len(holders)], number, layers, heads))
@@ -74,8 +74,10 @@ def plan_handoff(
     target_blocks: Sequence[int],
     first_token: int,
     num_tokens: int,
+    layers: range | None = None,
 ) -> TransferPlan:
-    """The pieces that carry tokens [first_token, first_token + num_tokens) of all layers and heads, in region offsets.
+    """The pieces that carry tokens [first_token, first_token + num_tokens) of all heads, in region offsets; of all
+    layers, or of some.
 
     The ranks are those of one group on either side; both block tables begin at token 0 of the sequence. Raises as
     plan_transfer() and routes_between() do."""
@@ -87,12 +89,9 @@ def plan_handoff(
         source, target = source_ranks[route.source], target_ranks[route.target]
         assert source.kv.layout.block_tokens == layouts[0].block_tokens
         assert target.kv.layout.block_tokens == layouts[1].block_tokens
-        grids += grids_of(segments, source.kv, source.offset_bytes, target.kv, target.offset_bytes)
+        asked = route.layers if layers is None else layers
+        grids += grids_of(segments, source.kv, source.offset_bytes, target.kv, target.offset_bytes, asked)
     return TransferPlan(grids)
-
-
-def _common(left: range, right: range) -> range:
-    return range(max(left.start, right.start), min(left.stop, right.stop))
 
 
 # ---- what peers are told of a worker's ranks -------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The course of one Prefill call.
 
 run ── check the ticket, open the hand-over (sender.open)
-    ── add to the scheduler ──▶ Computed: a chunk's blocks leave (sender.advance)
-    │                          Tokens:   the first token is answered at once
+    ── add to the scheduler ──▶ steps are planned, executed, committed: chunks leave (sender.begin, reached, computed)
+    │                          Tokens: the first token is answered at once
     │                          Failed, or the hand-over failed: the call ends typed
     ── finish the hand-over (sender.finish) ──▶ HandedOver
     ── whatever happened: first nothing is in flight (sender.close), then blocks are given back
@@ -11,11 +11,10 @@ run ── check the ticket, open the hand-over (sender.open)
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 
 from legato.v1 import worker_pb2
-from scheduler.events import Computed, Event, Failed, Tokens
+from scheduler.events import Event, Failed, Tokens
 from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
 from service.tracing import Spans
 from spec.errors import LegatoError
@@ -41,7 +40,7 @@ class PrefillCall:
         self._core = core
         self._peers = peers
         self._spans = spans
-        self._sender: Sender | None = None
+        self.sender: Sender | None = None  # set before the sequence is the scheduler's
         self._drawn = False  # the sequence is held for the hand-over, or has ended
         self._ended_here = False  # with its first token: nothing is handed over
 
@@ -55,8 +54,8 @@ class PrefillCall:
                 first = await self._first_token()
                 self._ended_here = bool(first.finish_reason)
                 self.answers.put_nowait(worker_pb2.PrefillEvent(first_token=first))
-                if self._sender is not None and not self._ended_here:
-                    await self._finish_handoff(self._sender, first)
+                if self.sender is not None and not self._ended_here:
+                    await self._finish_handoff(self.sender, first)
         finally:
             self.answers.put_nowait(None)
 
@@ -67,11 +66,11 @@ class PrefillCall:
         ticket = verified_ticket(core, reservation)
         self.reservation_id = ticket.reservation_id
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
-        self._sender = await sender_for(
+        self.sender = await sender_for(
             core, self._peers, ticket, reservation, self._request.decode_address, identity, tokens
         )
-        self._sender.failed.add_done_callback(lambda failed: self.events.put_nowait(failed.result()))
-        await self._sender.open(ACCEPT_TIMEOUT_S)
+        self.sender.failed.add_done_callback(lambda failed: self.events.put_nowait(failed.result()))
+        await self.sender.open(ACCEPT_TIMEOUT_S)
 
     async def _first_token(self) -> worker_pb2.PrefillEvent.FirstToken:
         sequence = sequence_from_proto(self._request.sequence, self._core.record, draws_here=1)
@@ -83,8 +82,6 @@ class PrefillCall:
         self._core.loop.wake()
         while not isinstance(event := await self.events.get(), Tokens):
             match event:
-                case Computed():
-                    self._advance(event)
                 case Failed():
                     raise event.error
                 case LegatoError():
@@ -107,13 +104,6 @@ class PrefillCall:
             cached_tokens=event.cached_tokens,
         )
 
-    def _advance(self, event: Computed) -> None:
-        release = functools.partial(self._core.unhold, event.group, event.block_table)
-        if self._sender is None:
-            release()
-        else:
-            self._sender.advance(event.first_token + event.num_tokens, event.group, event.block_table, release)
-
     async def _finish_handoff(self, sender: Sender, first: worker_pb2.PrefillEvent.FirstToken) -> None:
         state = worker_pb2.SequenceState()
         state.CopyFrom(self._request.sequence)
@@ -132,12 +122,9 @@ class PrefillCall:
         with core.loop.lock:
             if not self._drawn:
                 core.scheduler.abort(self.sequence_id, time.monotonic())
-        if self._sender is not None:
-            await self._sender.close(finished_without_handoff=self._ended_here)
+        if self.sender is not None:
+            await self.sender.close(finished_without_handoff=self._ended_here)
         with core.loop.lock:
             core.scheduler.release(self.sequence_id)
         core.loop.wake()  # somebody may wait for these blocks
-        while not self.events.empty():
-            if isinstance(event := self.events.get_nowait(), Computed):
-                core.unhold(event.group, event.block_table)
         self.closed.set()

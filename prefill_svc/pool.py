@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from legato.v1 import worker_pb2_grpc
 from prefill_svc.prefill import PrefillService
 from scheduler.events import Event
+from scheduler.plan import StepPlan
 from service.channel import channel
 from service.host import Host
 from service.tracing import Spans
 from worker.core import Core
 from worker.peers import Peers
+from worker.watch import StepWatch
 
 
 class PrefillPool:
@@ -26,6 +28,9 @@ class PrefillPool:
 
     def deliver(self, events: Sequence[Event]) -> None:
         self._service.deliver(events)
+
+    def begin(self, plans: Sequence[StepPlan]) -> StepWatch | None:
+        return self._service.begin(plans)
 
     def tick(self, now_s: float) -> None:
         """Nothing here is leased."""

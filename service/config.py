@@ -117,7 +117,14 @@ class HandoffConfig(Section):
         "sockets",
     )  # best first
     lease_s: Seconds = 5.0  # a reservation ends this long after the last sign of progress
-    digest: Literal["always", "off"] = "always"
+    digest: Literal["always", "sampled", "off"] = "always"  # the same in both pools
+    digest_sample: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the chunks, where digest is sampled
+    # While a chunk is computed its layers leave in groups of so many bytes, or in fewer and larger ones.
+    layer_group_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(1024 * 1024)
+
+    @property
+    def digest_share(self) -> float:
+        return {"always": 1.0, "sampled": self.digest_sample, "off": 0.0}[self.digest]
 
 
 class KVTiersConfig(Section):

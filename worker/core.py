@@ -16,6 +16,7 @@ import torch
 
 from engine.engine import Engine
 from engine.grammar import Grammars, Matcher
+from kvtransfer.plan import common
 from kvtransfer.routes import RankMemory
 from kvtransfer.transport import Region, Transport
 from legato.v1 import worker_pb2
@@ -23,6 +24,7 @@ from service.config import WorkerConfig
 from spec.constraint import Constraint
 from spec.sampling import SamplingParams
 from worker.executor import StepExecutor
+from worker.kv_region import copy_blocks
 from worker.lanes import LaneReservations, Lanes
 from worker.loop import EngineLoop
 from worker.meter import Meter
@@ -104,38 +106,40 @@ class Core:
         if self.warming is not None:
             await self.warming.warm(token_ids, adapter)
 
-    async def stage_out(self, ranks: Sequence[CoreRank], block_ids: Sequence[int]) -> None:
-        """Before these ranks' blocks are sent: brings them into their landing memory. Nothing to do where that is the
-        engine's own. Raises WorkerLost when a rank is gone."""
+    async def stage_out(self, ranks: Sequence[CoreRank], block_ids: Sequence[int], layers: range) -> None:
+        """Before these ranks' blocks are sent: brings the model's `layers` of them into their landing memory. Nothing
+        to do where that is the engine's own. Raises WorkerLost when a rank is gone."""
         if not self.landings_are_kv:
-            await self._stage(ranks, block_ids, to_device=False)
+            await self._stage(ranks, block_ids, layers, to_device=False)
 
     async def stage_in(self, ranks: Sequence[CoreRank], block_ids: Sequence[int]) -> None:
         """After blocks landed and were found right: brings them into the ranks' own memory. Raises WorkerLost."""
         if not self.landings_are_kv:
-            staging = asyncio.ensure_future(self._stage(ranks, block_ids, to_device=True))
+            layers = range(max(rank.kv.layers.stop for rank in ranks))
+            staging = asyncio.ensure_future(self._stage(ranks, block_ids, layers, to_device=True))
             try:
                 await asyncio.shield(staging)
             finally:
                 await asyncio.wait([staging])  # nobody frees these blocks while they are written
 
-    async def _stage(self, ranks: Sequence[CoreRank], block_ids: Sequence[int], *, to_device: bool) -> None:
+    async def _stage(
+        self, ranks: Sequence[CoreRank], block_ids: Sequence[int], layers: range, *, to_device: bool
+    ) -> None:
         copying: list[asyncio.Future[None]] = []
         for rank in ranks:
+            held = common(layers, rank.kv.layers)
+            own = range(held.start - rank.kv.layers.start, held.stop - rank.kv.layers.start)
+            if not own:
+                continue
             if rank.number == 0:
                 event_loop = asyncio.get_running_loop()
-                copying.append(event_loop.run_in_executor(self.digest_pool, self._copy, tuple(block_ids), to_device))
+                landing, memory = self.ranks[0].landing, self.engine.kv.tensor
+                arguments = landing, memory, tuple(block_ids), own, to_device
+                copying.append(event_loop.run_in_executor(self.digest_pool, copy_blocks, *arguments))
             else:
                 assert self.others is not None
-                copying.append(asyncio.wrap_future(self.others.copy(rank.number, block_ids, to_device=to_device)))
+                copying.append(asyncio.wrap_future(self.others.copy(rank.number, block_ids, own, to_device=to_device)))
         await asyncio.gather(*copying)
-
-    def _copy(self, block_ids: tuple[int, ...], to_device: bool) -> None:
-        index, landing, own = torch.tensor(block_ids), self.ranks[0].landing, self.engine.kv.tensor
-        if to_device:
-            own[index.to(own.device)] = landing[index].to(own.device)
-        else:
-            landing[index] = own[index.to(own.device)].cpu()
 
     def load(self) -> worker_pb2.WorkerLoad:
         with self.loop.lock:

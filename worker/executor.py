@@ -18,6 +18,7 @@ from worker.meter import Meter
 from worker.rank_messages import PlanWriter, result_from_message
 from worker.ranks import Ranks
 from worker.stage_times import StageTimes
+from worker.watch import StepWatch
 
 
 class StepExecutor(Protocol):
@@ -26,8 +27,8 @@ class StepExecutor(Protocol):
 
     steps_out: int  # so many steps may be submitted before the first one's result is taken
 
-    def submit(self, plans: Sequence[StepPlan]) -> None:
-        """Raises what the worker is lost for."""
+    def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None = None) -> None:
+        """`watch` hears which layers have written. Raises what the worker is lost for."""
         ...
 
     def result(self) -> Sequence[StepResult]:
@@ -48,10 +49,10 @@ class OneRank:
         self._engine, self._meter = engine, meter
         self._results: collections.deque[StepResult] = collections.deque()
 
-    def submit(self, plans: Sequence[StepPlan]) -> None:
+    def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None = None) -> None:
         (plan,) = plans
         started_s = time.monotonic()
-        result = self._engine.execute(plan)
+        result = self._engine.execute(plan, None if watch is None else watch.hook(0))
         self._meter.step(plans, (result,), time.monotonic() - started_s)
         self._results.append(result)
 
@@ -81,7 +82,9 @@ class AllRanks:
         self._engine, self._ranks, self._meter = engine, ranks, meter
         self._draft_model, self._stages = draft_model, stages
         self._writer = PlanWriter()
-        self._steps = 0
+        self._steps = 0  # submitted
+        self._watches: dict[int, StepWatch] = {}  # of steps that are out, by number
+        ranks.on_written = self._written
         self._out: collections.deque[tuple[Sequence[StepPlan], StepResult, float]] = collections.deque()
         layout = shards[0].layout
         self._members = [
@@ -96,19 +99,22 @@ class AllRanks:
         self._stage_of = [shard.stage for shard in shards]
         self._stage_ranks = layout.stage_ranks
 
-    def submit(self, plans: Sequence[StepPlan]) -> None:
+    def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None = None) -> None:
         """Raises what the worker is lost for."""
         started_s = time.monotonic()
         guessed = [self._with_guesses(plan) for plan in plans]
-        for plan, members in zip(guessed, self._members, strict=True):
+        if watch is not None:
+            self._watches[self._steps] = watch
+        for group, (plan, members) in enumerate(zip(guessed, self._members, strict=True)):
             if members:
-                command = rank_pb2.RankCommand(execute=self._writer.write(self._steps, plan))
+                ends = () if watch is None else watch.ends.get(group, ())
+                command = rank_pb2.RankCommand(execute=self._writer.write(self._steps, plan, ends))
                 self._ranks.send_bytes(members, command.SerializeToString())
         self._steps += 1
         self._stages.submitted()
         executing_s = time.monotonic()
         try:
-            result = self._engine.execute(guessed[0])
+            result = self._engine.execute(guessed[0], None if watch is None else watch.hook(0))
         except WorkerLost as error:
             raise self._ranks.cause(error) from None
         self._busy(0, time.monotonic() - executing_s)
@@ -125,9 +131,15 @@ class AllRanks:
         results = tuple(own if rank == 0 else result_from_message(self._heard(rank)) for rank in self._drawing)
         for rank in self._silent:  # so that none falls behind for ever
             self._heard(rank)
+        self._watches.pop(self._steps - len(self._out) - 1, None)
         self._stages.taken(is_last=not self._out)
         self._meter.step(plans, results, time.monotonic() - started_s)
         return results
+
+    def _written(self, rank: int, step: int, end: int) -> None:
+        """In the thread that reads what ranks report. What comes after the step's result is told by that."""
+        if (watch := self._watches.get(step)) is not None:
+            watch.written(rank, end)
 
     def _heard(self, rank: int) -> rank_pb2.RankResult:
         message = self._ranks.result(rank)

@@ -110,3 +110,18 @@ def kv_slice(mapped: mmap.mmap | memoryview, offset_bytes: int, nbytes: int) -> 
 def landing_of(own: memoryview, layout: KVLayout, num_blocks: int) -> torch.Tensor:
     """A rank's part of the region as [num_blocks, layers, planes, heads, block_tokens, row]."""
     return torch.frombuffer(own, dtype=TORCH_DTYPES[layout.dtype]).view(layout.shape(num_blocks))
+
+
+def copy_blocks(
+    landing: torch.Tensor, memory: torch.Tensor, block_ids: Sequence[int], layers: range, to_device: bool
+) -> None:
+    """Between a rank's part of the region and the memory of its GPU, both as landing_of() shapes them; of `layers`
+    as the rank counts them. Beside the steps: on a stream of its own, which waits for none of their kernels."""
+    index, device = torch.tensor(list(block_ids)), memory.device
+    own = slice(layers.start, layers.stop)
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        if to_device:
+            memory[index.to(device), own] = landing[index, own].to(device)
+            torch.cuda.current_stream(device).synchronize()
+        else:
+            landing[index, own] = memory[index.to(device), own].cpu()

@@ -24,6 +24,7 @@ from service import logs
 from spec.errors import WorkerLost
 from worker.executor import StepExecutor
 from worker.lanes import Lanes
+from worker.watch import StepWatch
 
 logger = logs.get(__name__)
 
@@ -32,8 +33,9 @@ LONGEST_WAIT_S = 1.0  # whoever forgets to wake the loop costs a request this mu
 
 
 class EngineLoop:
-    """`deliver(events)` and `tick(now_s)` are called in the loop's thread, `tick` before each plan under the lock; it
-    says when it is due next, None for not before something wakes the loop."""
+    """`deliver(events)`, `tick(now_s)` and `begin(plans)` are called in the loop's thread, the last two under the lock.
+    `tick`, before each plan, says when it is due next, None for not before something wakes the loop; `begin`, after it,
+    who hears which layers have written while it is carried out."""
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class EngineLoop:
         deliver: Callable[[Sequence[Event]], None],
         on_failure: Callable[[BaseException], None],
         tick: Callable[[float], float | None] = lambda now_s: None,
+        begin: Callable[[Sequence[StepPlan]], StepWatch | None] = lambda plans: None,
     ) -> None:
         self.scheduler = scheduler
         self.lock = threading.RLock()
@@ -51,6 +54,7 @@ class EngineLoop:
         self._deliver = deliver
         self._on_failure = on_failure
         self._tick = tick
+        self._begin = begin
         self._work = threading.Condition(self.lock)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
@@ -87,13 +91,14 @@ class EngineLoop:
             due_s = self._tick(now_s)
             events = self.scheduler.expire(now_s)
             plans = self.scheduler.plan(now_s) if len(self._out) < self._executor.steps_out else None
+            watch = None if plans is None else self._begin(plans)
             if plans is None and not self._out and not events and not self._stopping:
                 due = [at_s for at_s in (due_s, self.scheduler.next_deadline_s()) if at_s is not None]
                 self._work.wait(max(0.0, min([now_s + LONGEST_WAIT_S, *due]) - now_s))
         if events:
             self._deliver(events)
         if plans is not None:
-            self._executor.submit(plans)
+            self._executor.submit(plans, watch)
             self._out.append(plans)
             if len(self._out) < self._executor.steps_out:
                 return

@@ -7,13 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvtransfer import ticket as tickets
+from kvtransfer.digest import DigestPolicy
 from kvtransfer.routes import ranks_from_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.messages import layout_from_proto
 from spec.errors import InvalidParameter, TicketRefused
 from worker.core import Core
+from worker.departures import Target
 from worker.peers import Peers
-from worker.sender import Sender, Target
+from worker.sender import Sender
 from worker.staging import SourceKV
 
 ACCEPT_TIMEOUT_S = 5.0
@@ -58,6 +60,7 @@ async def sender_for(
         Target(ticket, reservation.ticket, target_ranks, peer, name, reservation.lease_s),
         core.record.address,
         core.digest_pool,
+        DigestPolicy(core.config.handoff.digest_share),
     )
 
 

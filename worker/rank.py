@@ -26,7 +26,9 @@ import torch
 from engine.engine import Engine
 from engine.grammar import Grammars
 from engine.groups import Groups, join
+from engine.layer_hook import LayerHook
 from engine.model_files import open_model
+from kvtransfer.layer_groups import ends_within
 from legato.v1 import rank_pb2
 from service import logs
 from service.config import WorkerConfig, load
@@ -38,7 +40,7 @@ from spec.shard import shard_of
 from worker import rank_link
 from worker.adapters import by_id, check_same, open_adapters
 from worker.grammars import grammars_of
-from worker.kv_region import kv_slice, landing_of
+from worker.kv_region import copy_blocks, kv_slice, landing_of
 from worker.rank_messages import plan_from_message, result_to_message
 from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
 
@@ -169,21 +171,25 @@ class Rank:
         assert self._groups is not None
         plan = plan_from_message(message)
         waited_s, started_s = self._groups.waited_s, time.monotonic()
-        result = self._engine.execute(plan)
+        result = self._engine.execute(plan, self._hook(message))
         busy_s = time.monotonic() - started_s - (self._groups.waited_s - waited_s)
         shard = self._groups.shard
         draws = shard.is_last_stage and shard.index == 0
         self._tell(Report(result=result_to_message(plan.step, busy_s, result if draws else None)))
 
+    def _hook(self, message: rank_pb2.RankPlan) -> LayerHook | None:
+        if not message.layer_ends:
+            return None
+        assert self._groups is not None
+        ends = ends_within(message.layer_ends, self._groups.shard.layers)
+        return LayerHook(ends, lambda end: self._tell(Report(written=Report.Written(step=message.step, end=end))))
+
     def _copy(self, copy: rank_pb2.RankCommand.Copy) -> None:
         """On a GPU alone: elsewhere the shared file is the engine's own memory."""
         assert self._engine is not None
         if self._landing is not None:
-            index, own = torch.tensor(copy.block_ids), self._engine.kv.tensor
-            if copy.to_device:
-                own[index.to(own.device)] = self._landing[index].to(own.device)
-            else:
-                self._landing[index] = own[index.to(own.device)].cpu()
+            layers = range(copy.first_layer, copy.first_layer + copy.num_layers)
+            copy_blocks(self._landing, self._engine.kv.tensor, copy.block_ids, layers, copy.to_device)
         self._tell(Report(copied=Report.Copied(copy_id=copy.copy_id)))
 
 

@@ -6,6 +6,7 @@ A sequence's sampling parameters are the same in every step: their bytes are mad
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from legato.v1 import common_pb2, rank_pb2
 from scheduler.plan import Draw, Drawn, Slice, StepPlan, StepResult
@@ -21,9 +22,11 @@ class PlanWriter:
     def __init__(self) -> None:
         self._params: dict[int, tuple[SamplingParams, bytes]] = {}  # by identity, which the reference keeps
 
-    def write(self, step: int, plan: StepPlan) -> rank_pb2.RankPlan:
-        """`step`: the number under which its result will come."""
-        return rank_pb2.RankPlan(step=step, slices=[self._slice(piece) for piece in plan.slices])
+    def write(self, step: int, plan: StepPlan, layer_ends: Sequence[int] = ()) -> rank_pb2.RankPlan:
+        """`step`: the number under which its result will come. `layer_ends`: of groups of the model's layers; a rank
+        tells when it has written its own of each."""
+        slices = [self._slice(piece) for piece in plan.slices]
+        return rank_pb2.RankPlan(step=step, slices=slices, layer_ends=layer_ends)
 
     def _slice(self, piece: Slice) -> rank_pb2.RankPlan.Slice:
         draw = piece.draw

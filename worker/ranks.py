@@ -53,6 +53,7 @@ class Ranks:
         self._results: dict[int, queue.SimpleQueue[rank_pb2.RankResult | None]] = {}
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._copies: dict[int, concurrent.futures.Future[None]] = {}
+        self.on_written: Callable[[int, int, int], None] = lambda rank, step, end: None
         self._copy_ids = itertools.count()
         self._sending = threading.Lock()
         self._ending = False
@@ -134,13 +135,23 @@ class Ranks:
             raise self.cause(silent)
         return found
 
-    def copy(self, rank: int, block_ids: Sequence[int], *, to_device: bool) -> concurrent.futures.Future[None]:
-        """Between the memory of the rank's GPU and its part of the region; done when it is there."""
+    def copy(
+        self, rank: int, block_ids: Sequence[int], layers: range, *, to_device: bool
+    ) -> concurrent.futures.Future[None]:
+        """Between the memory of the rank's GPU and its part of the region, of the rank's own `layers`; done when it is
+        there."""
         copying: concurrent.futures.Future[None] = concurrent.futures.Future()
         copying.set_running_or_notify_cancel()
         copy_id = next(self._copy_ids)
         self._copies[copy_id] = copying
-        self.send(rank, Command(copy=Command.Copy(copy_id=copy_id, to_device=to_device, block_ids=block_ids)))
+        copy = Command.Copy(
+            copy_id=copy_id,
+            to_device=to_device,
+            block_ids=block_ids,
+            first_layer=layers.start,
+            num_layers=len(layers),
+        )
+        self.send(rank, Command(copy=copy))
         if self.lost is not None:
             self._fail_copies(self.lost)
         return copying
@@ -171,6 +182,8 @@ class Ranks:
         match report.WhichOneof("report"):
             case "result":
                 self._results[rank].put(report.result)
+            case "written":
+                self.on_written(rank, report.written.step, report.written.end)
             case "progress":
                 self.progress[rank] = report.progress.fraction
             case "ready":

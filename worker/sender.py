@@ -1,13 +1,15 @@
-"""The source end of one hand-over: blocks leave chunk by chunk while the next chunk is computed.
+"""The source end of one hand-over: its stream; what leaves under it is worker/departures.py.
 
     open()      Begin ──▶ Accepted             no byte is written before it, none outside the stream's life
-    advance()   a chunk's KV is in the blocks  called by the engine's events; holds those blocks
+    begin()     a step computes a chunk        its blocks are held from here on
+    reached()   layers of it are written       they leave
+    computed()  the step is committed          Chunk ──▶ once all of it has landed
     sent()      every chunk was told
     finish()    Final ──▶ Admitted             the decode worker has the sequence
     close()     Quiet ──▶                      proven: nothing is in flight; the decode worker may free its blocks
 
-One chunk moves at a time: post, digest while it moves, tell. A held block keeps its content until its chunk is told,
-whatever happens to the sequence meanwhile: what the digest covers is what was sent.
+A held block keeps its content until its chunk is told, whatever happens to the sequence meanwhile: what the digest
+covers is what was sent.
 """
 
 from __future__ import annotations
@@ -15,20 +17,17 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import grpc
 
-from kvtransfer.digest import rank_digests
-from kvtransfer.routes import RankMemory, plan_handoff
-from kvtransfer.transport import Peer
+from kvtransfer.digest import DigestPolicy
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from legato.v1.common_pb2 import TransferStats
 from service import logs
 from service.status import error_from_reason, error_from_rpc
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
+from worker.departures import Departures, Target
 from worker.staging import SourceKV, Staging
 
 logger = logs.get(__name__)
@@ -36,25 +35,6 @@ logger = logs.get(__name__)
 ALIVE_SHARE = 0.25  # of the lease, between two signs of life
 ASK_AGAIN_S = 1.0  # whether a peer that did not confirm is quiet now
 LAST_WORD_S = 1.0  # how long the end of the stream is waited for
-TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one chunk; the waiting clock is the reservation's lease
-
-
-class Target(NamedTuple):
-    """Where one reservation's blocks are."""
-
-    ticket: worker_pb2.Ticket
-    signed: worker_pb2.SignedTicket
-    ranks: tuple[RankMemory, ...]
-    peer: Peer
-    transport: str
-    lease_s: float
-
-
-class _Chunk(NamedTuple):
-    end: int  # tokens computed
-    group: int
-    block_table: tuple[int, ...]
-    release: Callable[[], None]  # gives the held blocks back
 
 
 class Sender:
@@ -67,18 +47,14 @@ class Sender:
         target: Target,
         producer_address: str,
         pool: concurrent.futures.Executor,
+        policy: DigestPolicy,
     ) -> None:
-        self.stats = TransferStats(transport=target.transport, skipped_tokens=target.ticket.first_token)
         self.failed: asyncio.Future[LegatoError] = asyncio.get_running_loop().create_future()
         self._stub = stub
         self._target = target
         self._staging = Staging(source, target.ranks, pool)
+        self._departures = Departures(target, self._staging, policy, pool, self._write, self.failed)
         self._producer_address = producer_address
-        self._pool = pool
-        self.first_write_ns = 0
-        self._sent_tokens = target.ticket.first_token
-        self._chunks: asyncio.Queue[_Chunk | None] = asyncio.Queue()
-        self._unproven = False  # a transfer failed or outran its clock: some of it may still land
         self._admitted = asyncio.Event()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
         self._tasks: list[asyncio.Task[None]] = []
@@ -103,15 +79,35 @@ class Sender:
             raise error_from_rpc(await _status_of(self._call))
         if reply.HasField("cancel"):
             raise error_from_reason(reply.cancel.reason, reply.cancel.message)
-        self._tasks = [asyncio.create_task(work) for work in (self._listen(), self._move(), self._stay_alive())]
+        work = self._listen(), self._departures.run(), self._stay_alive()
+        self._tasks = [asyncio.create_task(each) for each in work]
+
+    @property
+    def first_write_ns(self) -> int:
+        """0: nothing has left yet."""
+        return self._departures.first_write_ns
+
+    def begin(self, end: int, group: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
+        """KV of tokens [0, end) is being brought into `block_table` of `group`, whose blocks are held until `release`
+        is called."""
+        self._departures.begin(end, group, block_table, release)
+
+    def reached(self, end: int, layers: int) -> None:
+        """Of the chunk that ends at token `end` the model's layers [0, layers) are written."""
+        self._departures.reached(end, layers)
+
+    def computed(self, end: int) -> None:
+        """The chunk that ends at token `end` is, and counts."""
+        self._departures.computed(end)
 
     def advance(self, end: int, group: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
-        """KV of tokens [0, end) is in `block_table` of `group`, whose blocks are held until `release` is called."""
-        self._chunks.put_nowait(_Chunk(end, group, block_table, release))
+        """begin() and computed() of what is in the blocks already."""
+        self.begin(end, group, block_table, release)
+        self.computed(end)
 
     async def sent(self) -> None:
-        """Waits until all that advance() brought is told; nothing more may be brought. Raises why it was given up."""
-        self._chunks.put_nowait(None)
+        """Waits until all that begun is told; nothing more may begin. Raises why it was given up."""
+        self._departures.end()
         await self._or_failed(self._tasks[1])
 
     def give_up(self, error: LegatoError) -> None:
@@ -123,23 +119,23 @@ class Sender:
         await self.sent()
         await self._write(worker_pb2.HandoffRequest(final=worker_pb2.HandoffRequest.Final(sequence=state)))
         await self._or_failed(asyncio.ensure_future(self._admitted.wait()))
-        return self.stats
+        return self._departures.stats
 
     async def close(self, *, finished_without_handoff: bool = False) -> None:
         """Returns when what was in flight has landed or can land no more, however long that takes, and says Quiet only
         then. After finish() it only ends the stream."""
         if self._call is None:
             return
+        self._departures.end()
         if self._tasks and not self._tasks[1].done():
-            self._chunks.put_nowait(None)
             self._fail(RequestCancelled("the hand-over was given up"))
             await asyncio.wait([self._tasks[1]])
         for task in self._tasks[1:]:
             task.cancel()
-        while self._unproven:
+        while self._departures.is_unproven:
             try:
                 await asyncio.to_thread(self._target.peer.release)
-                self._unproven = False
+                self._departures.is_unproven = False
             except TransferFailed as error:
                 logger.warning("the hand-over to %s is not proven quiet: %s", self._target.ticket.consumer_id, error)
                 await asyncio.sleep(ASK_AGAIN_S)
@@ -154,9 +150,6 @@ class Sender:
             await asyncio.wait(self._tasks[:1], timeout=LAST_WORD_S)  # the peer ends the stream once it has read that
             self._tasks[0].cancel()
         self._call.cancel()
-        while not self._chunks.empty():
-            if (chunk := self._chunks.get_nowait()) is not None:
-                chunk.release()
 
     def _fail(self, error: LegatoError) -> None:
         if not self.failed.done():
@@ -200,62 +193,6 @@ class Sender:
             await asyncio.sleep(self._target.lease_s * ALIVE_SHARE)
             with contextlib.suppress(LegatoError):
                 await self._write(worker_pb2.HandoffRequest(alive=worker_pb2.HandoffRequest.Alive()))
-
-    async def _move(self) -> None:
-        """Sends what advance() brought, one chunk after the other, until None or a failure."""
-        while (chunk := await self._chunks.get()) is not None:
-            try:
-                if not self.failed.done():
-                    await self._send(chunk)
-            except LegatoError as error:
-                self._fail(error)
-            except Exception as error:
-                logger.exception("sending a chunk failed")
-                self._fail(TransferFailed(f"sending a chunk failed: {error}"))
-            finally:
-                chunk.release()
-
-    async def _send(self, chunk: _Chunk) -> None:
-        ticket, first, end = self._target.ticket, self._sent_tokens, chunk.end
-        if end < ticket.num_tokens:  # a block leaves once it is full; the last one as it is
-            end -= end % self._staging.block_tokens(chunk.group)
-        if end <= first:
-            return
-        staged = await self._staging.stage(chunk.group, chunk.block_table, first, end)
-        pieces = plan_handoff(
-            staged.ranks, staged.block_table, self._target.ranks, ticket.block_ids, first, end - first
-        )
-        self.first_write_ns = self.first_write_ns or time.time_ns()
-        started_s = time.monotonic()
-        transfer = self._target.peer.post(staged.region, pieces)
-        digesting = asyncio.get_running_loop().run_in_executor(
-            self._pool,
-            rank_digests,
-            staged.ranks,
-            staged.landings,
-            staged.routes,
-            staged.block_table,
-            first,
-            end - first,
-        )
-        try:
-            async with asyncio.timeout(TRANSFER_TIMEOUT_S):
-                await asyncio.shield(asyncio.wrap_future(transfer))
-        except TimeoutError:
-            self._unproven = True
-            raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None
-        except TransferFailed:
-            self._unproven = True
-            raise
-        finally:
-            digests = await digesting
-        self.stats.moving_s += time.monotonic() - started_s
-        self.stats.bytes += sum(rank.kv.layout.token_bytes for rank in self._target.ranks) * (end - first)
-        self.stats.pieces += len(pieces)
-        self.stats.sent_tokens += end - first
-        self._sent_tokens = end
-        told = worker_pb2.HandoffRequest.Chunk(first_token=first, num_tokens=end - first, digests=digests)
-        await self._write(worker_pb2.HandoffRequest(chunk=told))
 
 
 async def _status_of(call: grpc.aio.StreamStreamCall) -> grpc.aio.AioRpcError:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from legato.v1 import worker_pb2_grpc
 from scheduler.events import Event
+from scheduler.plan import StepPlan
 from service import logs
 from service.config import WorkerConfig
 from service.host import Host
@@ -32,6 +33,7 @@ from worker.loop import EngineLoop
 from worker.rank import run_rank
 from worker.rank_setup import Place, layout_of, place_from
 from worker.warming import Warming
+from worker.watch import StepWatch
 
 logger = logs.get(__name__)
 
@@ -45,6 +47,7 @@ class Pool(Protocol):
 
     def add_to(self, host: Host) -> None: ...
     def deliver(self, events: Sequence[Event]) -> None: ...
+    def begin(self, plans: Sequence[StepPlan]) -> StepWatch | None: ...
     def tick(self, now_s: float) -> float | None: ...
     def live(self) -> dict[str, int]: ...
     def drain(self) -> None:
@@ -103,6 +106,7 @@ async def running(
             pool.deliver,
             on_failure=on_failure,
             tick=pool.tick,
+            begin=pool.begin,
         )
         if core.tiers:
             core.warming = Warming(core, core.tiers)

@@ -13,10 +13,9 @@ import torch
 
 from engine.kv_memory import TORCH_DTYPES
 from kernels.kv_rows import LARGEST_CODE, dequantise_rows, quantise_rows
-from kvtransfer.plan import RankKV
+from kvtransfer.plan import RankKV, common
 from kvtransfer.routes import RankMemory, Route, routes_between
 from kvtransfer.transport import Region
-from spec.dtype import Dtype
 from worker.core import CoreRank
 
 
@@ -26,11 +25,12 @@ class SourceKV(NamedTuple):
     ranks_of: Callable[[int], Sequence[CoreRank]]  # of a group; their landings lie in `region`
     region: Region
     register: Callable[[int], Region]  # of the transport by which it is sent
-    stage_out: Callable[[Sequence[CoreRank], Sequence[int]], Awaitable[None]]  # brings blocks there from the device
+    # Brings blocks there from the device, of these ranks and the model's layers.
+    stage_out: Callable[[Sequence[CoreRank], Sequence[int], range], Awaitable[None]]
 
 
 class Staged(NamedTuple):
-    """One chunk, ready to be sent."""
+    """Some layers of one chunk, ready to be sent."""
 
     ranks: Sequence[RankMemory]
     landings: Sequence[torch.Tensor]  # of each rank, [num_blocks, layers, planes, heads, block_tokens, row]
@@ -51,34 +51,41 @@ class Staging:
     def block_tokens(self, group: int) -> int:
         return self._source.ranks_of(group)[0].kv.layout.block_tokens
 
-    async def stage(self, group: int, block_table: Sequence[int], first_token: int, end_token: int) -> Staged:
-        """Raises InvalidConfiguration when a target rank needs what no rank of the group holds, TransferFailed when the
-        transport is closed. What an earlier chunk was staged in is written anew."""
+    def converts(self, group: int) -> bool:
+        """Then what an earlier chunk was staged in is written anew by the next one."""
+        return self._targets[0].layout.dtype is not self._source.ranks_of(group)[0].kv.layout.dtype
+
+    async def stage(
+        self, group: int, block_table: Sequence[int], first_token: int, end_token: int, layers: range
+    ) -> Staged:
+        """Of the model's `layers` alone; those of one chunk are staged one after the other, from layer 0 on.
+
+        Raises InvalidConfiguration when a target rank needs what no rank of the group holds, TransferFailed when the
+        transport is closed."""
         ranks = self._source.ranks_of(group)
         routes = routes_between(tuple(rank.kv for rank in ranks), self._targets)
         readers = sorted({route.source for route in routes})
         size = ranks[0].kv.layout.block_tokens
         first, end = first_token // size, -(-end_token // size)
-        await self._source.stage_out([ranks[number] for number in readers], block_table[first:end])
-        dtype = self._targets[0].layout.dtype
-        if dtype is ranks[0].kv.layout.dtype:
+        await self._source.stage_out([ranks[number] for number in readers], block_table[first:end], layers)
+        if not self.converts(group):
             return Staged(ranks, [rank.landing for rank in ranks], self._source.region, block_table, routes)
         scratch, landings, region = await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._converted, ranks, readers, block_table[first:end], dtype
+            self._pool, self._converted, ranks, readers, block_table[first:end], layers
         )
         table = [0] * first + list(range(end - first))  # of blocks before the first none is read
         return Staged(scratch, landings, region, table, routes)
 
     def _converted(
-        self, ranks: Sequence[CoreRank], readers: Sequence[int], block_ids: Sequence[int], dtype: Dtype
+        self, ranks: Sequence[CoreRank], readers: Sequence[int], block_ids: Sequence[int], layers: range
     ) -> tuple[list[RankMemory], list[torch.Tensor], Region]:
         """The blocks of `readers`, one rank's after the other's; the other ranks have none."""
-        scratch, nbytes = [], 0
+        dtype, scratch, nbytes = self._targets[0].layout.dtype, [], 0
         for number, rank in enumerate(ranks):
             layout = dataclasses.replace(rank.kv.layout, dtype=dtype)
             scratch.append(RankMemory(RankKV(layout, rank.kv.layers, rank.kv.heads), rank.group, nbytes))
             nbytes += len(block_ids) * layout.block_bytes if number in readers else 0
-        region = self._scratch_of(nbytes)
+        region = self._scratch_of(nbytes)  # grows with the first layers of a chunk alone
         memory = torch.frombuffer(region.buffer, dtype=torch.uint8)
         landings = []
         for number, (source, target) in enumerate(zip(ranks, scratch, strict=True)):
@@ -86,7 +93,9 @@ class Staging:
             there = memory[target.offset_bytes :][: len(held) * layout.block_bytes]
             landing = there.view(TORCH_DTYPES[dtype]).view(layout.shape(len(held)))
             index = torch.tensor(held, dtype=torch.int64)
-            for layer in range(layout.num_layers if held else 0):  # one at a time: what is between is float32
+            start = source.kv.layers.start
+            for layer in common(layers, source.kv.layers) if held else ():  # one at a time: what is between is float32
+                layer -= start
                 landing[:, layer] = convert_rows(source.landing[:, layer].index_select(0, index), TORCH_DTYPES[dtype])
             landings.append(landing)
         return scratch, landings, region

@@ -122,7 +122,7 @@ class Warming:
         self._copying += len(blocks)
         ranks = core.ranks_of(group)
         try:
-            await core.stage_out(ranks, blocks)
+            await core.stage_out(ranks, blocks, range(core.record.kv_layout.num_layers))
             await self._event_loop.run_in_executor(self._pool, self._store, ranks, found)
         except LegatoError as error:  # a rank is lost, and the worker with it
             logger.warning("KV blocks were not copied out: %s", error)

@@ -29,14 +29,18 @@ class RankCommand(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class Copy(_message.Message):
-        __slots__ = ("copy_id", "to_device", "block_ids")
+        __slots__ = ("copy_id", "to_device", "block_ids", "first_layer", "num_layers")
         COPY_ID_FIELD_NUMBER: _ClassVar[int]
         TO_DEVICE_FIELD_NUMBER: _ClassVar[int]
         BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+        FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+        NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
         copy_id: int
         to_device: bool
         block_ids: _containers.RepeatedScalarFieldContainer[int]
-        def __init__(self, copy_id: _Optional[int] = ..., to_device: bool = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+        first_layer: int
+        num_layers: int
+        def __init__(self, copy_id: _Optional[int] = ..., to_device: bool = ..., block_ids: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
     class Stop(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
@@ -55,7 +59,7 @@ class RankCommand(_message.Message):
     def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("hello", "progress", "ready", "result", "copied", "failed")
+    __slots__ = ("hello", "progress", "ready", "result", "copied", "failed", "written")
     class Hello(_message.Message):
         __slots__ = ("rank", "pid", "host", "memory", "free_bytes")
         RANK_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +86,13 @@ class RankReport(_message.Message):
         COPY_ID_FIELD_NUMBER: _ClassVar[int]
         copy_id: int
         def __init__(self, copy_id: _Optional[int] = ...) -> None: ...
+    class Written(_message.Message):
+        __slots__ = ("step", "end")
+        STEP_FIELD_NUMBER: _ClassVar[int]
+        END_FIELD_NUMBER: _ClassVar[int]
+        step: int
+        end: int
+        def __init__(self, step: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
     class Failed(_message.Message):
         __slots__ = ("reason", "message")
         REASON_FIELD_NUMBER: _ClassVar[int]
@@ -95,16 +106,18 @@ class RankReport(_message.Message):
     RESULT_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
     hello: RankReport.Hello
     progress: RankReport.Progress
     ready: RankReport.Ready
     result: RankResult
     copied: RankReport.Copied
     failed: RankReport.Failed
-    def __init__(self, hello: _Optional[_Union[RankReport.Hello, _Mapping]] = ..., progress: _Optional[_Union[RankReport.Progress, _Mapping]] = ..., ready: _Optional[_Union[RankReport.Ready, _Mapping]] = ..., result: _Optional[_Union[RankResult, _Mapping]] = ..., copied: _Optional[_Union[RankReport.Copied, _Mapping]] = ..., failed: _Optional[_Union[RankReport.Failed, _Mapping]] = ...) -> None: ...
+    written: RankReport.Written
+    def __init__(self, hello: _Optional[_Union[RankReport.Hello, _Mapping]] = ..., progress: _Optional[_Union[RankReport.Progress, _Mapping]] = ..., ready: _Optional[_Union[RankReport.Ready, _Mapping]] = ..., result: _Optional[_Union[RankResult, _Mapping]] = ..., copied: _Optional[_Union[RankReport.Copied, _Mapping]] = ..., failed: _Optional[_Union[RankReport.Failed, _Mapping]] = ..., written: _Optional[_Union[RankReport.Written, _Mapping]] = ...) -> None: ...
 
 class RankPlan(_message.Message):
-    __slots__ = ("step", "slices")
+    __slots__ = ("step", "slices", "layer_ends")
     class Slice(_message.Message):
         __slots__ = ("sequence_id", "token_ids", "start", "block_table", "draw", "prompt_logprobs", "prompt_targets", "adapter", "guessed_token_ids")
         SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -139,9 +152,11 @@ class RankPlan(_message.Message):
         def __init__(self, params: _Optional[bytes] = ..., position: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ...) -> None: ...
     STEP_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ENDS_FIELD_NUMBER: _ClassVar[int]
     step: int
     slices: _containers.RepeatedCompositeFieldContainer[RankPlan.Slice]
-    def __init__(self, step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[RankPlan.Slice, _Mapping]]] = ...) -> None: ...
+    layer_ends: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[RankPlan.Slice, _Mapping]]] = ..., layer_ends: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RankResult(_message.Message):
     __slots__ = ("step", "busy_s", "outcomes")

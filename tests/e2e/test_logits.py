@@ -13,6 +13,7 @@ from cluster import cluster
 from forced import assert_same_distribution, check_forced, rows_of
 from tiny_llama import SHAPES, Shape, load_reference, make_llama, reference_of
 
+from engine.layer_hook import LayerHook
 from scheduler.plan import StepPlan, StepResult
 
 
@@ -26,7 +27,8 @@ async def test_forced_answers_have_the_logits_of_transformers(
     draw = random.Random(chunk_tokens)
     prompt, answer = ([draw.randrange(3, shape.vocab_size) for _ in range(count)] for count in (90, 20))
     prefill = {"max_step_tokens": chunk_tokens, "max_sequences": 1}
-    async with cluster(tmp_path / "model", redis_url, prefill_engine=prefill) as running:
+    handoff = {"layer_group_bytes": 1}  # every layer leaves by itself, while the next ones are computed
+    async with cluster(tmp_path / "model", redis_url, prefill_engine=prefill, handoff=handoff) as running:
         await check_forced(running, model, shape.vocab_size, prompt, answer)
         scored = await running.client.generate(prompt, max_tokens=1, prompt_logprobs=shape.vocab_size, temperature=0.0)
         expected = reference_of(model, prompt)[:-1]
@@ -67,6 +69,7 @@ async def test_kv_of_another_dtype_in_one_pool(tmp_path: Path, redis_url: str, p
     draw = random.Random(8)
     prompt, answer = ([draw.randrange(3, shape.vocab_size) for _ in range(count)] for count in (90, 20))
     options = {f"{pool}_engine": {"kv_dtype": kv_dtype, "block_tokens": 5}, "engine": {"max_step_tokens": 64}}
+    options["handoff"] = {"layer_group_bytes": 1}  # every layer leaves by itself
     async with cluster(tmp_path / "model", redis_url, **options) as running:
         found = await running.client.generate(
             prompt, forced_token_ids=answer, max_tokens=20, ignore_eos=True, temperature=0.0, logprobs=shape.vocab_size
@@ -112,9 +115,9 @@ async def test_a_slow_chunk_does_not_cost_the_lease(
         engine = running.workers["prefill-0"].core.engine
         execute = engine.execute
 
-        def slowly(plan: StepPlan) -> StepResult:
+        def slowly(plan: StepPlan, hook: LayerHook | None) -> StepResult:
             time.sleep(2.5)
-            return execute(plan)
+            return execute(plan, hook)
 
         monkeypatch.setattr(engine, "execute", slowly)
         answer = await running.client.generate(list(range(3, 303)), max_tokens=4, ignore_eos=True)

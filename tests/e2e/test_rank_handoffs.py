@@ -34,7 +34,12 @@ OPTIONS = {"dtype": "float32", "max_step_tokens": "24", "max_sequences": "8", "b
 @contextlib.contextmanager
 def up(model: Path, folder: Path, prefill: dict[str, str], decode: dict[str, str]) -> Iterator[str]:
     """The address of a cluster of processes."""
-    sections = {"ENGINE": {**OPTIONS, "kv_memory": "4MiB"}, "PREFILL_ENGINE": prefill, "DECODE_ENGINE": decode}
+    sections = {
+        "ENGINE": {**OPTIONS, "kv_memory": "4MiB"},
+        "PREFILL_ENGINE": prefill,
+        "DECODE_ENGINE": decode,
+        "HANDOFF": {"layer_group_bytes": "1"},  # every layer leaves by itself
+    }
     variables = {
         f"LEGATO_{section}__{key.upper()}": value for section, keys in sections.items() for key, value in keys.items()
     }

@@ -18,9 +18,9 @@ import decode_svc.decode
 import decode_svc.handoff
 import kvtransfer.memory
 import worker.build
+import worker.departures
 import worker.loop
 import worker.outgoing
-import worker.sender
 from kvtransfer import ticket as tickets
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
 from kvtransfer.transport import Piece
@@ -67,7 +67,7 @@ async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkey
 
 async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sender that reads the wrong blocks sends what does not match the digest of what it computed."""
-    plan = worker.sender.plan_handoff
+    plan = worker.departures.plan_handoff
     wrong = 0
 
     def shifted(*arguments: Any) -> list[Piece]:
@@ -82,7 +82,7 @@ async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch
         expected = (await greedy(running, PROMPT)).token_ids
     async with cluster(model, redis_url) as running:
         await greedy(running, [5] * 90)  # its KV lies in the prefill worker's blocks
-        monkeypatch.setattr(worker.sender, "plan_handoff", shifted)
+        monkeypatch.setattr(worker.departures, "plan_handoff", shifted)
         answer = await greedy(running, PROMPT)
         assert wrong == 1
         assert answer.token_ids == expected

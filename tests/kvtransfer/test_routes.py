@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_worker import MemoryWorker, make_worker, model_layout, random_kv
 
-from kvtransfer.digest import Part, chunk_digest, rank_digests
+from kvtransfer.digest import HeldDigests, SentDigests
 from kvtransfer.plan import RankKV, plan_transfer
 from kvtransfer.routes import (
     RankMemory,
@@ -77,11 +77,13 @@ def test_both_sides_digest_the_same_per_target_rank(handoff) -> None:  # type: i
     source_ranks, target_ranks = source.of_group(source_group), target.of_group(target_group)
     move(source, target, plan_handoff(source_ranks, source_blocks, target_ranks, target_blocks, first, count))
     routes = routes_between(tuple(r.kv for r in source_ranks), tuple(r.kv for r in target_ranks))
-    sent = rank_digests(source_ranks, torch_views(source, source_group), routes, source_blocks, first, count)
-    landed = [
-        chunk_digest([Part(view, rank.kv.layers, rank.kv.heads)], target_blocks, first, count)
-        for rank, view in zip(target_ranks, torch_views(target, target_group), strict=True)
-    ]
+    cut, end = whole.num_layers // 2, whole.num_layers
+    sending, holding = SentDigests(routes), HeldDigests(len(target_ranks))
+    for layers in (range(cut), range(cut, end)):
+        given = torch_views(source, source_group), source_blocks, first, count
+        sending.update(source_ranks, *given, layers)
+    holding.update(target_ranks, torch_views(target, target_group), target_blocks, first, count, end)
+    sent, landed = sending.digests(), holding.digests()
     assert sent == landed
     by_content = {(rank.kv.layers, rank.kv.heads): digest for rank, digest in zip(target_ranks, landed, strict=True)}
     assert len(set(by_content.values())) == len(by_content), "ranks that hold other things have other digests"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
+import random
 from collections.abc import Sequence
 
 import numpy
@@ -53,7 +54,7 @@ def test_rows_of_any_dtype_become_rows_of_any_other(source: Dtype, target: Dtype
         assert error.max() > 0
 
 
-async def staged_out(ranks: Sequence[CoreRank], block_ids: Sequence[int]) -> None:
+async def staged_out(ranks: Sequence[CoreRank], block_ids: Sequence[int], layers: range) -> None:
     pass
 
 
@@ -75,7 +76,7 @@ async def test_scratch_holds_the_chunks_blocks_and_is_given_back() -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         staging = Staging(SourceKV(lambda group: ranks, region, transport.register, staged_out), target.ranks, pool)
         for first, end in ((0, 12), (12, 16), (16, 33)):  # grows, is used again, grows again
-            chunk = await staging.stage(0, blocks, first, end)
+            chunk = await staging.stage(0, blocks, first, end, range(3))
             assert chunk.region is not region
             pieces = plan_handoff(chunk.ranks, chunk.block_table, target.ranks, range(11), first, end - first)
             scratch = numpy.frombuffer(chunk.region.buffer, numpy.uint8)
@@ -121,11 +122,14 @@ async def check_converted(case: Case, transport: MemoryTransport, pool: concurre
     ]
     theirs = target.worker.of_group(target.group)
     staging = Staging(SourceKV(lambda group: ranks, region, transport.register, staged_out), theirs, pool)
-    chunk = await staging.stage(source.group, source.blocks, case.first_token, end)
-    pieces = plan_handoff(chunk.ranks, chunk.block_table, theirs, target.blocks, case.first_token, case.num_tokens)
-    scratch, expected = numpy.frombuffer(chunk.region.buffer, numpy.uint8), target.worker.region.copy()
-    for source_offset, target_offset, nbytes in pieces:
-        target.worker.region[target_offset:][:nbytes] = scratch[source_offset : source_offset + nbytes]
+    expected = target.worker.region.copy()
+    cut = random.Random(case.num_tokens).randrange(whole.num_layers)
+    for layers in (range(cut), range(cut, whole.num_layers)):  # those of one chunk follow each other into one scratch
+        chunk = await staging.stage(source.group, source.blocks, case.first_token, end, layers)
+        given = chunk.ranks, chunk.block_table, theirs, target.blocks, case.first_token, case.num_tokens
+        scratch = numpy.frombuffer(chunk.region.buffer, numpy.uint8)
+        for source_offset, target_offset, nbytes in plan_handoff(*given, layers):
+            target.worker.region[target_offset:][:nbytes] = scratch[source_offset : source_offset + nbytes]
     dtype = theirs[0].kv.layout.dtype
     for rank, view in zip(target.worker.ranks, target.worker.views, strict=True):
         if rank.group != target.group:

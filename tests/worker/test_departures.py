@@ -1,0 +1,250 @@
+"""Chunks that leave in groups of layers bring every byte and digest that whole ones do, and none is told too early."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from memory_worker import MemoryWorker, make_worker, model_layout
+
+from engine.layer_hook import LayerHook
+from kvtransfer.digest import DigestPolicy, HeldDigests
+from kvtransfer.memory import Fault, FaultKind, MemoryTransport
+from legato.v1 import worker_pb2
+from spec.dtype import Dtype
+from spec.errors import LegatoError, RequestCancelled
+from worker.core import CoreRank
+from worker.departures import Departures, Target
+from worker.staging import SourceKV, Staging
+from worker.watch import StepWatch
+
+WHOLE = model_layout(num_layers=5, heads=4, block_tokens=4, dtype=Dtype.FLOAT16)
+STAGES = {1: [range(5)], 2: [range(2), range(2, 5)]}
+TOKENS = 27
+CHUNKS = (6, 13, 21, 27)  # ends; blocks are partial at most of them
+SOURCE_BLOCKS, TARGET_BLOCKS = [8, 1, 5, 0, 7, 2, 6], [3, 9, 0, 7, 1, 8, 2, 5, 4]
+
+
+class Link:
+    """One hand-over between two workers' memories. `told` is what the receiver was told, `released` which holds are."""
+
+    def __init__(self, source: MemoryWorker, target: MemoryWorker, transport: MemoryTransport, **options: Any) -> None:
+        self.source, self.target = source, target
+        self.told: list[worker_pb2.HandoffRequest] = []
+        self.released: list[int] = []
+        self.failed: asyncio.Future[LegatoError] = asyncio.get_running_loop().create_future()
+        region = transport.register(source.region.nbytes, memoryview(source.region))
+        theirs = transport.register(target.region.nbytes, memoryview(target.region))
+        dtype = {2: torch.float16, 4: torch.float32}[WHOLE.dtype.itemsize_bytes]
+        ranks = [
+            CoreRank(rank.kv, rank.group, rank.offset_bytes, landing=torch.from_numpy(view).view(dtype), number=number)
+            for number, (rank, view) in enumerate(zip(source.ranks, source.views, strict=True))
+        ]
+        self.pool = concurrent.futures.ThreadPoolExecutor(2)
+        kv = SourceKV(lambda group: ranks, region, transport.register, self.stage_out)
+        ticket = worker_pb2.Ticket(
+            reservation_id="r/1", num_tokens=TOKENS, first_token=options.pop("first_token", 0), block_ids=TARGET_BLOCKS
+        )
+        peer = transport.connect(transport.address, theirs.descriptor)
+        self.staging = Staging(kv, target.ranks, self.pool)
+        self.departures = Departures(
+            Target(ticket, worker_pb2.SignedTicket(), target.ranks, peer, "memory", 5.0),
+            self.staging,
+            DigestPolicy(options.pop("share", 1.0)),
+            self.pool,
+            self.tell,
+            self.failed,
+        )
+
+    async def stage_out(self, ranks: Sequence[CoreRank], block_ids: Sequence[int], layers: range) -> None:
+        pass
+
+    async def tell(self, message: worker_pb2.HandoffRequest) -> None:
+        self.told.append(message)
+
+    def begin(self, end: int) -> None:
+        self.departures.begin(end, 0, tuple(SOURCE_BLOCKS), lambda: self.released.append(end))
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        return [(each.chunk.first_token, each.chunk.num_tokens) for each in self.told if each.HasField("chunk")]
+
+
+@contextlib.asynccontextmanager
+async def linked(
+    tps: tuple[int, int] = (1, 1),
+    pps: tuple[int, int] = (1, 1),
+    dtype: Dtype = WHOLE.dtype,
+    faults: dict[int, Fault] | None = None,
+    **options: Any,
+) -> AsyncIterator[Link]:
+    theirs = model_layout(num_layers=5, heads=4, block_tokens=3, dtype=dtype)
+    source = make_worker(WHOLE, tp=tps[0], layers=STAGES[pps[0]], num_blocks=9, seed=1)
+    target = make_worker(theirs, tp=tps[1], layers=STAGES[pps[1]], num_blocks=10, seed=2)
+    values = numpy.random.default_rng(5).standard_normal((5, 2, 4, TOKENS, WHOLE.head_dim)).astype(numpy.float16)
+    source.fill(values.view(numpy.uint8), SOURCE_BLOCKS)
+    transport = MemoryTransport(faults)
+    link = Link(source, target, transport, **options)
+    running = asyncio.create_task(link.departures.run())
+    try:
+        yield link
+    finally:
+        link.departures.end()
+        async with asyncio.timeout(20):
+            await running
+        link.pool.shutdown()
+        link.staging.release()
+        counts = transport.counts()
+        transport.close()
+    assert (counts["transfers"], counts["regions"]) == (0, 2)
+    assert sorted(link.released) == sorted(set(link.released)), "a hold is given back once"
+
+
+async def by_layers(link: Link, ends: Sequence[int]) -> None:
+    """As a step of each rank tells it, chunk after chunk."""
+    for end in CHUNKS:
+        link.begin(end)
+        watch = StepWatch(
+            link.source.ranks, {0: tuple(ends)}, lambda _, layers, end=end: link.departures.reached(end, layers)
+        )
+        for rank in range(len(link.source.ranks)):
+            hook = watch.hook(rank)
+            assert hook is not None
+            for own_end in hook.ends:
+                hook.written(own_end)
+                await asyncio.sleep(0)
+        link.departures.computed(end)
+    link.departures.end()
+
+
+async def at_once(link: Link, ends: Sequence[int]) -> None:
+    for end in CHUNKS:
+        link.begin(end)
+        link.departures.computed(end)
+    link.departures.end()
+
+
+@pytest.mark.parametrize("first_token", [0, 9])
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT16, Dtype.FLOAT32], ids=str)
+@pytest.mark.parametrize(
+    ("tps", "pps"), [((1, 1), (1, 1)), ((2, 1), (1, 2)), ((1, 4), (2, 1)), ((2, 2), (2, 2)), ((8, 1), (1, 1))], ids=str
+)
+async def test_groups_of_layers_bring_the_bytes_and_digests_of_whole_chunks(
+    tps: tuple[int, int], pps: tuple[int, int], dtype: Dtype, first_token: int
+) -> None:
+    found = []
+    for drive, ends in ((at_once, ()), (by_layers, (1, 2, 3, 4, 5)), (by_layers, (3, 4, 5))):
+        async with linked(tps, pps, dtype, first_token=first_token) as link:
+            await drive(link, ends)
+        assert not link.failed.done(), link.failed.result()
+        assert sorted(link.released) == list(CHUNKS)
+        starts = itertools.accumulate((count for _, count in link.chunks), initial=first_token)
+        assert [first for first, _ in link.chunks] == list(starts)[:-1]
+        assert link.departures.stats.sent_tokens == TOKENS - first_token
+        for each in link.told:
+            chunk, held = each.chunk, HeldDigests(len(link.target.ranks))
+            held.update(link.target.ranks, link_views(link), TARGET_BLOCKS, chunk.first_token, chunk.num_tokens, 5)
+            assert list(chunk.digests) == held.digests()
+        found.append((link.target.region.tobytes(), [each.SerializeToString() for each in link.told]))
+    assert found[0] == found[1] == found[2]
+
+
+def link_views(link: Link) -> list[torch.Tensor]:
+    return [torch.from_numpy(view) for view in link.target.views]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.002)
+
+
+async def test_layers_leave_before_the_chunk_is_computed_and_are_told_after() -> None:
+    async with linked() as link:
+        before = link.target.region.copy()
+        link.begin(TOKENS)
+        await asyncio.sleep(0.02)
+        assert (link.target.region == before).all()
+        link.departures.reached(TOKENS, 2)
+        await until(lambda: bool((link.target.region != before).any()))
+        link.departures.reached(TOKENS, 5)
+        await asyncio.sleep(0.05)
+        assert not link.told
+        assert not link.released
+        link.departures.computed(TOKENS)
+        await until(lambda: bool(link.told))
+        assert link.chunks == [(0, TOKENS)]
+        await until(lambda: link.released == [TOKENS])
+
+
+async def test_a_step_that_fails_is_told_to_nobody() -> None:
+    async with linked() as link:
+        link.begin(13)
+        link.departures.computed(13)
+        link.begin(TOKENS)
+        link.departures.reached(TOKENS, 3)
+        await until(lambda: bool(link.told))
+        link.failed.set_result(RequestCancelled("the step failed"))
+        link.departures.reached(TOKENS, 5)
+        link.departures.computed(TOKENS)
+    assert link.chunks == [(0, 12)]
+    assert sorted(link.released) == [13, TOKENS]
+
+
+async def test_blocks_are_held_until_what_left_has_landed() -> None:
+    async with linked(faults={0: Fault(FaultKind.DELAY, delay_s=0.3)}) as link:
+        link.begin(TOKENS)
+        link.departures.reached(TOKENS, 3)
+        await asyncio.sleep(0.05)
+        link.failed.set_result(RequestCancelled("given up"))
+        link.departures.end()
+        await asyncio.sleep(0.05)
+        assert not link.released, "it is still read from"
+    assert link.released == [TOKENS]
+    assert not link.departures.is_unproven
+
+
+@pytest.mark.parametrize("kind", [FaultKind.FAIL, FaultKind.LOSE_PEER])
+async def test_a_transfer_that_fails_leaves_the_hand_over_unproven(kind: FaultKind) -> None:
+    async with linked(faults={1: Fault(kind)}) as link:
+        await by_layers(link, (2, 5))
+    assert link.failed.done()
+    assert link.departures.is_unproven
+    assert sorted(link.released) == list(CHUNKS)
+
+
+@pytest.mark.parametrize(("share", "digested"), [(0.0, 0), (0.5, 2), (1.0, 4)])
+async def test_a_share_of_the_chunks_is_digested(share: float, digested: int) -> None:
+    async with linked(share=share) as link:
+        await by_layers(link, (2, 5))
+    with_digests = [bool(each.chunk.digests) for each in link.told]
+    assert sum(with_digests) == digested
+    assert with_digests == [DigestPolicy(share).covers("r/1", each.chunk.first_token) for each in link.told]
+
+
+def test_a_group_has_reached_what_all_its_ranks_have_written() -> None:
+    worker = make_worker(WHOLE, tp=2, layers=STAGES[2], dp=2)
+    told: list[tuple[int, int]] = []
+    watch = StepWatch(worker.ranks, {1: (1, 4, 5)}, lambda group, layers: told.append((group, layers)))
+    assert watch.hook(0) is None, "its group is not listened to"
+    first, second = (number for number, rank in enumerate(worker.ranks) if rank.group == 1 and not rank.kv.layers.start)
+    behind = [number for number, rank in enumerate(worker.ranks) if rank.group == 1 and rank.kv.layers.start]
+    hooks: dict[int, LayerHook] = {rank: hook for rank in (first, second, *behind) if (hook := watch.hook(rank))}
+    assert [hooks[rank].ends for rank in (first, *behind)] == [(1, 2), (2, 3), (2, 3)]
+    hooks[first].written(1)
+    assert told == []
+    hooks[second].written(2)
+    assert told == [(1, 1)]
+    hooks[behind[0]].written(3)
+    hooks[first].written(2)
+    assert told == [(1, 1), (1, 2)]
+    hooks[behind[1]].written(2)
+    hooks[behind[1]].written(3)
+    assert told == [(1, 1), (1, 2), (1, 4), (1, 5)]

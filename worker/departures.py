@@ -1,0 +1,231 @@
+"""Chunks of one hand-over on their way out, layer group by layer group.
+
+    begin()     a step will compute it          its blocks are held from here on
+    reached()   layers are in the blocks        they leave: staged, posted, digested while they move
+    computed()  the step is committed           all of it may leave, and it may be told
+                all landed                      told, and its blocks are given back
+
+What leaves before the step has ended is told to nobody as KV: a step that fails leaves bytes in reserved blocks, which
+the decode worker does not admit. Chunks leave and are told in order; the next one leaves while the last one lands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from kvtransfer.digest import DigestPolicy, SentDigests
+from kvtransfer.routes import RankMemory, plan_handoff
+from kvtransfer.transport import Peer, Transfer
+from legato.v1 import worker_pb2
+from legato.v1.common_pb2 import TransferStats
+from service import logs
+from spec.errors import LegatoError, TransferFailed
+from worker.staging import Staging
+
+logger = logs.get(__name__)
+
+TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one group of layers; the waiting clock is the reservation's lease
+
+
+class Target(NamedTuple):
+    """Where one reservation's blocks are."""
+
+    ticket: worker_pb2.Ticket
+    signed: worker_pb2.SignedTicket
+    ranks: tuple[RankMemory, ...]
+    peer: Peer
+    transport: str
+    lease_s: float
+
+
+class _Chunk:
+    """Of tokens up to `end`, which are computed by one step. Its blocks are held until `release()`."""
+
+    def __init__(self, end: int, group: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
+        self.end, self.group, self.block_table, self.release = end, group, block_table, release
+        self.first = self.num_tokens = 0  # what is sent of it: whole blocks, and what the last one held back
+        self.layers = 0  # [0, layers) are in the blocks
+        self.is_computed = False
+        self.digests: SentDigests | None = None  # None: not digested
+
+
+class _Shipment(NamedTuple):
+    """Layers up to `end_layer` of a chunk, behind those that were posted before."""
+
+    chunk: _Chunk
+    transfer: Transfer
+    digesting: asyncio.Future[None] | None
+    end_layer: int
+    posted_s: float
+
+
+class _Done(NamedTuple):
+    """All that leaves of a chunk has been posted, or nothing more leaves."""
+
+    chunk: _Chunk
+
+
+class Departures:
+    """Owned by one Sender; every method runs in the event loop. `tell` sends on the hand-over's stream, `fail` ends it;
+    once `failed` is set nothing more leaves, and run() ends when what did has landed or is known not to."""
+
+    def __init__(
+        self,
+        target: Target,
+        staging: Staging,
+        policy: DigestPolicy,
+        pool: concurrent.futures.Executor,
+        tell: Callable[[worker_pb2.HandoffRequest], Awaitable[None]],
+        failed: asyncio.Future[LegatoError],
+    ) -> None:
+        self.stats = TransferStats(transport=target.transport, skipped_tokens=target.ticket.first_token)
+        self.first_write_ns = 0
+        self.is_unproven = False  # a transfer failed or outran its clock: some of it may still land
+        self._target, self._staging, self._policy = target, staging, policy
+        self._pool, self._tell, self._failed = pool, tell, failed
+        self._num_layers = max(rank.kv.layers.stop for rank in target.ranks)
+        self._first_token = target.ticket.first_token  # of what no chunk before has taken
+        self._open: dict[int, _Chunk] = {}  # begun and not computed, by their end
+        self._chunks: asyncio.Queue[_Chunk | None] = asyncio.Queue()
+        self._posted: asyncio.Queue[_Shipment | _Done | None] = asyncio.Queue()
+        self._unsettled = 0  # chunks that have begun to leave and are not told
+        self._ended = False
+        self._changed = asyncio.Event()
+        self._landed_s = 0.0  # of the last shipment
+        failed.add_done_callback(lambda _: self._changed.set())
+
+    # ---- what the engine's steps tell --------------------------------------------------------------------------------
+
+    def begin(self, end: int, group: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
+        """A step that computes the tokens before `end`, up to which the others are there, is submitted."""
+        chunk = _Chunk(end, group, block_table, release)
+        if self._ended:
+            release()
+            return
+        self._open[end] = chunk
+        self._chunks.put_nowait(chunk)
+
+    def reached(self, end: int, layers: int) -> None:
+        """Of the chunk that ends at token `end`; of one that is not open nothing is to be known any more."""
+        if (chunk := self._open.get(end)) is not None:
+            chunk.layers = max(chunk.layers, layers)
+            self._changed.set()
+
+    def computed(self, end: int) -> None:
+        self.reached(end, self._num_layers)
+        if (chunk := self._open.pop(end, None)) is not None:
+            chunk.is_computed = True
+
+    def end(self) -> None:
+        """No chunk begins any more."""
+        if not self._ended:
+            self._ended = True
+            self._chunks.put_nowait(None)
+
+    # ---- on their way ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until end() and all chunks before it are settled."""
+        settling = asyncio.create_task(self._settle_all())
+        while (chunk := await self._chunks.get()) is not None:
+            self._unsettled += 1
+            await self._guarded(self._send(chunk))
+            self._posted.put_nowait(_Done(chunk))
+        self._posted.put_nowait(None)
+        await settling
+
+    async def _guarded(self, step: Awaitable[None]) -> None:
+        """What fails ends the hand-over."""
+        try:
+            await step
+        except LegatoError as error:
+            self._fail(error)
+        except Exception as error:
+            logger.exception("sending a chunk failed")
+            self._fail(TransferFailed(f"sending a chunk failed: {error}"))
+
+    def _fail(self, error: LegatoError) -> None:
+        if not self._failed.done():
+            self._failed.set_result(error)
+
+    async def _until(self, holds: Callable[[], bool]) -> bool:
+        """False: the hand-over failed before it held."""
+        while not (self._failed.done() or holds()):
+            self._changed.clear()
+            await self._changed.wait()
+        return not self._failed.done()
+
+    async def _send(self, chunk: _Chunk) -> None:
+        ticket, first, end = self._target.ticket, self._first_token, chunk.end
+        if end < ticket.num_tokens:  # a block leaves once it is full; the last one as it is
+            end -= end % self._staging.block_tokens(chunk.group)
+        if end <= first:
+            return
+        chunk.first, chunk.num_tokens, self._first_token = first, end - first, end
+        if self._staging.converts(chunk.group) and not await self._until(lambda: self._unsettled == 1):
+            return  # what the chunk before is sent from is written anew
+        departed = 0
+        while departed < self._num_layers and await self._until(lambda: chunk.layers > departed):  # noqa: B023
+            layers = range(departed, chunk.layers)
+            await self._post(chunk, layers)
+            departed = layers.stop
+
+    async def _post(self, chunk: _Chunk, layers: range) -> None:
+        target, first, count = self._target, chunk.first, chunk.num_tokens
+        staged = await self._staging.stage(chunk.group, chunk.block_table, first, first + count, layers)
+        if not layers.start and self._policy.covers(target.ticket.reservation_id, first):
+            chunk.digests = SentDigests(staged.routes)
+        blocks = target.ticket.block_ids
+        pieces = plan_handoff(staged.ranks, staged.block_table, target.ranks, blocks, first, count, layers)
+        self.first_write_ns = self.first_write_ns or time.time_ns()
+        transfer = target.peer.post(staged.region, pieces)
+        posted_s, digesting = time.monotonic(), None
+        if chunk.digests is not None:
+            given = staged.ranks, staged.landings, staged.block_table, first, count, layers
+            digesting = asyncio.get_running_loop().run_in_executor(self._pool, chunk.digests.update, *given)
+        self._posted.put_nowait(_Shipment(chunk, transfer, digesting, layers.stop, posted_s))
+        self.stats.pieces += len(pieces)
+        if digesting is not None:
+            await asyncio.wait([digesting])  # the next layers' digest goes on from this one's; who settles raises
+
+    async def _settle_all(self) -> None:
+        """In the order in which they were posted. Blocks are given back when nothing of their chunk is in flight."""
+        while (posted := await self._posted.get()) is not None:
+            if isinstance(posted, _Shipment):
+                await self._guarded(self._settle(posted))
+                continue
+            await self._guarded(self._finish(posted.chunk))
+            posted.chunk.release()
+            self._unsettled -= 1
+            self._changed.set()
+
+    async def _settle(self, shipment: _Shipment) -> None:
+        began_s = max(shipment.posted_s, self._landed_s)  # those that were posted before it have the link first
+        try:
+            async with asyncio.timeout(began_s + TRANSFER_TIMEOUT_S - time.monotonic()):
+                await asyncio.shield(asyncio.wrap_future(shipment.transfer))
+        except TimeoutError:
+            self.is_unproven = True
+            raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None
+        except TransferFailed:
+            self.is_unproven = True
+            raise
+        finally:
+            if shipment.digesting is not None:
+                await shipment.digesting
+        now_s = time.monotonic()
+        self.stats.moving_s += now_s - began_s
+        self._landed_s = now_s
+
+    async def _finish(self, chunk: _Chunk) -> None:
+        if not await self._until(lambda: chunk.is_computed) or not chunk.num_tokens:
+            return
+        self.stats.bytes += sum(rank.kv.layout.token_bytes for rank in self._target.ranks) * chunk.num_tokens
+        self.stats.sent_tokens += chunk.num_tokens
+        digests = [] if chunk.digests is None else chunk.digests.digests()
+        told = worker_pb2.HandoffRequest.Chunk(first_token=chunk.first, num_tokens=chunk.num_tokens, digests=digests)
+        await self._tell(worker_pb2.HandoffRequest(chunk=told))
