@@ -200,6 +200,7 @@ def _route(route: common_pb2.Route, sends: int) -> Route:
         prefill_worker_id=route.prefill_worker_id,
         decode_worker_id=route.decode_worker_id,
         attempts=route.attempts,
+        moves=route.moves,
         sends=sends,
         prefill_cached_tokens=route.prefill_cached_tokens,
         transfer=transfer,

@@ -73,12 +73,14 @@ class Transfer:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
     """Who ran the request. `transfer` is None where nothing was handed over; a worker's id is then "" for the part that
-    had no worker of its own. `attempts` counts placements by the router, `sends` those by this client."""
+    had no worker of its own. `attempts` counts placements by the router, `moves` those from one decode worker to
+    another while it ran, `sends` the sends by this client."""
 
     router_id: str
     prefill_worker_id: str
     decode_worker_id: str
     attempts: int
+    moves: int
     sends: int
     prefill_cached_tokens: int
     transfer: Transfer | None
@@ -239,6 +241,7 @@ class WorkerView:
     steps: int
     preemptions: int
     refused_handoffs: int
+    moved_sequences: int  # that went on at another decode worker while they ran
     pid: int
 
 

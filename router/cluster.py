@@ -68,6 +68,7 @@ def view_of(worker: Worker) -> inference_pb2.GetClusterResponse.WorkerView:
         steps=load.steps,
         preemptions=load.preemptions,
         refused_handoffs=load.refused_handoffs,
+        moved_sequences=load.moved_sequences,
         pid=record.pid,
     )
 

@@ -3,6 +3,7 @@
     place ──▶ reserved (decode) ──▶ Prefill ──▶ first token ──▶ handed over ──▶ tokens from the subscription ──▶ end
       ▲                                                                                            │
       └── a worker or a hand-over was lost: prompt + tokens so far are placed again, at most 3 times ┘
+                                              its decode worker drains: it moves on to another (moves.py)
 
 Exactly once, by construction: a token is accepted at index len(output) and nowhere else; what comes twice is dropped,
 what comes too early waits. The draw is a function of (seed, position), so the tokens behind a failover are those that
@@ -23,6 +24,7 @@ import grpc
 
 from legato.v1 import common_pb2, worker_pb2
 from router.ledger import Ledger
+from router.moves import move_away
 from router.placement import Failure, Need, Placement, Placer
 from router.registry import Model
 from router.worker import Worker
@@ -109,6 +111,7 @@ class Journey:
         self._placements = 0
         self._early: dict[int, worker_pb2.SequenceOutput] = {}
         self._prefill_call: asyncio.Task[bool] | None = None
+        self._moving: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._failed: Worker | None = None  # who ended the placement, as far as it is known
 
@@ -201,12 +204,18 @@ class Journey:
         while True:
             early = self._early.pop(len(self._output), None)
             event = early if early is not None else await placement.events.get()
+            drawn = None
             match event:
+                case Failure(_, worker) if placement.target is not None and worker is placement.target.decode:
+                    self._placer.drop_target(placement)
                 case Failure(error, worker):
                     if worker is not placement.prefill or worker is None or not placement.handed_over:
                         self._failed = worker
                         raise self._as_ours(error)
-                    drawn = None  # its part was done
+                case worker_pb2.SequenceOutput() if event.sequence_id != placement.sequence_id:
+                    placement.put_aside(event)
+                case worker_pb2.SequenceOutput() if event.moved:
+                    self._moved(event, placement)
                 case worker_pb2.SequenceOutput():
                     drawn = self._decoded(event, placement)
                 case worker_pb2.PrefillEvent():
@@ -237,9 +246,27 @@ class Journey:
         placement.handed_over = True
         self.ledger.decoded(output, len(fresh))
         drawn = self._accept(fresh, output.finish_reason, output.prompt_logprobs, placement)
+        self._move_if_asked(placement)
         return dataclasses.replace(
             drawn, proposed_tokens=output.proposed_tokens, accepted_tokens=output.accepted_tokens
         )
+
+    def _move_if_asked(self, placement: Placement) -> None:
+        """Not before its prefill worker is done with it."""
+        if placement.decode is None or not placement.decode.sends_away(placement.sequence_id):
+            return
+        is_busy = any(task is not None and not task.done() for task in (self._moving, self._prefill_call))
+        if placement.target is None and not is_busy:
+            moving = move_away(self._placer, placement, self._need, self._next_name)
+            self._moving = asyncio.get_running_loop().create_task(moving, name=f"move {placement.sequence_id}")
+
+    def _moved(self, output: worker_pb2.SequenceOutput, placement: Placement) -> None:
+        """Its decode worker has said all that it had to say."""
+        if placement.target is None or output.first_index != len(self._output):
+            raise TransferFailed("the sequence moved on, and nobody has it")
+        self._early.update({ahead.first_index: ahead for ahead in placement.arrive()})
+        assert placement.decode is not None
+        self.ledger.moved(placement.decode.worker_id)
 
     def _accept(
         self,
@@ -284,6 +311,9 @@ class Journey:
     def _leave(self, placement: Placement, ended: bool) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
+        if self._moving is not None:
+            self._moving.cancel()
+        self._placer.drop_target(placement)
         call = self._prefill_call
         if ended:
             placement.close()

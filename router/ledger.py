@@ -52,6 +52,10 @@ class Ledger:
         if count and self.tokens_timed == 1:
             self._token(output.handed_over_ns, output.started_ns, output.drawn_ns or time.time_ns())
 
+    def moved(self, decode_worker_id: str) -> None:
+        self.route.decode_worker_id = decode_worker_id
+        self.route.moves += 1
+
     def _queued_ns(self, on_worker_ns: int) -> int:
         """Of the first token, the line here counts too; of a later one, only that of the worker that goes on."""
         return self._stood_ns if self.tokens_timed == 0 and self._stood_ns else on_worker_ns

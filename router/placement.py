@@ -66,12 +66,12 @@ class Need:
 
     def failed(self, placement: Placement, worker: Worker | None, error: LegatoError) -> None:
         """`worker` said so, or was lost. A second hand-over to the same decode worker is not tried a third time."""
-        self.avoid.update(_start_of(each) for each in placement.workers())
+        self.avoid.update(start_of(each) for each in placement.workers())
         decode, tried, self.keeper = placement.decode, self.keeper, None
         if decode is None or placement.prefill is None or placement.handed_over or worker is None:
             return
-        if (worker is not decode or isinstance(error, HandoffError)) and tried != _start_of(decode):
-            self.keeper = _start_of(decode)
+        if (worker is not decode or isinstance(error, HandoffError)) and tried != start_of(decode):
+            self.keeper = start_of(decode)
 
     @property
     def computed_tokens(self) -> int:
@@ -99,6 +99,8 @@ class Placement:
         self.prefill_charge: Charge | None = None
         self.decode_charge: Charge | None = None
         self.handed_over = prefill is None  # the prefill worker is needed no more
+        self.target: Placement | None = None  # where it is about to go on; see moves.py
+        self.ahead: list[worker_pb2.SequenceOutput] = []  # what the target has said before the sequence is there
 
     @property
     def sequence_id(self) -> str:
@@ -107,9 +109,10 @@ class Placement:
     def workers(self) -> list[Worker]:
         return [worker for worker in (self.prefill, self.decode) if worker is not None]
 
-    def open(self, computed_tokens: int) -> None:
-        """Charges the workers, and hears them from here on; what others said before is forgotten."""
-        self.events = asyncio.Queue()
+    def open(self, computed_tokens: int, events: asyncio.Queue[Event] | None = None) -> None:
+        """Charges the workers, and hears them from here on, in the line of another placement or in one of its own; what
+        others said before is forgotten."""
+        self.events = asyncio.Queue() if events is None else events
         if self.prefill is not None:
             self.prefill_charge = self.prefill.charge(computed_tokens)
         if self.decode is not None:
@@ -123,6 +126,22 @@ class Placement:
     def prefill_done(self) -> None:
         if self.prefill_charge is not None:
             self.prefill_charge.release()
+
+    def put_aside(self, output: worker_pb2.SequenceOutput) -> None:
+        """It came under another id than ours: of the target, before the sequence is there."""
+        if self.target is not None and output.sequence_id == self.target.sequence_id:
+            self.ahead.append(output)
+
+    def arrive(self) -> list[worker_pb2.SequenceOutput]:
+        """The sequence is on the target from here on, which is charged for all of it. Returns what that has said."""
+        target, charge = self.target, self.decode_charge
+        assert target is not None and target.decode_charge is not None and charge is not None
+        target.decode_charge.add(charge.tokens - target.decode_charge.tokens)
+        self.close()
+        self.sequence, self.prefill, self.decode = target.sequence, None, target.decode
+        self.decode_charge, self.target = target.decode_charge, None
+        ahead, self.ahead = self.ahead, []
+        return ahead
 
     def close(self) -> None:
         """Idempotent. What the workers still hold of it is not touched: see Placer.give_up."""
@@ -222,8 +241,8 @@ class Placer:
     def _ranked(self, need: Need, prefill: Worker | None) -> list[Worker]:
         capable = self.registry.decode_workers(need.model, prefill)
         workers, keeper = _unless(capable, need.avoid), None
-        if prefill is not None and _start_of(prefill) not in need.avoid:
-            keeper = next((worker for worker in capable if _start_of(worker) == need.keeper), None)
+        if prefill is not None and start_of(prefill) not in need.avoid:
+            keeper = next((worker for worker in capable if start_of(worker) == need.keeper), None)
         if keeper is not None and keeper not in workers:
             workers = [*workers, keeper]
         views = [worker.decode_view() for worker in workers]
@@ -265,14 +284,7 @@ class Placer:
                 admit = worker_pb2.AdmitRequest(router_id=router_id, sequence=placement.sequence)
                 await decode.decode.Admit(admit, timeout=CALL_TIMEOUT_S)
             else:
-                reserve = worker_pb2.ReserveRequest(
-                    router_id=router_id,
-                    sequence=placement.sequence,
-                    identity=need.model.identity,
-                    producer_id=placement.prefill.worker_id,
-                    producer_epoch=placement.prefill.record.epoch,
-                )
-                placement.reservation = await decode.decode.Reserve(reserve, timeout=CALL_TIMEOUT_S)
+                await self.reserve(placement, need, placement.prefill)
             return True
         except grpc.aio.AioRpcError as rpc_error:
             slow = rpc_error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -284,6 +296,18 @@ class Placer:
                 self._abort(decode, placement.sequence_id)  # it may have taken it all the same
             return False
 
+    async def reserve(self, placement: Placement, need: Need, producer: Worker) -> None:
+        """On its decode worker, for KV that `producer` sends. Raises grpc.aio.AioRpcError."""
+        assert placement.decode is not None
+        reserve = worker_pb2.ReserveRequest(
+            router_id=self.registry.router_id,
+            sequence=placement.sequence,
+            identity=need.model.identity,
+            producer_id=producer.worker_id,
+            producer_epoch=producer.record.epoch,
+        )
+        placement.reservation = await placement.decode.decode.Reserve(reserve, timeout=CALL_TIMEOUT_S)
+
     # -- giving up ----------------------------------------------------------------------------------------------------
 
     def give_up(self, placement: Placement) -> None:
@@ -291,6 +315,13 @@ class Placer:
         placement.close()
         if placement.decode is not None:
             self._abort(placement.decode, placement.sequence_id)
+
+    def drop_target(self, placement: Placement) -> None:
+        """The sequence stays where it is. Idempotent."""
+        target, placement.target = placement.target, None
+        placement.ahead.clear()
+        if target is not None:
+            self.give_up(target)
 
     def _abort(self, decode: Worker, sequence_id: str) -> None:
         if decode.linked:  # a worker whose link broke has given our sequences up itself
@@ -306,10 +337,10 @@ async def _send_abort(decode: Worker, sequence_id: str) -> None:
 
 def _unless(workers: list[Worker], avoid: set[tuple[str, int]]) -> list[Worker]:
     """Those that have not failed this request; all, where every one has."""
-    others = [worker for worker in workers if _start_of(worker) not in avoid]
+    others = [worker for worker in workers if start_of(worker) not in avoid]
     return others or workers
 
 
-def _start_of(worker: Worker) -> tuple[str, int]:
+def start_of(worker: Worker) -> tuple[str, int]:
     """Names this life of the worker."""
     return worker.worker_id, worker.record.epoch

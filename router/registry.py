@@ -30,10 +30,10 @@ TOKENIZER_AGAIN_S = 5.0
 UNLEASED_LOOK_S = 0.5
 
 
-def compatible(prefill: worker_pb2.WorkerRecord, decode: worker_pb2.WorkerRecord) -> bool:
+def compatible(producer: worker_pb2.WorkerRecord, decode: worker_pb2.WorkerRecord) -> bool:
     """Whether KV of what both serve can go from one to the other: the same model and revision. How either side cuts it
     over ranks and into blocks, and in which dtype it keeps it, is all the same. One without an endpoint takes no KV."""
-    return prefill.identity == decode.identity and bool(decode.endpoints)
+    return producer.identity == decode.identity and bool(decode.endpoints)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,10 +83,10 @@ class Registry:
         """Ready, and with at least one ready decode worker that can take its KV."""
         return [p for p in self._ready(model, worker_pb2.PREFILL) if self.decode_workers(model, p)]
 
-    def decode_workers(self, model: Model, prefill: Worker | None = None) -> list[Worker]:
-        """Ready; those that can take `prefill`'s KV, where one is given."""
+    def decode_workers(self, model: Model, producer: Worker | None = None) -> list[Worker]:
+        """Ready; those that can take `producer`'s KV, where one is given."""
         ready = self._ready(model, worker_pb2.DECODE)
-        return [d for d in ready if prefill is None or compatible(prefill.record, d.record)]
+        return [d for d in ready if producer is None or compatible(producer.record, d.record)]
 
     def lone_prefill_workers(self, model: Model) -> list[Worker]:
         """Ready, whether or not anybody could take its KV: enough where one token is left to draw."""

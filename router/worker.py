@@ -32,6 +32,7 @@ PROBE_TIMEOUT_S = 5.0
 BUSY_PROBE_EVERY_S = 0.25  # while it has work waiting, of other routers perhaps: how much is left decides who gets more
 REDIAL_S = (0.05, 0.1, 0.25, 0.5, 1.0)  # from the beginning again after a link that lasted as long as the longest
 RATE_WINDOW_S = 5.0
+MOVES_AT_ONCE = 4  # sequences that leave a decode worker share its link
 
 Deliver = Callable[[worker_pb2.SequenceOutput | LegatoError], None]
 
@@ -45,6 +46,10 @@ class Charge:
         self._open = True
         worker.requests += 1
         self.add(tokens)
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
 
     def add(self, tokens: int) -> None:
         if self._open:
@@ -88,6 +93,7 @@ class Worker:
         self._router_id = router_id
         self.changed = changed
         self._moved = moved
+        self.moves = asyncio.Semaphore(MOVES_AT_ONCE)  # off this decode worker
         self._routes: dict[str, Deliver] = {}
         self._broken = asyncio.Event()
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
@@ -113,6 +119,10 @@ class Worker:
         if not self.linked:
             return "lost"
         return "draining" if self.record.draining else "ready"
+
+    def sends_away(self, sequence_id: str) -> bool:
+        """Whether a sequence that runs here should go on elsewhere."""
+        return self.record.draining
 
     @property
     def longest_tokens(self) -> int:

@@ -59,6 +59,8 @@ def facts(answer: Answer) -> str:
         if route.transfer is not None:
             moved = route.transfer
             parts.append(f"{size(moved.moved_bytes)} of KV by {moved.transport} in {milliseconds(moved.moving_s)}")
+        if route.moves:
+            parts.append(f"moved {route.moves} times between decode workers")
         if route.prefill_cached_tokens:
             parts.append(f"{route.prefill_cached_tokens} prompt tokens were cached")
     return "; ".join(parts)

@@ -288,7 +288,7 @@ async def test_a_worker_missing_in_redis_stays_while_it_answers(router: ToyRoute
     await router.at_rest()
 
 
-async def test_a_draining_worker_gets_nothing_new_and_ends_what_it_has(router: ToyRouter) -> None:
+async def test_a_draining_worker_gets_nothing_new_and_what_it_has_moves(router: ToyRouter) -> None:
     _, decodes = await two_pools(router)
     asking = asyncio.create_task(ask(router, request(max_tokens=200, ignore_eos=True)))
     await router.until(lambda: decodes[0].sequences)
@@ -300,7 +300,7 @@ async def test_a_draining_worker_gets_nothing_new_and_ends_what_it_has(router: T
     assert (await ask(router)).finished[0].route.decode_worker_id == "d1"
     read = await asking
     assert read.tokens[0] == read.expected
-    assert read.finished[0].route.decode_worker_id == "d0"
+    assert read.finished[0].route.decode_worker_id == "d1"
     assert read.finished[0].route.attempts == 1
     await router.at_rest()
 

@@ -79,6 +79,11 @@ class Faults:
     say_twice: bool = False
     silent: bool = False
     subscribe_fails: str = ""  # "at once", "after the first message"
+    move_error_once: LegatoError | None = None
+    move_delay_s: float = 0.0
+    die_in_move: str = ""  # "before", "after" the target has the sequence
+    move_word_delay_s: float = 0.0  # between Admitted and the last message of the sequence
+    resume_after_move_once: bool = False  # the target has it, but its word was lost
 
     def once(self, name: str) -> LegatoError | None:
         error: LegatoError | None = getattr(self, name)
@@ -126,6 +131,11 @@ class ToyWorker(worker_pb2_grpc.WorkerServicer):
     async def kill(self) -> None:
         self.is_dead = True
         await self.host.stop()
+
+    async def _die(self) -> None:
+        """Within a call of its own."""
+        asyncio.get_running_loop().create_task(self.kill())
+        await asyncio.sleep(60)
 
     def load(self) -> worker_pb2.WorkerLoad:
         return worker_pb2.WorkerLoad(
@@ -197,10 +207,6 @@ class ToyPrefill(ToyWorker, worker_pb2_grpc.PrefillServicer):
             if not finish:
                 transfer = common_pb2.TransferStats(transport="memory", sent_tokens=len(history))
                 yield worker_pb2.PrefillEvent(handed_over=worker_pb2.PrefillEvent.HandedOver(transfer=transfer))
-
-    async def _die(self) -> None:
-        asyncio.get_running_loop().create_task(self.kill())
-        await asyncio.sleep(60)
 
     async def _hand_over(self, request: worker_pb2.PrefillRequest, finished: bool) -> None:
         messages = worker_pb2.HandoffRequest
@@ -284,6 +290,53 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         self._take(request.router_id, request.sequence).admitted = True
         return worker_pb2.AdmitResponse()
 
+    async def Move(self, request: worker_pb2.MoveRequest, context: object) -> worker_pb2.MoveResponse:
+        self.called("Move")
+        if request.sequence_id not in self.sequences:
+            raise TransferFailed("it does not run here")
+        if error := self.faults.once("move_error_once"):
+            raise error
+        await asyncio.sleep(self.faults.move_delay_s)
+        if self.faults.die_in_move == "before":
+            await self._die()
+        running = self.sequences.get(request.sequence_id)
+        if running is None:
+            raise TransferFailed("it has ended here")
+        running.admitted = False
+        ticket = worker_pb2.Ticket.FromString(request.reservation.ticket.ticket)
+        try:
+            await self._hand_over(request, running, ticket.sequence_id)
+        except (TransferFailed, grpc.aio.AioRpcError) as error:
+            running.admitted = True
+            raise TransferFailed(f"the target left: {error}") from None
+        if self.faults.die_in_move == "after":
+            await self._die()
+        if self.faults.resume_after_move_once:
+            self.faults.resume_after_move_once, running.admitted = False, True
+            raise TransferFailed("planted")
+        await asyncio.sleep(self.faults.move_word_delay_s)
+        self.sequences.pop(request.sequence_id, None)
+        last = worker_pb2.StepOutput(load=self.load())
+        last.sequences.add(sequence_id=request.sequence_id, first_index=len(running.state.output_token_ids), moved=True)
+        self.subscribers[running.router_id].put_nowait(last)
+        return worker_pb2.MoveResponse()
+
+    async def _hand_over(self, request: worker_pb2.MoveRequest, running: Running, sequence_id: str) -> None:
+        messages = worker_pb2.HandoffRequest
+        state = worker_pb2.SequenceState()
+        state.CopyFrom(running.state)
+        state.sequence_id = sequence_id
+        async with channel(request.target_address, KEY) as to_target:
+            call = worker_pb2_grpc.DecodeStub(to_target).Handoff()
+            await call.write(messages(begin=messages.Begin(ticket=request.reservation.ticket)))
+            await call.write(messages(final=messages.Final(sequence=state)))
+            await call.done_writing()
+            admitted = False
+            async for reply in call:
+                admitted = admitted or reply.HasField("admitted")
+            if not admitted:
+                raise TransferFailed("it was not taken")
+
     async def Abort(self, request: worker_pb2.AbortRequest, context: object) -> worker_pb2.AbortResponse:
         self.sequences.pop(request.sequence_id, None)
         return worker_pb2.AbortResponse()
@@ -342,6 +395,9 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
                 await self.kill()
                 return
 
+    def _token(self, state: worker_pb2.SequenceState) -> int:
+        return next_token(state.sampling.seed, [*state.prompt_token_ids, *state.output_token_ids])
+
     def _draw(self, running: Running, step: worker_pb2.StepOutput) -> None:
         state = running.state
         output = step.sequences.add(sequence_id=state.sequence_id, first_index=len(state.output_token_ids))
@@ -351,7 +407,7 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
             output.error, output.error_message = reason_to_proto(failing[1]), failing[1].message
             del self.sequences[state.sequence_id]
             return
-        token_id = next_token(state.sampling.seed, [*state.prompt_token_ids, *state.output_token_ids])
+        token_id = self._token(state)
         state.output_token_ids.append(token_id)
         self.tokens += 1
         output.tokens.add(token_id=token_id)
