@@ -128,9 +128,9 @@ def slow_down(core: Core) -> None:
     """Steps of a real model take their time; the sequence must outlive its move."""
     submit = core.executor.submit
 
-    def slow(plans: Any) -> None:
+    def slow(plans: Any, watch: Any) -> None:
         time.sleep(STEP_S)
-        submit(plans)
+        submit(plans, watch)
 
     core.executor.submit = slow  # type: ignore[method-assign]
 

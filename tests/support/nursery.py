@@ -95,9 +95,9 @@ def _put_gates_in(folder: Path, name: str) -> None:
         await opening.wait_in_event_loop()
         await open_now(sender, *arguments)
 
-    def gated_submit(executor: Any, plans: Any) -> None:
+    def gated_submit(executor: Any, plans: Any, watch: Any) -> None:
         step.wait()
-        submit_now(executor, plans)
+        submit_now(executor, plans, watch)
 
     def gated_transports(*arguments: Any) -> Any:
         transports, reasons = open_transports_now(*arguments)
