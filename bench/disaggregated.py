@@ -25,16 +25,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 
 from bench import disaggregated_report
-from bench.heard import Heard, closed_loop, hear
+from bench.heard import Heard, Loop, Round, closed_loop, hear
 from bench.http_stream import send
 from bench.killed_prefill import Referee, Seen, kill_prefill_while_serving
 from bench.pools import Legato, Pools, PoolsFailed, VllmNixl
+from bench.turns import machine_busy_s
 from engine.convert import convert_gguf
 from legato.bench.corpus import PROMPTS
 from legato.errors import LegatoError as ClientError
@@ -48,6 +49,7 @@ EXAMPLES = """examples:
   python -m bench.disaggregated --vllm-python ... --vllm-arguments=--enforce-eager  starts in half the time
 """
 ANSWER_WITHIN_S = 60.0
+ALONE = 2  # requests of each length in a round, one in flight
 _HOPS = 30
 
 
@@ -134,26 +136,30 @@ class Prompts:
 
 # ---- rounds ----------------------------------------------------------------------------------------------------------
 
-Round = dict[str, dict[str, Any]]  # workload -> side -> Heard, or (tokens/s, [Heard, ...])
-
 
 async def measure(sides: Sequence[Pools], prompts: Prompts, options: argparse.Namespace) -> list[Round]:
     """The first round is a warm-up. Who begins alternates. Raises PoolsFailed when a request fails."""
     rounds: list[Round] = []
     for number in range(options.rounds + 1):
         say(f"round {number}/{options.rounds}")
-        single = {f"{length} tokens": prompts.draw(length) for length in options.prompt_tokens}
-        loops = {
-            f"{count} in flight": (count, [prompts.draw(options.load_prompt_tokens) for _ in range(3 * count)])
+        loops = [
+            Loop(f"{length} tokens", 1, [prompts.draw(length) for _ in range(ALONE)])
+            for length in options.prompt_tokens
+        ]
+        loops += [
+            Loop(f"{count} in flight", count, [prompts.draw(options.load_prompt_tokens) for _ in range(3 * count)])
             for count in options.in_flight
-        }
-        found: Round = {name: {} for name in (*single, *loops)}
+        ]
+        first, found = prompts.draw(16), Round(loops, {}, {})
         for side in sides if number % 2 else reversed(sides):
             await side.wake()
-            for name, prompt in single.items():
-                found[name][side.name] = await hear(side, Heard(prompt, options.tokens), ANSWER_WITHIN_S)
-            for name, (count, several) in loops.items():
-                found[name][side.name] = await closed_loop(side, several, options.tokens, count, ANSWER_WITHIN_S)
+            await hear(side, Heard(first, 8), ANSWER_WITHIN_S)  # caches are of the other side
+            used_s, busy_s, since_s = cpu_used_s(sides), machine_busy_s(), time.perf_counter()
+            found.sides[side.name] = [
+                await closed_loop(side, loop.prompts, options.tokens, loop.in_flight, ANSWER_WITHIN_S) for loop in loops
+            ]
+            others_s = (machine_busy_s() - busy_s) - (cpu_used_s(sides) - used_s)
+            found.others_cores[side.name] = others_s / (time.perf_counter() - since_s)
             await side.sleep()
         refuse_failures(found)
         if number:
@@ -161,12 +167,18 @@ async def measure(sides: Sequence[Pools], prompts: Prompts, options: argparse.Na
     return rounds
 
 
+def cpu_used_s(sides: Sequence[Pools]) -> float:
+    """Of the systems and of this process, which is their client."""
+    own = psutil.Process().cpu_times()
+    return sum(side.cpu_s() for side in sides) + own.user + own.system
+
+
 def refuse_failures(found: Round) -> None:
-    for name, by_side in found.items():
-        for side, result in by_side.items():
-            for heard in result[1] if isinstance(result, tuple) else [result]:
+    for side, results in found.sides.items():
+        for loop, (_, answers) in zip(found.loops, results, strict=True):
+            for heard in answers:
                 if heard.failure:
-                    raise PoolsFailed(f"{side}, {name}: {heard.failure}")
+                    raise PoolsFailed(f"{side}, {loop.name}: {heard.failure}")
 
 
 async def idle_cores(sides: Sequence[Pools], over_s: float = 2.0) -> dict[str, dict[str, float]]:
@@ -213,12 +225,11 @@ async def kill(sides: Sequence[Pools], prompts: Prompts, options: argparse.Names
 
 
 def judge(model: Path, last: Round, killed: dict[str, list[Seen]]) -> dict[str, dict[str, list[float]]]:
-    """Referee.gap of answers of the last round with one in flight, and of all whose worker was killed."""
+    """Referee.gap of an answer of each loop in the last round, and of all whose worker was killed."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     referee = Referee(model)
-    single = [by_side for by_side in last.values() if not any(isinstance(one, tuple) for one in by_side.values())]
     return {
-        "one in flight": {side: [referee.gap(by_side[side]) for by_side in single] for side in killed},
+        "undisturbed": {side: [referee.gap(answers[0]) for _, answers in last.sides[side]] for side in killed},
         "killed": {side: [referee.gap(one.heard) for one in seen] for side, seen in killed.items()},
     }
 

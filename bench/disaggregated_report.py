@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.heard import Heard
+from bench.heard import Heard, Round
 from bench.killed_prefill import RIGHT_WITHIN, Seen
 from bench.pools import Pools
 from bench.record import append_line
 
+OTHERS_CORES = 0.15  # more, and the figures say little
 FIGURES: dict[str, Callable[[Heard], float]] = {
     "TTFT": lambda heard: heard.ttft_s,
     "first to second token": lambda heard: heard.first_to_second_s,
@@ -26,7 +27,7 @@ FIGURES: dict[str, Callable[[Heard], float]] = {
 
 def report(
     console: Console,
-    rounds: Sequence[dict[str, dict[str, Any]]],
+    rounds: Sequence[Round],
     killed: dict[str, list[Seen]],
     gaps: dict[str, dict[str, list[float]]],
     proxy: dict[str, float],
@@ -43,8 +44,12 @@ def report(
             f"{name} without a request: {cores['awake']:.2f} cores, {cores['waiting']:.2f} as it waits for its turn"
         )
     console.print(killed_table(killed, gaps["killed"]))
-    for name, found in gaps["one in flight"].items():
+    for name, found in gaps["undisturbed"].items():
         console.print(f"{name}, undisturbed: tokens at most {max(found):.2f} below the model's own in float32")
+    others = [cores for one in rounds for cores in one.others_cores.values()]
+    if max(others) > OTHERS_CORES:
+        usual = statistics.median(others)
+        console.print(f"[bold]not quiet[/bold]: others used {usual:.1f} cores in median, at most {max(others):.1f}")
     append_line(
         options.results,
         "disaggregated",
@@ -53,6 +58,7 @@ def report(
         sides={side.name: side.version for side in sides},
         proxy=proxy,
         idle_cores=idle,
+        others_cores=[one.others_cores for one in rounds],
         killed_prefill={
             name: [as_data(one, gap) for one, gap in zip(seen, gaps["killed"][name], strict=True)]
             for name, seen in killed.items()
@@ -61,29 +67,22 @@ def report(
     )
 
 
-def figures(rounds: Sequence[dict[str, dict[str, Any]]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def figures(rounds: Sequence[Round], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Of each row: seconds, or tokens/s, of every round by side; and how many times ours theirs is, round by round."""
     rows: dict[str, dict[str, list[float]]] = {}
     for one in rounds:
-        for workload, by_side in one.items():
-            for name in names:
-                for figure, value in _values(by_side[name]).items():
-                    rows.setdefault(f"{figure}, {workload}", {each: [] for each in names})[name].append(value)
+        for name in names:
+            for loop, (tokens_per_s, answers) in zip(one.loops, one.sides[name], strict=True):
+                values = {} if loop.in_flight == 1 else {"tokens/s": tokens_per_s}
+                values |= {each: statistics.median(map(figure, answers)) for each, figure in FIGURES.items()}
+                for each, value in values.items():
+                    rows.setdefault(f"{each}, {loop.name}", {side: [] for side in names})[name].append(value)
     ours, theirs = names
     found = {}
-    for row, values in rows.items():
-        ratios = [other / own for own, other in zip(values[ours], values[theirs], strict=True)]
-        found[row] = {"sides": values, "ratio": statistics.median(ratios), "ratios": ratios}
+    for row, sides in rows.items():
+        ratios = [other / own for own, other in zip(sides[ours], sides[theirs], strict=True)]
+        found[row] = {"sides": sides, "ratio": statistics.median(ratios), "ratios": ratios}
     return found
-
-
-def _values(result: Heard | tuple[float, list[Heard]]) -> dict[str, float]:
-    """In the order of the table."""
-    if isinstance(result, Heard):
-        return {name: figure(result) for name, figure in FIGURES.items()}
-    tokens_per_s, heard = result
-    medians = {name: statistics.median(map(FIGURES[name], heard)) for name in ("TTFT", "ITL behind it")}
-    return {"tokens/s": tokens_per_s, **medians}
 
 
 def speed_table(rows: dict[str, dict[str, Any]], names: Sequence[str], options: argparse.Namespace) -> Table:
@@ -102,13 +101,12 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def killed_table(killed: dict[str, list[Seen]], gaps: dict[str, list[float]]) -> Table:
     title = "the prefill worker is killed while it computes: what each client sees"
-    columns = ("next token after, s", "end after, s", "came", "tokens")
-    table = Table("", "when it died", *columns, title=title)
+    table = Table("", "when it died", "next token", "end", "came", "tokens", title=title)
     for name, seen in killed.items():
         for one, gap in zip(seen, gaps[name], strict=True):
-            after = "none" if one.next_token_s is None else f"{one.next_token_s:.2f}"
+            after = "none" if one.next_token_s is None else f"{one.next_token_s:.2f} s"
             what = one.heard.failure or "the whole answer"
-            table.add_row(name, one.was, after, f"{one.end_s:.2f}", what, _verdict(one.heard, gap))
+            table.add_row(name, one.was, after, f"{one.end_s:.2f} s", what, _verdict(one.heard, gap))
     return table
 
 

@@ -36,6 +36,24 @@ class Heard:
         return (self.times_s[-1] - self.times_s[1]) / (len(self.times_s) - 2)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loop:
+    """A closed loop that every side is asked for: `in_flight` clients, until all prompts are answered."""
+
+    name: str
+    in_flight: int
+    prompts: list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Round:
+    """By side: (tokens/s, answers) of each loop; and cores that nobody of the bench kept busy meanwhile."""
+
+    loops: list[Loop]
+    sides: dict[str, list[tuple[float, list[Heard]]]]
+    others_cores: dict[str, float]
+
+
 async def hear(pools: Pools, heard: Heard, timeout_s: float) -> Heard:
     """Sends the request, and fills `heard` in as tokens come. A failure is written down, never raised."""
     heard.sent_s = time.perf_counter()

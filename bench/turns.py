@@ -60,11 +60,11 @@ def take_turn(
     workload: Workload, prompts: list[list[int]], side: Side, sides: Sequence[Side], memory: torch.Tensor
 ) -> Turn:
     before = read_bandwidth(memory)
-    busy_s, own_s, started_s = _machine_busy_s(), side.cpu_s(), time.perf_counter()
+    busy_s, own_s, started_s = machine_busy_s(), side.cpu_s(), time.perf_counter()
     idle_s = sum(other.cpu_s() for other in sides if other is not side)
     generated = side.generate(prompts, workload.num_tokens)
     took_s = time.perf_counter() - started_s
-    others_s = (_machine_busy_s() - busy_s) - (side.cpu_s() - own_s)
+    others_s = (machine_busy_s() - busy_s) - (side.cpu_s() - own_s)
     idle_s = sum(other.cpu_s() for other in sides if other is not side) - idle_s
     side.settle()
     return Turn(
@@ -95,7 +95,7 @@ def usual_bandwidth(rounds: Sequence[Round]) -> float:
     return statistics.median(value for one in rounds for turn in one.turns.values() for value in turn.bandwidths)
 
 
-def _machine_busy_s() -> float:
+def machine_busy_s() -> float:
     """CPU seconds of all cores that were not idle, those that the hypervisor gave to others included."""
     times = psutil.cpu_times()
     return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))

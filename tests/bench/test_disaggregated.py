@@ -17,7 +17,7 @@ from tiny_llama import Shape, load_reference, make_llama
 
 from bench import disaggregated
 from bench.disaggregated_report import figures, report
-from bench.heard import Heard, closed_loop, hear
+from bench.heard import Heard, Loop, Round, closed_loop, hear
 from bench.killed_prefill import RIGHT_WITHIN, Referee, kill_prefill_while_serving
 from bench.pools import PoolsFailed, installed
 
@@ -94,13 +94,13 @@ async def test_rounds_alternate_and_leave_two_tables_and_a_line(tmp_path: Path) 
     assert sides[0].asked == sides[1].asked, "both are asked the same"
     assert sides[0].woken == ["theirs", "ours", "ours", "theirs"] * 2
     assert len(rounds) == 3
-    assert set(rounds[0]) == {"5 tokens", "9 tokens", "3 in flight"}
-    tokens_per_s, heard = rounds[0]["3 in flight"]["ours"]
+    assert [loop.name for loop in rounds[0].loops] == ["5 tokens", "9 tokens", "3 in flight"]
+    tokens_per_s, heard = rounds[0].sides["ours"][2]
     assert len(heard) == 9
     assert tokens_per_s > 0.0
     killed = await disaggregated.kill(sides, book, chosen)
     gaps = {
-        "one in flight": {"ours": [0.0], "theirs": [0.1]},
+        "undisturbed": {"ours": [0.0], "theirs": [0.1]},
         "killed": {"ours": [0.0] * 5, "theirs": [0.0, 7.5, 0, 0, 0]},
     }
     idle = {side.name: {"awake": 0.5, "waiting": 0.0} for side in sides}
@@ -170,7 +170,9 @@ async def test_so_many_are_in_flight_and_no_more() -> None:
 def test_figures_are_of_the_second_token_and_those_behind_it() -> None:
     ours = Heard([1], 4, times_s=[0.5, 0.7, 0.8, 0.9])
     theirs = Heard([1], 4, times_s=[1.0, 1.1, 1.4, 1.7])
-    rows = figures([{"5 tokens": {"ours": ours, "theirs": theirs}}], ["ours", "theirs"])
+    loop = Loop("5 tokens", 1, [[1]])
+    one = Round([loop], {"ours": [(4.0, [ours])], "theirs": [(2.0, [theirs])]}, {"ours": 0.0, "theirs": 0.0})
+    rows = figures([one], ["ours", "theirs"])
     assert {name: round(row["ratio"], 6) for name, row in rows.items()} == {
         "TTFT, 5 tokens": 2.0,
         "first to second token, 5 tokens": 0.5,
