@@ -31,6 +31,7 @@ class Sending:
 
     model: str
     temperature: float
+    speculation: str | None
     ignore_eos: bool
     timeout_s: float
     seed: int
@@ -105,6 +106,10 @@ class Load:
             if stream is not None:
                 answer = stream.answer
                 record.prompt_tokens = answer.usage.prompt_tokens
+                record.proposed_tokens, record.accepted_tokens = (
+                    answer.usage.proposed_tokens,
+                    answer.usage.accepted_tokens,
+                )
                 record.ledger, record.route = answer.ledger, answer.route
         record.ended_s = self.elapsed_s
         return record
@@ -117,6 +122,7 @@ class Load:
             model=sending.model,
             max_tokens=record.asked_tokens,
             temperature=sending.temperature,
+            speculation=sending.speculation,
             ignore_eos=sending.ignore_eos,
             seed=(sending.seed + record.index) % (1 << 64),
             timeout_s=sending.timeout_s,

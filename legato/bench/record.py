@@ -16,7 +16,8 @@ class Record:
     pieces      (when it came, tokens in it) for each piece that held tokens
     ended_s     when the stream ended, well or not; None: it still ran when the load was stopped
     error       that ended it; None: it ended well, or still ran
-    ledger      and route, prompt_tokens: of the answer, as far as it came
+    ledger      and route, prompt_tokens, proposed_tokens (guesses of speculation), accepted_tokens (of these, tokens of
+                the answer): of the answer, as far as it came
     """
 
     index: int
@@ -27,6 +28,8 @@ class Record:
     ended_s: float | None = None
     error: LegatoError | None = None
     prompt_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     ledger: Ledger | None = None
     route: Route | None = None
 

@@ -59,6 +59,8 @@ class Report:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    proposed_tokens: int
+    accepted_tokens: int
     offered_per_s: float | None
     loaded_tokens_per_s: float | None
     schedule_lag_ms: Summary | None
@@ -71,6 +73,11 @@ class Report:
     @property
     def failed(self) -> int:
         return sum(self.failures.values())
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of guesses that were right; None: nobody guessed."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else None
 
     def per_s(self, count: float) -> float:
         return count / self.window_s if self.window_s > 0 else 0.0
@@ -96,6 +103,8 @@ def report(run: Run) -> Report:
         prompt_tokens=sum(record.prompt_tokens for record in done),
         cached_tokens=sum(record.route.prefill_cached_tokens for record in done if record.route),
         output_tokens=sum(record.output_tokens for record in done),
+        proposed_tokens=sum(record.proposed_tokens for record in done),
+        accepted_tokens=sum(record.accepted_tokens for record in done),
         offered_per_s=len(load.records) / last_due_s if is_open and last_due_s > 0 else None,
         loaded_tokens_per_s=_tokens_until(load.records, last_due_s) / last_due_s if last_due_s > 0 else None,
         schedule_lag_ms=summary((one.sent_s - one.due_s) * 1e3 for one in load.records) if is_open else None,
@@ -229,6 +238,11 @@ def to_json(figures: Report) -> dict[str, Any]:
             "met": figures.met,
             "attainment": attainment,
             "goodput_requests_per_s": None if figures.met is None else figures.per_s(figures.met),
+        },
+        "speculation": {
+            "proposed_tokens": figures.proposed_tokens,
+            "accepted_tokens": figures.accepted_tokens,
+            "acceptance": figures.acceptance,
         },
         "handoff": {"requests": figures.handoffs, "moved_bytes": figures.moved_bytes},
         "load_generator": {

@@ -38,7 +38,14 @@ class Run:
         self.stage = "preparing prompts"
         tokens = await TokenTexts.ask(client, self.model.id, texts, settings.seed) if settings.needs_tokens else None
         book = PromptBook(self.model, texts, tokens, settings.seed, settings.nonce, self.plan.block_tokens)
-        sending = Sending(self.model.id, settings.temperature, settings.exact_length, settings.timeout_s, settings.seed)
+        sending = Sending(
+            self.model.id,
+            settings.temperature,
+            settings.speculation,
+            settings.exact_length,
+            settings.timeout_s,
+            settings.seed,
+        )
         if self.plan.warmup:
             self.stage = "warming up"
             warmup = Load(client, book, sending, first_index=WARMUP_INDEX)

@@ -64,6 +64,7 @@ class Settings:
     scale_lengths: float | str = 1.0
     model: str = ""
     temperature: float = 0.0
+    speculation: str | None = None  # who guesses: "prompt_lookup" or "draft_model"; None: nobody
     timeout_s: float = 120.0
     seed: int = 0
     nonce: int = 0

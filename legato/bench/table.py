@@ -91,6 +91,9 @@ def _facts(figures: Report) -> Table:
         "output", f"{number(figures.per_s(figures.output_tokens))} tokens/s{until}; {figures.output_tokens:,} tokens"
     )
     table.add_row("prompts", f"{number(figures.per_s(prompt))} tokens/s; {prompt:,} tokens{share}")
+    if figures.acceptance is not None:
+        guessed = f"{figures.accepted_tokens:,} of {figures.proposed_tokens:,} guesses right, {figures.acceptance:.0%}"
+        table.add_row("speculation", f"{guessed}; {figures.accepted_tokens / figures.output_tokens:.0%} of the output")
     if figures.met is not None:
         share = f"{figures.met / max(1, len(figures.records)):.1%}"
         goodput = f"{figures.per_s(figures.met):.2f} requests/s"

@@ -85,6 +85,7 @@ def bench(
         str, typer.Option("--scale-lengths", metavar="F", help="Of a trace; fit: into the model's context.")
     ] = "1",
     temperature: options.Temperature = 0.0,
+    speculation: options.Speculation = None,
     timeout_s: Annotated[
         float, typer.Option("--timeout-s", "--timeout", help="Seconds that a request may take.")
     ] = 120.0,
@@ -125,6 +126,7 @@ def bench(
         scale_lengths=_factor(scale_lengths),
         model=model,
         temperature=temperature,
+        speculation=speculation,
         timeout_s=timeout_s,
         seed=seed,
         nonce=100_000 + secrets.randbelow(900_000) if nonce is None else nonce,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 
 import pytest
 from cluster import cluster
+from rich.console import Console
 from tiny_llama import SHAPES, make_llama
 
 from legato import AsyncClient, Retries
@@ -14,6 +16,7 @@ from legato.bench.lengths import parse_lengths
 from legato.bench.report import report, to_json
 from legato.bench.run import Run
 from legato.bench.settings import Settings, Slo
+from legato.bench.table import render
 
 ENGINE = {"max_step_tokens": 64, "max_sequences": 16}
 
@@ -50,6 +53,37 @@ async def test_an_open_loop_on_a_cluster_measures_it_and_leaves_nothing(tmp_path
         assert found["workers"] == {"prefill": 1, "decode": 1}
         assert found["slo"]["met"] == 30
         await running.assert_as_at_start()
+
+
+async def test_guesses_are_counted(tmp_path, redis_url):
+    make_llama(tmp_path / "model", SHAPES[0])
+    settings = Settings(
+        concurrency=2,
+        requests=6,
+        warmup=1,
+        prompt_tokens=parse_lengths("20-40", ""),
+        output_tokens=parse_lengths("48", ""),
+        ignore_eos=True,
+        speculation="prompt_lookup",
+    )
+    async with (
+        cluster(tmp_path / "model", redis_url, engine=ENGINE) as running,
+        AsyncClient(running.address, retries=Retries(attempts=1)) as client,
+    ):
+        run = Run(settings)
+        await run.measure(client)
+        figures = report(run)
+        steps = await running.total("decode", "steps")
+    assert figures.finished == 6
+    assert 0 < figures.accepted_tokens <= figures.proposed_tokens
+    assert figures.accepted_tokens == sum(record.accepted_tokens for record in figures.records)
+    assert figures.accepted_tokens < figures.output_tokens
+    assert 6 * 47 - figures.accepted_tokens <= 2 * steps, "two in flight: a step draws two tokens and what was guessed"
+    found = to_json(figures)["speculation"]
+    assert found["acceptance"] == figures.accepted_tokens / figures.proposed_tokens
+    page = io.StringIO()
+    Console(file=page, width=120).print(render(figures))
+    assert f"{figures.accepted_tokens:,} of {figures.proposed_tokens:,} guesses right" in page.getvalue()
 
 
 async def test_a_load_that_is_stopped_leaves_nothing_in_the_cluster(tmp_path, redis_url):

@@ -17,8 +17,9 @@ from legato.bench.report import report
 from legato.bench.run import Run
 from legato.bench.settings import Plan, Settings
 from legato.errors import Overloaded
+from legato.types import Usage
 
-SENDING = Sending(model="m", temperature=0.0, ignore_eos=True, timeout_s=9.0, seed=1)
+SENDING = Sending(model="m", temperature=0.0, speculation=None, ignore_eos=True, timeout_s=9.0, seed=1)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -81,7 +82,7 @@ class Server:
 class Stream:
     def __init__(self, server, index):
         self._server, self._index = server, index
-        usage = types.SimpleNamespace(prompt_tokens=3)
+        usage = Usage(3, 1)
         self.answer = types.SimpleNamespace(usage=usage, ledger=None, route=None)
 
     async def __aenter__(self):
