@@ -57,9 +57,9 @@ async def slow_cluster(model: Path, redis_url: str, **options: Any) -> AsyncIter
 def _slow_down(executor: Any) -> None:
     submit = executor.submit
 
-    def slow(plans: Any) -> None:
+    def slow(*arguments: Any) -> None:
         time.sleep(STEP_S)
-        submit(plans)
+        submit(*arguments)
 
     executor.submit = slow
 
