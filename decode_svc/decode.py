@@ -71,6 +71,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             endpoints=core.record.endpoints,
             lease_s=core.config.handoff.lease_s,
             ranks=ranks_to_proto(core.ranks_of(reservation.group)),
+            wire=core.record.wire,
         )
 
     def _ticket(

@@ -27,6 +27,7 @@ from legato.v1 import worker_pb2, worker_pb2_grpc
 from service import logs
 from service.messages import with_adapter
 from service.status import reason_to_proto
+from service.wire import agreed
 from spec.errors import (
     DigestMismatch,
     HandoffError,
@@ -35,6 +36,7 @@ from spec.errors import (
     RequestCancelled,
     TicketRefused,
     TransferFailed,
+    WireMismatch,
 )
 from worker.clock import unix_ns
 from worker.core import CoreRank
@@ -102,6 +104,7 @@ class Receiver:
         try:
             ticket = tickets.verify(core.cluster_key, begin.ticket, now_unix_ns=time.time_ns())
             self._check(ticket)
+            agreed(core.record.wire, begin.wire, ticket.producer_id)
             if ":" not in begin.producer_address:
                 raise TicketRefused("the writer does not say where it can be asked whether it is quiet")
             with core.loop.lock:
@@ -114,7 +117,7 @@ class Receiver:
                     generations=tuple(ticket.block_generations),
                     now_s=time.monotonic(),
                 )
-        except TicketRefused as error:
+        except (TicketRefused, WireMismatch) as error:
             if error.details.get("cause") != GIVEN_UP:
                 core.meter.refused(error)
             raise

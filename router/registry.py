@@ -22,7 +22,8 @@ from service import logs
 from service.channel import Channel
 from service.messages import adapter_id, serves, with_adapter
 from service.tokenizer import Tokenizer
-from spec.errors import LegatoError, NoWorkers, UnknownModel, WorkerLost
+from service.wire import agreed
+from spec.errors import LegatoError, NoWorkers, UnknownModel, WireMismatch, WorkerLost
 
 logger = logs.get(__name__)
 
@@ -32,8 +33,14 @@ UNLEASED_LOOK_S = 0.5
 
 def compatible(producer: worker_pb2.WorkerRecord, decode: worker_pb2.WorkerRecord) -> bool:
     """Whether KV of what both serve can go from one to the other: the same model and revision. How either side cuts it
-    over ranks and into blocks, and in which dtype it keeps it, is all the same. One without an endpoint takes no KV."""
-    return producer.identity == decode.identity and bool(decode.endpoints)
+    over ranks and into blocks, and in which dtype it keeps it, is all the same. Not to one without an endpoint, nor
+    to one that speaks no version of the wire in common."""
+    if producer.identity != decode.identity or not decode.endpoints:
+        return False
+    try:
+        return agreed(producer.wire, decode.wire, decode.worker_id) > 0
+    except WireMismatch:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,6 +188,7 @@ class Registry:
     def _join(self, record: worker_pb2.WorkerRecord) -> None:
         logger.info("%s registered at %s", record.worker_id, record.address)
         channel = self._dial(record.address)
+        self._say_who_is_not_paired(record)
         worker = Worker(record, channel, self.router_id, changed=self.room.fire, moved=self._moved)
         self.workers[record.worker_id] = worker
         key = _key(record)
@@ -188,6 +196,14 @@ class Registry:
         if key not in self._models and key not in self._reading:
             self._reading.add(key)
             self.spawn(self._read_model(record), name=f"read tokenizer of {record.identity.model_id}")
+
+    def _say_who_is_not_paired(self, record: worker_pb2.WorkerRecord) -> None:
+        for other in self.workers.values():
+            if other.record.role != record.role and other.record.identity == record.identity:
+                try:
+                    agreed(other.record.wire, record.wire, record.worker_id)
+                except WireMismatch as error:
+                    logger.warning("%s and %s are not paired: %s", other.record.worker_id, record.worker_id, error)
 
     def _renewed(self, worker: Worker, record: worker_pb2.WorkerRecord) -> None:
         worker.leased = True

@@ -31,6 +31,7 @@ CODES: dict[type[LegatoError], grpc.StatusCode] = {
     errors.NoWorkers: grpc.StatusCode.UNAVAILABLE,
     errors.InternalError: grpc.StatusCode.INTERNAL,
     errors.TicketRefused: grpc.StatusCode.PERMISSION_DENIED,
+    errors.WireMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.DigestMismatch: grpc.StatusCode.DATA_LOSS,
     errors.TransferFailed: grpc.StatusCode.ABORTED,
     errors.TransportUnavailable: grpc.StatusCode.FAILED_PRECONDITION,

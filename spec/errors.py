@@ -17,6 +17,7 @@
     │   └── InternalError           a defect
     ├── HandoffError                between workers; the request is computed again elsewhere
     │   ├── TicketRefused           forged, replayed, expired, other revision, stale generation, unknown reservation
+    │   ├── WireMismatch            two workers speak no version of the wire in common
     │   ├── DigestMismatch          the blocks that landed are not those that were computed
     │   └── TransferFailed          the link broke, the peer died, a piece is missing
     └── SetupError                  the operator's; found at start, never inside a request
@@ -112,6 +113,10 @@ class HandoffError(LegatoError):
 
 class TicketRefused(HandoffError):
     reason = "TICKET_REFUSED"
+
+
+class WireMismatch(HandoffError):
+    reason = "WIRE_MISMATCH"
 
 
 class DigestMismatch(HandoffError):

@@ -34,6 +34,7 @@ from service.messages import identity_text, layout_to_proto, model_identity
 from service.model_source import resolve_model
 from service.ports import free_port
 from service.tokenizer import load_tokenizer
+from service.wire import spoken
 from spec.errors import InvalidConfiguration, LegatoError, TransportUnavailable
 from spec.layout import KVLayout
 from spec.shard import RankShard, check_layout, shard_of, stage_layers
@@ -355,6 +356,7 @@ class _Builder:
             pid=os.getpid(),
             vocab_size=files.spec.vocab_size,
             eos_token_ids=files.spec.eos_token_ids,
+            wire=spoken(),
             adapters=[common_pb2.Adapter(name=name, revision=a.revision) for name, a in self._adapters.items()],
         )
 

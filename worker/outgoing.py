@@ -11,6 +11,7 @@ from kvtransfer.digest import DigestPolicy
 from kvtransfer.routes import ranks_from_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.messages import layout_from_proto
+from service.wire import agreed
 from spec.errors import InvalidParameter, TicketRefused
 from worker.core import Core
 from worker.departures import Target
@@ -39,8 +40,9 @@ async def sender_for(
     """To the worker at `address`, for KV of exactly these tokens, this model and this process; not open yet.
     `ticket` is the reservation's, verified.
 
-    Raises TicketRefused, counted, where the ticket is for anything else, TransferFailed where no transport gets
-    through."""
+    Raises TicketRefused, counted, where the ticket is for anything else, WireMismatch where the two have no version in
+    common, TransferFailed where no transport gets through."""
+    agreed(core.record.wire, reservation.wire, ticket.consumer_id)
     target_ranks = ranks_from_proto(layout_from_proto(reservation.kv_layout), reservation.ranks)
     with _refusals_counted(core):
         tickets.check_sender(

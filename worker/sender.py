@@ -26,6 +26,7 @@ from legato.v1 import worker_pb2, worker_pb2_grpc
 from legato.v1.common_pb2 import TransferStats
 from service import logs
 from service.status import error_from_reason, error_from_rpc
+from service.wire import spoken
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
 from worker.departures import Departures, Target
 from worker.staging import SourceKV, Staging
@@ -63,11 +64,15 @@ class Sender:
     async def open(self, timeout_s: float) -> None:
         """Raises what the decode worker refused with, TransferFailed when it does not answer in time."""
         self._call = self._stub.Handoff()
-        begin = worker_pb2.HandoffRequest.Begin(ticket=self._target.signed, producer_address=self._producer_address)
+        begin = worker_pb2.HandoffRequest.Begin(
+            ticket=self._target.signed, producer_address=self._producer_address, wire=spoken()
+        )
         try:
             async with asyncio.timeout(timeout_s):
                 await self._call.write(worker_pb2.HandoffRequest(begin=begin))
                 reply = await self._call.read()
+                while reply is not grpc.aio.EOF and reply.WhichOneof("event") is None:
+                    reply = await self._call.read()  # what a newer version may say, and we may pass over
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         except TimeoutError:

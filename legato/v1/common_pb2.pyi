@@ -34,6 +34,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INVALID_MODEL: _ClassVar[ErrorReason]
     UNSUPPORTED_MODEL: _ClassVar[ErrorReason]
     INVALID_CONFIGURATION: _ClassVar[ErrorReason]
+    WIRE_MISMATCH: _ClassVar[ErrorReason]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -57,6 +58,7 @@ TRANSPORT_UNAVAILABLE: ErrorReason
 INVALID_MODEL: ErrorReason
 UNSUPPORTED_MODEL: ErrorReason
 INVALID_CONFIGURATION: ErrorReason
+WIRE_MISMATCH: ErrorReason
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "forced_token_ids", "speculation", "constraint")

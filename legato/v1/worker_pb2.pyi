@@ -61,17 +61,27 @@ class RankKV(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., group: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class TransportEndpoint(_message.Message):
-    __slots__ = ("name", "address", "region")
+    __slots__ = ("name", "address", "region", "probe_region")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
+    PROBE_REGION_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: bytes
     region: bytes
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ...) -> None: ...
+    probe_region: bytes
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ..., probe_region: _Optional[bytes] = ...) -> None: ...
+
+class WireVersions(_message.Message):
+    __slots__ = ("oldest", "newest")
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    oldest: int
+    newest: int
+    def __init__(self, oldest: _Optional[int] = ..., newest: _Optional[int] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "vocab_size", "eos_token_ids", "ranks", "adapters")
+    __slots__ = ("worker_id", "role", "epoch", "address", "identity", "kv_layout", "total_blocks", "max_context_tokens", "max_step_tokens", "endpoints", "model_path", "draining", "pid", "vocab_size", "eos_token_ids", "ranks", "adapters", "wire", "rdma_devices")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +99,8 @@ class WorkerRecord(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    RDMA_DEVICES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     epoch: int
@@ -106,7 +118,9 @@ class WorkerRecord(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ranks: _containers.RepeatedCompositeFieldContainer[RankKV]
     adapters: _containers.RepeatedCompositeFieldContainer[_common_pb2.Adapter]
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
+    wire: WireVersions
+    rdma_devices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ..., rdma_devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs", "moved_sequences")
@@ -163,7 +177,7 @@ class ConfirmQuietResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Counts(_message.Message):
-    __slots__ = ("live", "total", "load")
+    __slots__ = ("live", "total", "load", "links")
     class LiveEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -181,10 +195,28 @@ class Counts(_message.Message):
     LIVE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     live: _containers.ScalarMap[str, int]
     total: _containers.ScalarMap[str, int]
     load: WorkerLoad
-    def __init__(self, live: _Optional[_Mapping[str, int]] = ..., total: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[PeerLink]
+    def __init__(self, live: _Optional[_Mapping[str, int]] = ..., total: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[PeerLink, _Mapping]]] = ...) -> None: ...
+
+class PeerLink(_message.Message):
+    __slots__ = ("worker_id", "transport", "runs_over", "bytes_per_s", "latency_s", "taken")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    RUNS_OVER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    transport: str
+    runs_over: str
+    bytes_per_s: float
+    latency_s: float
+    taken: bool
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., runs_over: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., taken: bool = ...) -> None: ...
 
 class SequenceState(_message.Message):
     __slots__ = ("sequence_id", "prompt_token_ids", "output_token_ids", "sampling", "deadline_unix_ns", "adapter")
@@ -313,18 +345,20 @@ class SignedTicket(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s", "ranks")
+    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s", "ranks", "wire")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
     ticket: SignedTicket
     kv_layout: KVLayout
     endpoints: _containers.RepeatedCompositeFieldContainer[TransportEndpoint]
     lease_s: float
     ranks: _containers.RepeatedCompositeFieldContainer[RankKV]
-    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ...) -> None: ...
+    wire: WireVersions
+    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ...) -> None: ...
 
 class AdmitRequest(_message.Message):
     __slots__ = ("router_id", "sequence")
@@ -402,12 +436,14 @@ class HandoffRequest(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class Begin(_message.Message):
-        __slots__ = ("ticket", "producer_address")
+        __slots__ = ("ticket", "producer_address", "wire")
         TICKET_FIELD_NUMBER: _ClassVar[int]
         PRODUCER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+        WIRE_FIELD_NUMBER: _ClassVar[int]
         ticket: SignedTicket
         producer_address: str
-        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ...) -> None: ...
+        wire: WireVersions
+        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ...) -> None: ...
     class Chunk(_message.Message):
         __slots__ = ("first_token", "num_tokens", "digests")
         FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]

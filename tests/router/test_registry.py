@@ -31,6 +31,19 @@ def test_never_between_models_revisions_adapters_or_dtypes_of_computing() -> Non
         assert not compatible(record(), record(**{field: "other"}))
 
 
+def test_never_between_workers_that_speak_no_version_of_the_wire_in_common() -> None:
+    def speaking(oldest: int, newest: int) -> worker_pb2.WorkerRecord:
+        made = record()
+        made.wire.oldest, made.wire.newest = oldest, newest
+        return made
+
+    assert compatible(speaking(1, 1), record()), "who says nothing speaks version 1"
+    assert compatible(speaking(1, 3), speaking(3, 4))
+    assert not compatible(speaking(1, 2), speaking(3, 4))
+    assert not compatible(speaking(3, 4), speaking(1, 2))
+    assert not compatible(speaking(2, 3), record())
+
+
 def test_never_to_one_that_takes_no_kv_over() -> None:
     """Its ranks are on several hosts."""
     far = record()
