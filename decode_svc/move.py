@@ -90,10 +90,18 @@ class Move:
                 stats = await sender.finish(state)
         except TimeoutError:
             raise TransferFailed(f"{self.ticket.consumer_id} did not take over in {ADMIT_TIMEOUT_S} s") from None
+        await self._all_told()
         if not self._placements.moved(self._request.sequence_id, len(state.output_token_ids)):
             raise self._ended()
         self._admitted = True
         return stats
+
+    async def _all_told(self) -> None:
+        """The tokens that were drawn here are on their way to the router before it hears that there are no more."""
+        event_loop = asyncio.get_running_loop()
+        told = event_loop.create_future()
+        self._core.loop.after_told(lambda: event_loop.call_soon_threadsafe(told.set_result, None))
+        await asyncio.shield(told)
 
     def _computed(self) -> tuple[int, Sequence]:
         """(Its group, the sequence), while the KV of the ticket's tokens is in its blocks."""

@@ -3,7 +3,7 @@
     placed by Reserve or Admit ──▶ tokens to the router's subscription ──▶ last message (finish reason or error)
                                └─▶ give_up: router, lease, writer or digest said no; memory follows when it is quiet
 
-Used in the event loop only; `deliver` and `tick` are called in the engine loop's thread and post over.
+Used in the event loop only; `deliver` and `tick` are called in threads of the engine loop's and post over.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Placements:
         return True
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """In the engine loop's thread."""
+        """In a thread of the engine loop's."""
         self._event_loop.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: Sequence[Event]) -> None:

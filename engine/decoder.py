@@ -7,6 +7,8 @@ holds was cut by the sharding table, and the sums over the cuts are `groups`'.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,14 +50,18 @@ class Decoder:
         self.recorded = record(self)
         self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
-    def forward(self, step: StepTensors, hook: LayerHook | None = None) -> Tensor | None:
+    def forward(
+        self, step: StepTensors, hook: LayerHook | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Tensor | None:
         """In the last stage the final hidden states of the wanted rows, [W, hidden], normed; None in the others, whose
         rows have gone on to the next. The KV of every row is written on the way.
 
-        The hook is called when a write is issued: done on the CPU, on a GPU queued on the current stream.
+        The hook is called when a write is issued: done on the CPU, on a GPU queued on the current stream;
+        `meanwhile()` once, before the layers.
         """
         layers = self.weights.layers
         stream = self._embed(step) if self.shard.is_first_stage else self._received(step)
+        meanwhile()
         if self.recorded is not None and not step.adapters:
             return self._leave(self.recorded.run(stream, step, hook))
         normed = self._norm(stream, layers[0].attention_norm)

@@ -131,14 +131,18 @@ class Engine:
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, hook: LayerHook | None = None) -> StepResult:
+    def execute(
+        self, plan: StepPlan, hook: LayerHook | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> StepResult:
         """Writes the KV of every slice's tokens into its blocks and draws where a slice says so.
 
-        The hook hears which layers have written. Only a rank of the last stage has a result; in the others nothing is
-        drawn. A plan without slices is a rank's share of a step in which its group has no sequence. Raises WorkerLost
-        when the ranks lose each other.
+        The hook hears which layers have written. `meanwhile()` is called once, on this thread, when the layers are
+        about to be computed: what it starts elsewhere runs beside them. Only a rank of the last stage has a result; in
+        the others nothing is drawn. A plan without slices is a rank's share of a step in which its group has no
+        sequence. Raises WorkerLost when the ranks lose each other.
         """
         if not plan.slices:
+            meanwhile()
             self.decoder.follow()
             return StepResult((), ())
         if hook is not None and self._device_hooks is not None:
@@ -147,11 +151,12 @@ class Engine:
         draws = [draws_of(piece) for piece in slices] if self.shard.is_last_stage else []
         pending, flat = self._grammars.start(slices, draws), list(itertools.chain.from_iterable(draws))
         if self._captured is not None and hook is None and self._captured.takes(slices):
-            logits, best = self._captured.run(slices)
+            logits, best = self._captured.run(slices)  # the device has its work
+            meanwhile()
             undrawn = logits[:0]
         else:
             wanted, num_drawn = _wanted_rows(slices)
-            hidden = self.decoder.forward(self._step_tensors(slices, wanted), hook)
+            hidden = self.decoder.forward(self._step_tensors(slices, wanted), hook, meanwhile)
             if hidden is None:
                 return StepResult(((),) * len(slices), ((),) * len(slices))
             logits, best = self.decoder.logits(hidden[:num_drawn]) if flat else hidden, None

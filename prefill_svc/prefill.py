@@ -68,7 +68,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         return StepWatch(core.ranks, ends, reached) if ends else None
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """In the engine loop's thread."""
+        """In a thread of the engine loop's."""
         self._event_loop.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: Sequence[Event]) -> None:

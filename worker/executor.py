@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine.engine import Engine
@@ -21,14 +21,20 @@ from worker.stage_times import StageTimes
 from worker.watch import StepWatch
 
 
+def _nothing() -> None:
+    return
+
+
 class StepExecutor(Protocol):
     """Who carries steps out, as the loop sees it. A step is one plan for each group, without slices where a group has
     nothing to do."""
 
     steps_out: int  # so many steps may be submitted before the first one's result is taken
 
-    def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None = None) -> None:
-        """`watch` hears which layers have written. Raises what the worker is lost for."""
+    def submit(
+        self, plans: Sequence[StepPlan], watch: StepWatch | None = None, meanwhile: Callable[[], None] = _nothing
+    ) -> None:
+        """`watch` hears which layers have written; `meanwhile()`: see Engine. Raises what the worker is lost for."""
         ...
 
     def result(self) -> Sequence[StepResult]:
@@ -49,10 +55,12 @@ class OneRank:
         self._engine, self._meter = engine, meter
         self._results: collections.deque[StepResult] = collections.deque()
 
-    def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None = None) -> None:
+    def submit(
+        self, plans: Sequence[StepPlan], watch: StepWatch | None = None, meanwhile: Callable[[], None] = _nothing
+    ) -> None:
         (plan,) = plans
         started_s = time.monotonic()
-        result = self._engine.execute(plan, None if watch is None else watch.hook(0))
+        result = self._engine.execute(plan, None if watch is None else watch.hook(0), meanwhile)
         self._meter.step(plans, (result,), time.monotonic() - started_s)
         self._results.append(result)
 
@@ -99,7 +107,9 @@ class AllRanks:
         self._stage_of = [shard.stage for shard in shards]
         self._stage_ranks = layout.stage_ranks
 
-    def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None = None) -> None:
+    def submit(
+        self, plans: Sequence[StepPlan], watch: StepWatch | None = None, meanwhile: Callable[[], None] = _nothing
+    ) -> None:
         """Raises what the worker is lost for."""
         started_s = time.monotonic()
         guessed = [self._with_guesses(plan) for plan in plans]
@@ -114,7 +124,7 @@ class AllRanks:
         self._stages.submitted()
         executing_s = time.monotonic()
         try:
-            result = self._engine.execute(guessed[0], None if watch is None else watch.hook(0))
+            result = self._engine.execute(guessed[0], None if watch is None else watch.hook(0), meanwhile)
         except WorkerLost as error:
             raise self._ranks.cause(error) from None
         self._busy(0, time.monotonic() - executing_s)

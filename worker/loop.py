@@ -1,7 +1,11 @@
-"""The engine loop: plan, submit, take the result, commit, deliver; one thread, which owns the device.
+"""The engine loop: plan, submit, take the result, commit; one thread, which owns the device.
 
     one stage       plan 0, result 0, commit 0, plan 1, ...
     two stages      plan 0, plan 1, result 0, commit 0, plan 2, result 1, ...      `executor.steps_out` are out at once
+
+What came of a step is delivered while the next one is computed, by a thread of its own: between two steps Python's lock
+would go to whoever makes messages of it, and come back when these are made. Where no step follows it is delivered at
+once; no step is planned before all but the last one's is delivered.
 
 Everything that decides (scheduler, reservations) is guarded by `lock`. The loop holds it to plan and to commit, never
 while a step is computed, so that a request is admitted or a reservation taken in microseconds while a step runs.
@@ -14,6 +18,8 @@ serving.
 from __future__ import annotations
 
 import collections
+import functools
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,9 +39,9 @@ LONGEST_WAIT_S = 1.0  # whoever forgets to wake the loop costs a request this mu
 
 
 class EngineLoop:
-    """`deliver(events)`, `tick(now_s)` and `begin(plans)` are called in the loop's thread, the last two under the lock.
-    `tick`, before each plan, says when it is due next, None for not before something wakes the loop; `begin`, after it,
-    who hears which layers have written while it is carried out."""
+    """`tick(now_s)` and `begin(plans)` are called in the loop's thread under the lock. `tick`, before each plan, says
+    when it is due next, None for not before something wakes the loop; `begin`, after it, who hears which layers have
+    written while it is carried out. `deliver(events)` is called in another thread, in the order of the steps."""
 
     def __init__(
         self,
@@ -52,20 +58,37 @@ class EngineLoop:
         self._executor = executor
         self._out: collections.deque[tuple[StepPlan, ...]] = collections.deque()
         self._deliver = deliver
+        self._untold: list[Event] = []  # told while the next step is computed
         self._on_failure = on_failure
         self._tick = tick
         self._begin = begin
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: nothing follows
+        self._told = threading.Event()  # what was put there last has been delivered
+        self._told.set()
+        self._all_told = False
+        self._undelivered: Exception | None = None
         self._work = threading.Condition(self.lock)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._teller = threading.Thread(target=self._deliver_all, name="engine-events", daemon=True)
 
     def start(self) -> None:
+        self._teller.start()
         self._thread.start()
 
     def wake(self) -> None:
         """There is something new to plan."""
         with self._work:
             self._work.notify()
+
+    def after_told(self, call: Callable[[], object]) -> None:
+        """`call()` in the thread of `deliver`, behind everything that was committed up to now."""
+        with self.lock:
+            self._tell()
+            if not self._all_told:
+                self._calls.put(call)
+                return
+        call()
 
     def stop(self) -> None:
         """Ends after the step that runs now."""
@@ -83,22 +106,31 @@ class EngineLoop:
             self.failure = failure
             if not isinstance(failure, WorkerLost):
                 logger.exception("the engine loop failed")
-            self._on_failure(failure)
+        with self.lock:
+            self._tell()
+            self._calls.put(None)
+            self._all_told = True
+        self._teller.join()  # tokens that were drawn reach their clients before anything of a failure does
+        if self.failure is not None:
+            self._on_failure(self.failure)
 
     def _step(self) -> None:
+        self._told.wait()
+        if self._undelivered is not None:
+            raise self._undelivered
         with self._work:
             now_s = time.monotonic()
             due_s = self._tick(now_s)
-            events = self.scheduler.expire(now_s)
+            self._untold += self.scheduler.expire(now_s)
             plans = self.scheduler.plan(now_s) if len(self._out) < self._executor.steps_out else None
             watch = None if plans is None else self._begin(plans)
-            if plans is None and not self._out and not events and not self._stopping:
+            if plans is None and not self._out and not self._untold and not self._stopping:
                 due = [at_s for at_s in (due_s, self.scheduler.next_deadline_s()) if at_s is not None]
                 self._work.wait(max(0.0, min([now_s + LONGEST_WAIT_S, *due]) - now_s))
-        if events:
-            self._deliver(events)
-        if plans is not None:
-            self._executor.submit(plans, watch)
+        if plans is None:
+            self._tell()
+        else:
+            self._executor.submit(plans, watch, self._tell)
             self._out.append(plans)
             if len(self._out) < self._executor.steps_out:
                 return
@@ -106,5 +138,24 @@ class EngineLoop:
             return
         results = self._executor.result()
         with self.lock:
-            events = self.scheduler.commit(self._out.popleft(), results, time.monotonic())
-        self._deliver(events)
+            self._untold += self.scheduler.commit(self._out.popleft(), results, time.monotonic())
+
+    def _tell(self) -> None:
+        with self.lock:
+            events, self._untold = self._untold, []
+            if events:
+                told = self._told = threading.Event()
+                self._calls.put(functools.partial(self._deliver_to_end, events, told))
+
+    def _deliver_to_end(self, events: Sequence[Event], told: threading.Event) -> None:
+        try:
+            self._deliver(events)
+        finally:
+            told.set()
+
+    def _deliver_all(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except Exception as error:
+                self._undelivered = error

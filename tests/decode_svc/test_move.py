@@ -128,9 +128,9 @@ def slow_down(core: Core) -> None:
     """Steps of a real model take their time; the sequence must outlive its move."""
     submit = core.executor.submit
 
-    def slow(plans: Any, watch: Any) -> None:
+    def slow(plans: Any, *given: Any) -> None:
         time.sleep(STEP_S)
-        submit(plans, watch)
+        submit(plans, *given)
 
     core.executor.submit = slow  # type: ignore[method-assign]
 

@@ -95,7 +95,8 @@ def _put_gates_in(folder: Path, name: str) -> None:
         await opening.wait_in_event_loop()
         await open_now(sender, *arguments)
 
-    def gated_submit(executor: Any, plans: Any, watch: Any) -> None:
+    def gated_submit(executor: Any, plans: Any, watch: Any, meanwhile: Any) -> None:
+        meanwhile()  # the steps before are told
         step.wait()
         submit_now(executor, plans, watch)
 

@@ -99,7 +99,8 @@ class MemoryCore(Core):
     cut: Cut
     steps_out = 1
 
-    def submit(self, plans: Sequence[StepPlan]) -> None:
+    def submit(self, plans: Sequence[StepPlan], watch: Any, meanwhile: Callable[[], None]) -> None:
+        meanwhile()
         drawn = [tuple(self._slice(piece, group) for piece in plan.slices) for group, plan in enumerate(plans)]
         self.results = [StepResult(each, ((),) * len(each)) for each in drawn]
 
