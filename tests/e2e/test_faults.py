@@ -160,10 +160,8 @@ async def test_fault(
 ) -> None:
     running, held, case = at_rest.processes, PHASES[phase], f"{phase} {fault}"
     stop_s = 10.0 if request.config.getoption("--whole-grid") else 2.5
-    for name in running.of(held.pool):
-        running.gates.hold(name, held.point, held.after)
-    routers = ",".join(running.addresses[name] for name in running.of("router"))
-    async with legato.AsyncClient(routers, timeout_s=60, retries=legato.Retries(attempts=20)) as client:
+    _hold(running, phase)
+    async with legato.AsyncClient(_routers(running), timeout_s=60) as client:
         asked = [asyncio.create_task(_answer(client, prompt_of(case), options)) for options in OPTIONS]
         first = (await running.gates.held(running.of(held.pool), held.point))[0]
         survivors = dict(running.pids)
@@ -179,6 +177,51 @@ async def test_fault(
         assert [facts(answer) for answer in again] == undisturbed[case], "what the fault left in caches is wrong"
     assert {name: running.pids[name] for name in survivors} == survivors, "a survivor was started again"
     assert all(running.lives(name) for name in survivors), "a survivor died"
+
+
+async def test_one_fault_after_the_other(at_rest: Setup, model: Path) -> None:
+    """All of one request: its prefill worker, its decode worker and its router, each killed where it is needed."""
+    running, prompt = at_rest.processes, prompt_of("one after the other")
+    chain = [("moving", "prefill killed"), ("handed over", "decode killed"), ("decoding", "router killed")]
+    _hold(running, chain[0][0])
+    async with legato.AsyncClient(_routers(running), timeout_s=60) as client:
+        asked = asyncio.create_task(_answer(client, prompt, OPTIONS[0]))
+        for (phase, fault), following in zip(chain, [*chain[1:], None], strict=True):
+            held = await running.gates.held(running.of(PHASES[phase].pool), PHASES[phase].point)
+            victim = await _victim(running, fault, held[0], PHASES[phase])
+            running.kill(victim)
+            if following is None or PHASES[following[0]].point != PHASES[phase].point:
+                running.gates.open(PHASES[phase].point)
+            if following is not None:
+                _hold(running, following[0])
+            running.start(victim)
+        answer = await asked
+        await running.ready()
+        await running.assert_as_at_start()
+    rows = reference_logprobs(model, [*prompt, *answer.choices[0].token_ids])[len(prompt) - 1 : -1]
+    assert answer.choices[0].token_ids == tuple(rows.argmax(axis=1))
+    assert answer.route.sends == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+async def test_with_nobody_left_a_request_ends_typed_within_its_deadline(at_rest: Setup, how: signal.Signals) -> None:
+    running, workers = at_rest.processes, at_rest.processes.of("decode")
+    _hold(running, "decoding")
+    async with legato.AsyncClient(_routers(running)) as client:
+        asking = _answer(client, prompt_of(f"nobody left {how}"), OPTIONS[0], timeout_s=2.0)
+        asked = asyncio.create_task(asking)
+        await running.gates.held(workers, "step")
+        for name in workers:
+            running.send(name, how)
+        running.gates.open_all()
+        with pytest.raises(legato.errors.DeadlineExceeded) as caught:
+            async with asyncio.timeout(15):
+                await asked
+        assert caught.value.answer.choices[0].token_ids, "what had come is told"
+        for name in workers:
+            running.start(name) if how is signal.SIGKILL else running.send(name, signal.SIGCONT)
+        await running.ready()
+        await running.assert_as_at_start()
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate", "foreign"])
@@ -198,6 +241,16 @@ async def test_what_lands_wrong_is_refused_and_computed_again(at_rest: Setup, mo
     rows = reference_logprobs(model, [*prompt, *answer.choices[0].token_ids])[len(prompt) - 1 : -1]
     assert answer.choices[0].token_ids == tuple(rows.argmax(axis=1))
     assert again.choices[0].token_ids == answer.choices[0].token_ids, "what is left of it in caches is wrong"
+
+
+def _hold(running: Processes, phase: str) -> None:
+    held = PHASES[phase]
+    for name in running.of(held.pool):
+        running.gates.hold(name, held.point, held.after)
+
+
+def _routers(running: Processes) -> str:
+    return ",".join(running.addresses[name] for name in running.of("router"))
 
 
 async def _victim(running: Processes, fault: str, held: str, phase: Phase) -> str:
@@ -252,10 +305,10 @@ async def _strike(
             at_rest.redis.start()
 
 
-async def _answer(client: legato.AsyncClient, prompt: list[int], options: dict[str, Any]) -> Any:
+async def _answer(client: legato.AsyncClient, prompt: list[int], options: dict[str, Any], **more: Any) -> Any:
     """What it comes to; each token is seen once and in its place."""
     token_ids: list[int] = []
-    stream = client.stream(prompt, max_tokens=TOKENS, ignore_eos=True, **options)
+    stream = client.stream(prompt, max_tokens=TOKENS, ignore_eos=True, **options, **more)
     async for piece in stream:
         assert piece.index == len(token_ids)
         token_ids += piece.token_ids

@@ -31,9 +31,15 @@ class Gates:
 
     def hold(self, name: str, point: str, after: int = 0) -> None:
         gate = self.folder / f"{name}.{point}"
+        (self.folder / f"{name}.{point}.held").unlink(missing_ok=True)
         written = gate.with_suffix(".new")
         written.write_text(f"{after} {secrets.token_hex(4)}")
         written.rename(gate)
+
+    def open(self, point: str) -> None:
+        """Whoever is held there goes on."""
+        for gate in self.folder.glob(f"*.{point}*"):
+            gate.unlink(missing_ok=True)
 
     def inject(self, name: str, kind: str) -> None:
         (self.folder / f"{name}.inject.{kind}").touch()
@@ -70,27 +76,33 @@ class Gate:
         self._word = ""
         self._left = 0
 
-    def _is_shut(self) -> bool:
+    def _read(self) -> tuple[int, str]:
         try:
             after, word = self._file.read_text().split()
         except FileNotFoundError:
-            return False
+            return 0, ""
+        return int(after), word
+
+    def _is_shut(self) -> bool:
+        after, word = self._read()
         if word != self._word:
-            self._word, self._left = word, int(after)
+            self._word, self._left = word, after
         if self._left:
             self._left -= 1
             return False
-        return True
+        if word:
+            self._held.touch()
+        return bool(word)
+
+    def _opens(self) -> bool:
+        return self._read()[1] != self._word
 
     def wait(self) -> None:
         if self._is_shut():
-            self._held.touch()
-            while self._file.exists():
+            while not self._opens():
                 time.sleep(LOOK_S)
 
     async def wait_in_event_loop(self) -> None:
         if self._is_shut():
-            self._held.touch()
-            with contextlib.suppress(FileNotFoundError):
-                while self._file.exists():
-                    await asyncio.sleep(LOOK_S)
+            while not self._opens():
+                await asyncio.sleep(LOOK_S)
