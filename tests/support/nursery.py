@@ -130,6 +130,7 @@ def _post_in_halves(
 ) -> Transfer:
     whole = Transfer()
     whole.set_running_or_notify_cancel()
+    pieces = list(pieces)
     middle = len(pieces) // 2
 
     def move() -> None:
