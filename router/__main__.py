@@ -65,12 +65,12 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         await check_redis(config.redis_url)
         stack.push_async_callback(registry.close)
         watcher = await stack.enter_async_context(Watcher(config.redis_url, config.cluster))
-        await stack.enter_async_context(host)
         cluster = ClusterService(registry, line, inference, lambda: watcher.reachable)
         control = ControlService(registry, line, inference)
         host.add(inference_pb2_grpc.add_InferenceServicer_to_server, inference, INFERENCE)
         host.add(inference_pb2_grpc.add_ClusterServicer_to_server, cluster, CLUSTER)
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, CONTROL, internal=True)
+        await stack.enter_async_context(host)  # a client that waits for this address calls at once
         host.set_serving(CLUSTER, True)
         host.set_serving(CONTROL, True)
         registry.spawn(registry.follow(watcher.snapshots()), name="follow the registry")

