@@ -165,13 +165,14 @@ def processes(
     decode: int = 2,
     handoff: Mapping[str, Any] | None = None,
     networks: Networks | None = None,
+    drain_s: float = 0.5,
 ) -> Iterator[Processes]:
     """Workers are in `networks`, where these are given, each in that of its name; routers stay outside."""
     shared: dict[str, Any] = {
         "redis_url": redis_url,
         "cluster_key": KEY,
         "cluster": "test",
-        "drain_s": 0.5,
+        "drain_s": drain_s,
     }
     outside = "127.0.0.1" if networks is None else networks.gateway
     running = Processes(folder)
