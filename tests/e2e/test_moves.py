@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 from cluster import KEY, Cluster, cluster
+from forced import assert_same_distribution, rows_of
+from rank_workers import Cut, answer, builder, toy_layout
 from tiny_adapters import LLAMA_MODULES, write_adapter
-from tiny_llama import SHAPES, load_reference, make_llama
+from tiny_llama import SHAPES, load_reference, make_llama, reference_of
 
+import worker.serving
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.channel import channel
 
@@ -116,4 +119,64 @@ async def test_streams_of_every_kind_outlive_the_drain_of_their_worker(
         assert {route.decode_worker_id for route in routes if route.moves} == {"decode-1"}
         assert drained_s < 5
         assert running.workers["decode-0"].core.meter.moved_sequences == sum(route.moves for route in routes)
+        await running.assert_as_at_start()
+
+
+async def test_the_distributions_behind_a_move_are_those_of_one_process(
+    world: tuple[Path, dict[str, str]], redis_url: str
+) -> None:
+    """Promise P1: teacher-forced, against transformers."""
+    model, vocab_size = world[0], SHAPES[0].vocab_size
+    forced = [3 + 11 * index % 400 for index in range(60)]
+    async with slow_cluster(model, redis_url, decode=2) as running:
+        asked = asyncio.create_task(
+            running.client.generate(
+                PROMPT,
+                forced_token_ids=forced,
+                max_tokens=len(forced),
+                ignore_eos=True,
+                temperature=0.0,
+                logprobs=vocab_size,
+                timeout_s=60.0,
+            )
+        )
+        await until_running(running, "decode-0", 1)
+        await drain(running, "decode-0")
+        found = await asked
+        assert found.route.moves == 1
+        await running.assert_as_at_start()
+    expected = reference_of(load_reference(model), PROMPT + forced)[len(PROMPT) - 1 : -1]
+    assert_same_distribution(rows_of(found.logprobs, vocab_size), expected)
+
+
+HALVES = (range(2), range(2, 4))
+WHOLE = toy_layout()
+SMALLER = toy_layout(block_tokens=3)
+LAYOUTS = {
+    "tp2 to pp2": (Cut(WHOLE, tp=2), Cut(WHOLE, layers=HALVES)),
+    "pp2 to tp4 of 2 KV heads, smaller blocks": (Cut(WHOLE, layers=HALVES), Cut(SMALLER, tp=4)),
+    "dp groups": (Cut(SMALLER, tp=2, dp=2, group=1), Cut(WHOLE, layers=HALVES, dp=3, group=2)),
+}
+
+
+@pytest.mark.parametrize("pair", list(LAYOUTS))
+async def test_between_unlike_layouts(
+    world: tuple[Path, dict[str, str]], redis_url: str, monkeypatch: pytest.MonkeyPatch, pair: str
+) -> None:
+    """Each token depends on every byte of the KV before it, on all ranks."""
+    first, second = LAYOUTS[pair]
+    build = builder({"decode-0": first, "decode-1": second}, world[0])
+    monkeypatch.setattr(worker.serving, "build_core", build)
+    prompts = [[*PROMPT, 5], PROMPT[:17]]
+    async with slow_cluster(world[0], redis_url, prefill=0, decode=2) as running:
+        reads = [
+            asyncio.create_task(running.client.generate(each, max_tokens=90, ignore_eos=True, temperature=0.0))
+            for each in prompts
+        ]
+        await until_running(running, "decode-0", 1)
+        await drain(running, "decode-0")
+        answers = await asyncio.gather(*reads)
+        assert [each.token_ids for each in answers] == [answer(each, 90, WHOLE) for each in prompts]
+        assert sum(each.route.moves for each in answers) >= 1
+        assert {each.route.attempts for each in answers} == {1}
         await running.assert_as_at_start()

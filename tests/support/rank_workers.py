@@ -155,10 +155,12 @@ def _slice(indices: range) -> slice:
 
 
 def builder(cuts: dict[str, Cut], model: Path, chunk_tokens: int = 32) -> Callable[..., Core]:
-    """In place of worker.serving.build_core: workers of each role are laid out by `cuts`; `model` has the tokenizer."""
+    """In place of worker.serving.build_core: workers of each role, or of an id, are laid out by `cuts`; `model` has the
+    tokenizer."""
 
     def build(config: WorkerConfig, telemetry: Telemetry, report: Callable[[str, float], None], place: None) -> Core:
-        return _core(config, telemetry, cuts[config.role], model, chunk_tokens)
+        cut = cuts.get(config.worker_id or "") or cuts[config.role]
+        return _core(config, telemetry, cut, model, chunk_tokens)
 
     return build
 
