@@ -1,37 +1,32 @@
 """legato.v1.Decode: reserve, take over, write the answer.
 
 A sequence is placed here by Reserve (its KV comes from a prefill worker, or from the decode worker that it leaves; see
-handoff.py) or by Admit (prefilled in the inflight batch). From then on its router reads its tokens on the Subscribe
-stream, until the message that carries a finish reason or an error, or says that it moved on (move.py). A router whose
-stream ends has left: its sequences are given up.
+worker/receiver.py) or by Admit (prefilled in the inflight batch). From then on its router reads its tokens on the
+Subscribe stream, until the message that carries a finish reason or an error, or says that it moved on (move.py). A
+router whose stream ends has left: its sequences are given up.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import grpc
 
-from decode_svc.handoff import Handoffs
 from decode_svc.move import Moves
 from decode_svc.placements import Placed, Placements
-from kvtransfer import ticket as tickets
-from kvtransfer.routes import layout_id, ranks_to_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
-from scheduler.handoff import Reservation
-from service.messages import with_adapter
 from spec.errors import Draining, InvalidParameter, LegatoError, RequestCancelled, TicketRefused
 from worker.clock import monotonic_s
+from worker.reserving import reservation_to_proto
 from worker.sequences import identity_of, sequence_from_proto
 
 
 class DecodeService(worker_pb2_grpc.DecodeServicer):
-    def __init__(self, placements: Placements, handoffs: Handoffs, moves: Moves) -> None:
+    def __init__(self, placements: Placements, moves: Moves) -> None:
         self.draining = False
         self._core = placements.core
         self._placements = placements
-        self._handoffs = handoffs
         self._moves = moves
 
     async def Reserve(
@@ -65,37 +60,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         if params.constraint is not None:
             core.compile(params.constraint)  # while the prompt is computed elsewhere
         core.loop.wake()  # its lease is due one day
-        return worker_pb2.Reservation(
-            ticket=self._ticket(request, reservation, tokens),
-            kv_layout=core.record.kv_layout,
-            endpoints=core.record.endpoints,
-            lease_s=core.config.handoff.lease_s,
-            ranks=ranks_to_proto(core.ranks_of(reservation.group)),
-            wire=core.record.wire,
-        )
-
-    def _ticket(
-        self, request: worker_pb2.ReserveRequest, reservation: Reservation, tokens: Sequence[int]
-    ) -> worker_pb2.SignedTicket:
-        core = self._core
-        identity = with_adapter(core.record.identity, reservation.adapter)
-        ticket = worker_pb2.Ticket(
-            reservation_id=reservation.reservation_id,
-            sequence_id=reservation.sequence_id,
-            prefix_digest=tickets.prefix_digest(identity, tokens),
-            num_tokens=reservation.num_tokens,
-            identity=identity,
-            kv_layout_id=layout_id(core.ranks_of(reservation.group)),
-            producer_id=request.producer_id,
-            producer_epoch=request.producer_epoch,
-            consumer_id=core.record.worker_id,
-            consumer_epoch=core.record.epoch,
-            block_ids=reservation.block_ids,
-            block_generations=reservation.generations,
-            first_token=reservation.held_tokens,
-            expires_unix_ns=request.sequence.deadline_unix_ns,
-        )
-        return tickets.issue(core.cluster_key, ticket)
+        return reservation_to_proto(core, reservation, tokens, state.deadline_unix_ns)
 
     async def Admit(
         self, request: worker_pb2.AdmitRequest, context: grpc.aio.ServicerContext
@@ -129,12 +94,6 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     ) -> worker_pb2.AbortResponse:
         self._placements.give_up(request.sequence_id, RequestCancelled("the router gave the request up"))
         return worker_pb2.AbortResponse()
-
-    async def Handoff(
-        self, request_iterator: AsyncIterator[worker_pb2.HandoffRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.HandoffReply]:
-        async for reply in self._handoffs.stream(request_iterator):
-            yield reply
 
     async def Move(self, request: worker_pb2.MoveRequest, context: grpc.aio.ServicerContext) -> worker_pb2.MoveResponse:
         return worker_pb2.MoveResponse(transfer=await self._moves.move(request))

@@ -13,7 +13,6 @@ and the router, which hears only one of them, stops the other.
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from scheduler.sequence import Sequence
 from service.tracing import Spans
 from spec.errors import LegatoError, RequestCancelled, TransferFailed
 from telemetry import names
-from worker.outgoing import ACCEPT_TIMEOUT_S, sender_for, verified_ticket
+from worker.outgoing import ACCEPT_TIMEOUT_S, advance_in_pieces, sender_for, verified_ticket
 from worker.peers import Peers
 from worker.sender import Sender
 from worker.sequences import identity_of, sequence_to_proto
@@ -113,18 +112,11 @@ class Move:
 
     def _send(self, sender: Sender) -> None:
         """The blocks are held from here on, for the sequence may lose them, or end, at any step."""
-        core, first, end = self._core, self.ticket.first_token, self.ticket.num_tokens
+        core, size = self._core, self._core.record.kv_layout.block_tokens
         with core.loop.lock:
             group, sequence = self._computed()
-            size = core.record.kv_layout.block_tokens
-            table = tuple(sequence.block_table[: -(-end // size)])
-            piece = max(core.record.max_step_tokens // size, 1) * size
-            while first < end:
-                up_to = min(first - first % size + piece, end)
-                blocks = table[first // size : -(-up_to // size)]
-                core.hold(group, blocks)
-                sender.advance(up_to, group, table, functools.partial(core.unhold, group, blocks))
-                first = up_to
+            table = tuple(sequence.block_table[: -(-self.ticket.num_tokens // size)])
+            advance_in_pieces(core, sender, group, table, self.ticket)
 
     def _take_out(self) -> None:
         self._taking_out = True

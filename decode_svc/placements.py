@@ -16,16 +16,19 @@ from collections.abc import Callable, Sequence
 from opentelemetry.context import Context, get_current
 
 from decode_svc.subscriptions import Subscription, Subscriptions
+from kvtransfer import ticket as tickets
 from legato.v1 import worker_pb2
 from scheduler.events import Event, Failed, Preempted, Tokens
 from scheduler.handoff import Reservation
 from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
 from service.status import reason_to_proto
 from service.tracing import Spans
-from spec.errors import LegatoError, RequestCancelled, TransferFailed
+from spec.errors import LegatoError, RequestCancelled, TicketRefused, TransferFailed
 from telemetry import names
 from worker.clock import unix_ns
 from worker.core import Core
+from worker.receiver import Claim
+from worker.sequences import sequence_from_proto
 
 MAX_OUTPUT_BYTES = 1 << 20  # of a step's message, before the next one is begun; gRPC takes no message of any size
 HEARTBEAT_S = 0.5  # routers learn of freed blocks and of our life at least this often
@@ -79,6 +82,42 @@ class Placements:
             placed.watch(reason)
         self.core.loop.wake()
 
+    # ---- as worker/receiver.py's Claims ----
+
+    def claim(self, sequence_id: str) -> Placed | None:
+        return self.placed.get(sequence_id)
+
+    async def admit(
+        self, ticket: worker_pb2.Ticket, final: worker_pb2.HandoffRequest.Final, claimed: Callable[[], Claim]
+    ) -> None:
+        """The sequence joins the batch."""
+        core, state = self.core, final.sequence
+        tokens = (*state.prompt_token_ids, *state.output_token_ids)
+        if (
+            state.sequence_id != ticket.sequence_id
+            or state.adapter != ticket.identity.adapter
+            or len(tokens) <= ticket.num_tokens
+            or tickets.prefix_digest(ticket.identity, tokens[: ticket.num_tokens]) != ticket.prefix_digest
+        ):
+            raise TicketRefused(
+                "the sequence state is not of the tokens, or the adapter, that the ticket was issued for"
+            )
+        sequence = sequence_from_proto(state, core.record)
+        await core.prepare(sequence.params)
+        claimed()  # it may have been given up meanwhile
+        placed = self.placed[ticket.sequence_id]
+        with core.loop.lock:
+            now_s = time.monotonic()
+            assert placed.reservation is not None
+            group = placed.reservation.group
+            block_table = core.reservations.complete(ticket.reservation_id, now_s)
+            core.scheduler.adopt(sequence, block_table, ticket.num_tokens, now_s, group=group)
+        placed.handed_over_ns = unix_ns(now_s)
+        placed.reservation = None
+        placed.cancel_writer = None
+
+    # ---- moves to another decode worker ----
+
     def may_move(self, sequence_id: str) -> bool:
         placed = self.placed.get(sequence_id)
         return placed is not None and placed.reservation is None and placed.watch is None
@@ -104,6 +143,8 @@ class Placements:
             self.core.scheduler.release(sequence_id)
         self.core.loop.wake()  # somebody may wait for these blocks
         return True
+
+    # ---- tokens ----
 
     def deliver(self, events: Sequence[Event]) -> None:
         """In a thread of the engine loop's."""

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 
 from decode_svc.decode import DecodeService
-from decode_svc.handoff import Handoffs
 from decode_svc.move import Moves
 from decode_svc.placements import Placements
 from legato.v1 import worker_pb2_grpc
@@ -18,6 +17,8 @@ from service.registry import connect, registered_epoch
 from service.tracing import Spans
 from worker.core import Core
 from worker.peers import Peers
+from worker.prefix_sends import PrefixSends
+from worker.receiver import Handoffs
 
 
 class DecodePool:
@@ -28,9 +29,10 @@ class DecodePool:
         self._redis = connect(core.config.redis_url)
         self._config = core.config
         self._peers = Peers(core.transports, self._open_channel)
-        self._handoffs = Handoffs(self._placements, self._open_channel, self._find_epoch)
+        self.handoffs = Handoffs(self._placements, self._open_channel, self._find_epoch)
+        self.prefix_sends = PrefixSends(core, self._peers)
         self._moves = Moves(self._placements, self._peers, spans)
-        self._service = DecodeService(self._placements, self._handoffs, self._moves)
+        self._service = DecodeService(self._placements, self._moves)
         self._heartbeat = asyncio.create_task(self._placements.heartbeat())
 
     def add_to(self, host: Host) -> None:
@@ -49,9 +51,10 @@ class DecodePool:
         return {
             "decode.placed": len(self._placements.placed),
             "decode.attached": self._placements.subscriptions.attached,
-            "decode.handoffs": self._handoffs.open_streams,
-            "decode.quarantined": self._handoffs.quarantined,
+            "decode.handoffs": self.handoffs.open_streams,
+            "decode.quarantined": self.handoffs.quarantined,
             "decode.moves": self._moves.under_way,
+            "decode.prefix_sends": self.prefix_sends.under_way,
         }
 
     def drain(self) -> None:
@@ -59,6 +62,7 @@ class DecodePool:
 
     async def confirm_quiet(self, reservation_id: str) -> None:
         await self._moves.confirm_quiet(reservation_id)
+        await self.prefix_sends.confirm_quiet(reservation_id)
 
     def _open_channel(self, address: str) -> Channel:
         return channel(address, self._config.cluster_key)
@@ -70,7 +74,8 @@ class DecodePool:
         self._heartbeat.cancel()
         for subscription in self._placements.subscriptions.all:
             subscription.end()
-        await self._handoffs.close()
+        await self.handoffs.close()
         await self._moves.close()
+        await self.prefix_sends.close()
         await self._peers.close()
         await self._redis.aclose()

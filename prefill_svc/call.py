@@ -1,6 +1,7 @@
 """The course of one Prefill call.
 
 run ── check the ticket, open the hand-over (sender.open)
+    ── bring back or fetch what others hold of the prefix
     ── add to the scheduler ──▶ steps are planned, executed, committed: chunks leave (sender.begin, reached, computed)
     │                          Tokens: the first token is answered at once
     │                          Failed, or the hand-over failed: the call ends typed
@@ -14,6 +15,7 @@ import asyncio
 import time
 
 from legato.v1 import worker_pb2
+from prefill_svc.fetch import Fetches
 from scheduler.events import Event, Failed, Tokens
 from service.messages import finish_to_proto, logprobs_to_proto, token_to_proto
 from service.tracing import Spans
@@ -30,7 +32,9 @@ from worker.sequences import identity_of, sequence_from_proto
 class PrefillCall:
     """`events` come from the engine loop, `answers` go to the router; None ends them."""
 
-    def __init__(self, request: worker_pb2.PrefillRequest, core: Core, peers: Peers, spans: Spans) -> None:
+    def __init__(
+        self, request: worker_pb2.PrefillRequest, core: Core, peers: Peers, fetches: Fetches, spans: Spans
+    ) -> None:
         self.sequence_id: str = request.sequence.sequence_id
         self.reservation_id = ""
         self.events: asyncio.Queue[Event | LegatoError] = asyncio.Queue()
@@ -39,7 +43,9 @@ class PrefillCall:
         self._request = request
         self._core = core
         self._peers = peers
+        self._fetches = fetches
         self._spans = spans
+        self._ticket: worker_pb2.Ticket | None = None
         self.sender: Sender | None = None  # set before the sequence is the scheduler's
         self._drawn = False  # the sequence is held for the hand-over, or has ended
         self._ended_here = False  # with its first token: nothing is handed over
@@ -63,7 +69,7 @@ class PrefillCall:
         """Only for exactly this sequence, this model and this process: raises TicketRefused otherwise."""
         core, reservation, state = self._core, self._request.reservation, self._request.sequence
         identity = identity_of(state, core.record)
-        ticket = verified_ticket(core, reservation)
+        ticket = self._ticket = verified_ticket(core, reservation)
         self.reservation_id = ticket.reservation_id
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
         self.sender = await sender_for(
@@ -77,6 +83,9 @@ class PrefillCall:
         await self._core.prepare(sequence.params)
         if not sequence.wants_prompt_logprobs:
             await self._core.warm(sequence.tokens(0, sequence.known_tokens), sequence.adapter)
+            if self._ticket is not None:
+                layout, address = self._request.reservation.kv_layout, self._request.decode_address
+                await self._fetches.fetch(sequence, self._ticket, layout, address)
         with self._core.loop.lock:
             self._core.scheduler.add(sequence, time.monotonic())
         self._core.loop.wake()
@@ -110,6 +119,8 @@ class PrefillCall:
         state.output_token_ids.append(first.token.token_id)
         stats = await sender.finish(state)
         self._core.meter.handed_over(stats)
+        if self._ticket is not None:
+            self._fetches.note(self._ticket.consumer_id, stats)
         now_ns = time.time_ns()
         began_ns = sender.first_write_ns or first.drawn_ns
         transfer = self._spans.record(names.SPAN_TRANSFER, began_ns, now_ns, {names.TRANSFER_BYTES: stats.bytes})

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from legato.v1 import worker_pb2_grpc
+from prefill_svc.fetch import Fetches
 from prefill_svc.prefill import PrefillService
 from scheduler.events import Event
 from scheduler.plan import StepPlan
-from service.channel import channel
+from service.channel import Channel, channel
 from service.host import Host
+from service.registry import connect, registered_epoch
 from service.tracing import Spans
 from worker.core import Core
 from worker.peers import Peers
+from worker.prefix_sends import PrefixSends
+from worker.receiver import Handoffs
 from worker.watch import StepWatch
 
 
@@ -20,8 +24,13 @@ class PrefillPool:
     service_name = "legato.v1.Prefill"
 
     def __init__(self, core: Core, spans: Spans) -> None:
-        self._peers = Peers(core.transports, lambda address: channel(address, core.config.cluster_key))
-        self._service = PrefillService(core, self._peers, spans)
+        self._redis = connect(core.config.redis_url)
+        self._config = core.config
+        self._peers = Peers(core.transports, self._open_channel)
+        self._fetches = Fetches(core, self._peers)
+        self.handoffs = Handoffs(self._fetches, self._open_channel, self._find_epoch)
+        self.prefix_sends = PrefixSends(core, self._peers)
+        self._service = PrefillService(core, self._peers, self._fetches, spans)
 
     def add_to(self, host: Host) -> None:
         host.add(worker_pb2_grpc.add_PrefillServicer_to_server, self._service, self.service_name, internal=True)
@@ -32,17 +41,32 @@ class PrefillPool:
     def begin(self, plans: Sequence[StepPlan]) -> StepWatch | None:
         return self._service.begin(plans)
 
-    def tick(self, now_s: float) -> None:
-        """Nothing here is leased."""
+    def tick(self, now_s: float) -> float | None:
+        return self._fetches.tick(now_s)
 
     def live(self) -> dict[str, int]:
-        return self._service.live()
+        return self._service.live() | {
+            "prefill.fetches": self._fetches.under_way,
+            "prefill.handoffs": self.handoffs.open_streams,
+            "prefill.quarantined": self.handoffs.quarantined,
+            "prefill.prefix_sends": self.prefix_sends.under_way,
+        }
 
     def drain(self) -> None:
         self._service.draining = True
 
     async def confirm_quiet(self, reservation_id: str) -> None:
         await self._service.confirm_quiet(reservation_id)
+        await self.prefix_sends.confirm_quiet(reservation_id)
+
+    def _open_channel(self, address: str) -> Channel:
+        return channel(address, self._config.cluster_key)
+
+    async def _find_epoch(self, worker_id: str) -> int | None:
+        return await registered_epoch(self._redis, self._config.cluster, worker_id)
 
     async def close(self) -> None:
+        await self.handoffs.close()
+        await self.prefix_sends.close()
         await self._peers.close()
+        await self._redis.aclose()

@@ -16,6 +16,7 @@ import grpc
 from kvtransfer.layer_groups import layer_group_ends
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.call import PrefillCall
+from prefill_svc.fetch import Fetches
 from scheduler.events import Computed, Event, Preempted
 from scheduler.plan import StepPlan
 from service.messages import layout_from_proto
@@ -27,10 +28,11 @@ from worker.watch import StepWatch
 
 
 class PrefillService(worker_pb2_grpc.PrefillServicer):
-    def __init__(self, core: Core, peers: Peers, spans: Spans) -> None:
+    def __init__(self, core: Core, peers: Peers, fetches: Fetches, spans: Spans) -> None:
         self.draining = False
         self._core = core
         self._peers = peers
+        self._fetches = fetches
         self._spans = spans
         self._calls: dict[str, PrefillCall] = {}  # by sequence id, until quiet and released
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,7 +94,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             raise Draining(f"{self._core.record.worker_id} is draining")
         if sequence_id in self._calls:
             raise InvalidParameter(f"{sequence_id!r} runs here already", field="sequence_id")
-        call = self._calls[sequence_id] = PrefillCall(request, self._core, self._peers, self._spans)
+        call = self._calls[sequence_id] = PrefillCall(request, self._core, self._peers, self._fetches, self._spans)
         task = asyncio.create_task(self._run(call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

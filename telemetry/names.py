@@ -93,6 +93,7 @@ TRANSFER_BYTES_TOTAL = Metric("legato.transfer.bytes", "By", "KV bytes handed ov
 HANDOFFS_REFUSED = Metric("legato.handoffs.refused", "{handoff}", "hand-overs refused, by reason")
 MOVES = Metric("legato.moves", "{sequence}", "moves to another decode worker, by why they stayed; OK: they went")
 PREEMPTIONS = Metric("legato.preemptions", "{sequence}", "sequences that gave their blocks up")
+TOKENS_FETCHED = Metric("legato.tokens.fetched", "{token}", "tokens whose KV was fetched from another worker")
 TIER_BYTES = Metric("legato.tier.bytes", "By", "KV bytes stored in tiers, and loaded from them")
 TIER_HITS = Metric("legato.tier.hits", "{block}", "KV blocks brought back from a tier, by tier")
 METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

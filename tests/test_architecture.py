@@ -182,7 +182,7 @@ def test_a_room_knows_only_what_it_may(room: str) -> None:
 
 
 PLANTED = [
-    ("decode_svc/handoff.py", "import os; os.environ"),
+    ("worker/receiver.py", "import os; os.environ"),
     ("service/host.py", "import os; os.environ"),
     ("service/__main__.py", "import os; os.getenv('A')"),
     ("legato/types.py", "import os as system; system.environ['A']"),

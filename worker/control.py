@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from worker.core import Core
+from worker.prefix_sends import PrefixSends
+from worker.receiver import Handoffs
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """`live` are the pool's own counts beside the core's; `drain` ends when nothing runs any more; `confirm_quiet` when
-    nothing of that reservation is in flight from here."""
+    nothing of that reservation is in flight from here. KV comes in by `handoffs`, prefixes go out by `prefix_sends`."""
 
     def __init__(
         self,
@@ -20,11 +22,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         live: Callable[[], dict[str, int]],
         drain: Callable[[], Awaitable[None]],
         confirm_quiet: Callable[[str], Awaitable[None]],
+        handoffs: Handoffs,
+        prefix_sends: PrefixSends,
     ) -> None:
         self._core = core
         self._live = live
         self._drain = drain
         self._confirm_quiet = confirm_quiet
+        self._handoffs = handoffs
+        self._prefix_sends = prefix_sends
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
@@ -48,3 +54,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.ConfirmQuietResponse:
         await self._confirm_quiet(request.reservation_id)
         return worker_pb2.ConfirmQuietResponse()
+
+    async def Handoff(
+        self, request_iterator: AsyncIterator[worker_pb2.HandoffRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.HandoffReply]:
+        async for reply in self._handoffs.stream(request_iterator):
+            yield reply
+
+    async def SendPrefix(
+        self, request: worker_pb2.SendPrefixRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.SendPrefixResponse:
+        return worker_pb2.SendPrefixResponse(transfer=await self._prefix_sends.send(request))

@@ -174,6 +174,7 @@ class Core:
         """What only grows."""
         with self.loop.lock:
             totals = self.scheduler.totals() | self.executor.totals()
+        totals["fetched_tokens"] = self.meter.fetched_tokens
         return totals if self.warming is None else totals | self.warming.totals()
 
     def check(self) -> None:

@@ -10,6 +10,8 @@ from spec.errors import LegatoError
 from telemetry import names
 from telemetry.setup import Telemetry
 
+RECENT = 0.9  # of what steps took counts so much after the next one
+
 
 class Meter:
     """`step` is called by the engine loop's thread, `tier_hit` and `tier_bytes` also by threads that copy, the others
@@ -18,12 +20,20 @@ class Meter:
     def __init__(self, telemetry: Telemetry) -> None:
         self.refused_handoffs = 0
         self.moved_sequences = 0
+        self.fetched_tokens = 0  # of prefixes, from other workers
+        self.seconds_per_token: float | None = None  # of computing, over the last steps; None: there was none
+        self._recent = (0.0, 0.0)  # seconds and tokens, the older the less
         self._histograms = telemetry.histograms
         self._counters = telemetry.counters
 
     def step(self, plans: Sequence[StepPlan], results: Sequence[StepResult], duration_s: float) -> None:
         self._histograms[names.STEP_DURATION.name].record(duration_s)
-        self._counters[names.TOKENS_COMPUTED.name].add(sum(plan.num_tokens for plan in plans))
+        num_tokens = sum(plan.num_tokens for plan in plans)
+        self._counters[names.TOKENS_COMPUTED.name].add(num_tokens)
+        seconds, tokens = (
+            RECENT * before + now for before, now in zip(self._recent, (duration_s, num_tokens), strict=True)
+        )
+        self._recent, self.seconds_per_token = (seconds, tokens), seconds / tokens if tokens else None
         outcomes = [
             (piece.num_guesses, len(drawn))
             for plan, result in zip(plans, results, strict=True)
@@ -52,6 +62,10 @@ class Meter:
         """A ticket that opens nothing, a chunk that is not what was computed."""
         self.refused_handoffs += 1
         self._counters[names.HANDOFFS_REFUSED.name].add(1, {"reason": error.reason})
+
+    def fetched(self, num_tokens: int) -> None:
+        self.fetched_tokens += num_tokens
+        self._counters[names.TOKENS_FETCHED.name].add(num_tokens)
 
     def tier_bytes(self, direction: str, num_bytes: int) -> None:
         """`direction`: stored or loaded."""

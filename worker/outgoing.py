@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -57,13 +58,28 @@ async def sender_for(
         raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
     name, peer = await peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
     return Sender(
-        worker_pb2_grpc.DecodeStub(await peers.channel(ticket.consumer_id, address)),
+        worker_pb2_grpc.WorkerStub(await peers.channel(ticket.consumer_id, address)),
         SourceKV(core.ranks_of, core.regions[name], core.transports[name].register, core.stage_out),
         Target(ticket, reservation.ticket, target_ranks, peer, name, reservation.lease_s),
         core.record.address,
         core.digest_pool,
         DigestPolicy(core.config.handoff.digest_share),
     )
+
+
+def advance_in_pieces(
+    core: Core, sender: Sender, group: int, block_table: tuple[int, ...], ticket: worker_pb2.Ticket
+) -> None:
+    """All that the ticket asks for is in `block_table` of `group`: it leaves a step's worth at a time, so that few
+    blocks are staged at once. Each piece is held until it is told; the caller holds the table, or the loop's lock."""
+    first, end, size = ticket.first_token, ticket.num_tokens, core.record.kv_layout.block_tokens
+    piece = max(core.record.max_step_tokens // size, 1) * size
+    while first < end:
+        up_to = min(first - first % size + piece, end)
+        blocks = block_table[first // size : -(-up_to // size)]
+        core.hold(group, blocks)
+        sender.advance(up_to, group, block_table, functools.partial(core.unhold, group, blocks))
+        first = up_to
 
 
 @contextlib.contextmanager

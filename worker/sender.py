@@ -39,11 +39,11 @@ LAST_WORD_S = 1.0  # how long the end of the stream is waited for
 
 
 class Sender:
-    """Owned by one Prefill call or one move. Not thread-safe: every method runs in the event loop."""
+    """Owned by one Prefill call, one move or one fetch. Not thread-safe: every method runs in the event loop."""
 
     def __init__(
         self,
-        stub: worker_pb2_grpc.DecodeStub,
+        stub: worker_pb2_grpc.WorkerStub,
         source: SourceKV,
         target: Target,
         producer_address: str,
@@ -119,8 +119,9 @@ class Sender:
         """Ends what waits here with this error; close() follows."""
         self._fail(error)
 
-    async def finish(self, state: worker_pb2.SequenceState) -> TransferStats:
-        """Waits for the last chunk, hands the sequence state over and waits until the decode worker has admitted it."""
+    async def finish(self, state: worker_pb2.SequenceState | None) -> TransferStats:
+        """Waits for the last chunk, hands the sequence state over and waits until the decode worker has admitted it.
+        None: it is a prefix that was asked for, and nothing more."""
         await self.sent()
         await self._write(worker_pb2.HandoffRequest(final=worker_pb2.HandoffRequest.Final(sequence=state)))
         await self._or_failed(asyncio.ensure_future(self._admitted.wait()))

@@ -30,8 +30,10 @@ from worker.build import build_core
 from worker.control import WorkerService
 from worker.core import Core
 from worker.loop import EngineLoop
+from worker.prefix_sends import PrefixSends
 from worker.rank import run_rank
 from worker.rank_setup import Place, layout_of, place_from
+from worker.receiver import Handoffs
 from worker.warming import Warming
 from worker.watch import StepWatch
 
@@ -44,6 +46,8 @@ class Pool(Protocol):
     """What makes a worker a prefill or a decode worker."""
 
     service_name: str
+    handoffs: Handoffs
+    prefix_sends: PrefixSends
 
     def add_to(self, host: Host) -> None: ...
     def deliver(self, events: Sequence[Event]) -> None: ...
@@ -116,7 +120,7 @@ async def running(
             await _drain(host, core, pool, registrar)
 
         pool.add_to(host)
-        control = WorkerService(core, pool.live, drain, pool.confirm_quiet)
+        control = WorkerService(core, pool.live, drain, pool.confirm_quiet, pool.handoffs, pool.prefix_sends)
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
         core.loop.start()
         if core.others is not None:

@@ -176,6 +176,24 @@ class ConfirmQuietResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SendPrefixRequest(_message.Message):
+    __slots__ = ("reservation", "token_ids", "adapter", "address")
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    reservation: Reservation
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    adapter: str
+    address: str
+    def __init__(self, reservation: _Optional[_Union[Reservation, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., adapter: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class SendPrefixResponse(_message.Message):
+    __slots__ = ("transfer",)
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    transfer: _common_pb2.TransferStats
+    def __init__(self, transfer: _Optional[_Union[_common_pb2.TransferStats, _Mapping]] = ...) -> None: ...
+
 class Counts(_message.Message):
     __slots__ = ("live", "total", "load", "links")
     class LiveEntry(_message.Message):

@@ -50,10 +50,20 @@ class WorkerStub(object):
                 request_serializer=legato_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=legato_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Handoff = channel.stream_stream(
+                '/legato.v1.Worker/Handoff',
+                request_serializer=legato_dot_v1_dot_worker__pb2.HandoffRequest.SerializeToString,
+                response_deserializer=legato_dot_v1_dot_worker__pb2.HandoffReply.FromString,
+                _registered_method=True)
         self.ConfirmQuiet = channel.unary_unary(
                 '/legato.v1.Worker/ConfirmQuiet',
                 request_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
                 response_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
+                _registered_method=True)
+        self.SendPrefix = channel.unary_unary(
+                '/legato.v1.Worker/SendPrefix',
+                request_serializer=legato_dot_v1_dot_worker__pb2.SendPrefixRequest.SerializeToString,
+                response_deserializer=legato_dot_v1_dot_worker__pb2.SendPrefixResponse.FromString,
                 _registered_method=True)
 
 
@@ -82,9 +92,24 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Handoff(self, request_iterator, context):
+        """One per hand-over, opened by the writer before its first write; no write may happen outside it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ConfirmQuiet(self, request, context):
-        """Asked by a decode worker whose Handoff stream broke: answers when nothing of that reservation is, or ever will be, in
-        flight from here, so that its blocks may be freed.
+        """Asked by a worker whose Handoff stream broke: answers when nothing of that reservation is, or ever will be, in flight
+        from here, so that its blocks may be freed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendPrefix(self, request, context):
+        """Hands KV of a prefix that is here over to the worker that asks, which has reserved blocks for it. Answers when it is
+        there; TRANSFER_FAILED where it is not here (any more).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,10 +133,20 @@ def add_WorkerServicer_to_server(servicer, server):
                     request_deserializer=legato_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=legato_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
             ),
+            'Handoff': grpc.stream_stream_rpc_method_handler(
+                    servicer.Handoff,
+                    request_deserializer=legato_dot_v1_dot_worker__pb2.HandoffRequest.FromString,
+                    response_serializer=legato_dot_v1_dot_worker__pb2.HandoffReply.SerializeToString,
+            ),
             'ConfirmQuiet': grpc.unary_unary_rpc_method_handler(
                     servicer.ConfirmQuiet,
                     request_deserializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.FromString,
                     response_serializer=legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.SerializeToString,
+            ),
+            'SendPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendPrefix,
+                    request_deserializer=legato_dot_v1_dot_worker__pb2.SendPrefixRequest.FromString,
+                    response_serializer=legato_dot_v1_dot_worker__pb2.SendPrefixResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -207,6 +242,33 @@ class Worker(object):
             _registered_method=True)
 
     @staticmethod
+    def Handoff(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/legato.v1.Worker/Handoff',
+            legato_dot_v1_dot_worker__pb2.HandoffRequest.SerializeToString,
+            legato_dot_v1_dot_worker__pb2.HandoffReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ConfirmQuiet(request,
             target,
             options=(),
@@ -223,6 +285,33 @@ class Worker(object):
             '/legato.v1.Worker/ConfirmQuiet',
             legato_dot_v1_dot_worker__pb2.ConfirmQuietRequest.SerializeToString,
             legato_dot_v1_dot_worker__pb2.ConfirmQuietResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/legato.v1.Worker/SendPrefix',
+            legato_dot_v1_dot_worker__pb2.SendPrefixRequest.SerializeToString,
+            legato_dot_v1_dot_worker__pb2.SendPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -345,11 +434,6 @@ class DecodeStub(object):
                 request_serializer=legato_dot_v1_dot_worker__pb2.SubscribeRequest.SerializeToString,
                 response_deserializer=legato_dot_v1_dot_worker__pb2.StepOutput.FromString,
                 _registered_method=True)
-        self.Handoff = channel.stream_stream(
-                '/legato.v1.Decode/Handoff',
-                request_serializer=legato_dot_v1_dot_worker__pb2.HandoffRequest.SerializeToString,
-                response_deserializer=legato_dot_v1_dot_worker__pb2.HandoffReply.FromString,
-                _registered_method=True)
         self.Move = channel.unary_unary(
                 '/legato.v1.Decode/Move',
                 request_serializer=legato_dot_v1_dot_worker__pb2.MoveRequest.SerializeToString,
@@ -391,13 +475,6 @@ class DecodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Handoff(self, request_iterator, context):
-        """One per hand-over, opened by the writer before its first write; no write may happen outside it.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Move(self, request, context):
         """Hands a running sequence over to another decode worker, which has reserved blocks for tokens of it. It goes on here
         while they are sent. Answers when the target has it; its last message here then says so. A call that ends otherwise
@@ -429,11 +506,6 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Subscribe,
                     request_deserializer=legato_dot_v1_dot_worker__pb2.SubscribeRequest.FromString,
                     response_serializer=legato_dot_v1_dot_worker__pb2.StepOutput.SerializeToString,
-            ),
-            'Handoff': grpc.stream_stream_rpc_method_handler(
-                    servicer.Handoff,
-                    request_deserializer=legato_dot_v1_dot_worker__pb2.HandoffRequest.FromString,
-                    response_serializer=legato_dot_v1_dot_worker__pb2.HandoffReply.SerializeToString,
             ),
             'Move': grpc.unary_unary_rpc_method_handler(
                     servicer.Move,
@@ -551,33 +623,6 @@ class Decode(object):
             '/legato.v1.Decode/Subscribe',
             legato_dot_v1_dot_worker__pb2.SubscribeRequest.SerializeToString,
             legato_dot_v1_dot_worker__pb2.StepOutput.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Handoff(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/legato.v1.Decode/Handoff',
-            legato_dot_v1_dot_worker__pb2.HandoffRequest.SerializeToString,
-            legato_dot_v1_dot_worker__pb2.HandoffReply.FromString,
             options,
             channel_credentials,
             insecure,

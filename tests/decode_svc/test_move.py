@@ -15,13 +15,13 @@ from cluster import KEY, Cluster, cluster
 from tiny_llama import SHAPES, make_llama
 
 import decode_svc.move
-from decode_svc.handoff import Receiver
 from decode_svc.move import Move
 from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from service.channel import channel
 from service.status import error_from_rpc
 from spec.errors import RequestCancelled, TicketRefused, TransferFailed
 from worker.core import Core
+from worker.receiver import Receiver
 
 PROMPT = [3 + 7 * index % 401 for index in range(45)]
 TOKENS = 150

@@ -19,6 +19,7 @@ TABLES: dict[str, tuple[type[BaseModel], str]] = {  # heading -> (model, the sec
     "legato up": (config.ClusterConfig, ""),
     "engine": (config.EngineConfig, "engine"),
     "handoff": (config.HandoffConfig, "handoff"),
+    "kv_tiers": (config.KVTiersConfig, "kv_tiers"),
     "telemetry": (config.TelemetryConfig, "telemetry"),
 }
 

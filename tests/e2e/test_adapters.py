@@ -16,8 +16,8 @@ from cluster import KEY, Cluster, cluster
 from tiny_adapters import LLAMA_MODULES, merged, write_adapter
 from tiny_llama import SHAPES, load_reference, make_llama
 
-import decode_svc.handoff
 import legato
+import worker.receiver
 import worker.sender
 from engine.adapters import AdapterFiles
 from engine.model_files import open_model
@@ -102,7 +102,7 @@ async def test_answers_are_those_of_merged_weights(
 async def test_a_failover_keeps_the_adapter(
     world: World, expected: Mapping[str, tuple[int, ...]], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, flips = decode_svc.handoff.chunk_digest, 0
+    digest, flips = worker.receiver.chunk_digest, 0
 
     def flip_first(parts: Any, block_ids: Any, first_token: int, num_tokens: int) -> bytes:
         nonlocal flips
@@ -112,7 +112,7 @@ async def test_a_failover_keeps_the_adapter(
         return digest(parts, block_ids, first_token, num_tokens)
 
     async with cluster(world[0], redis_url, engine=served(world)) as running:
-        monkeypatch.setattr(decode_svc.handoff, "chunk_digest", flip_first)
+        monkeypatch.setattr(worker.receiver, "chunk_digest", flip_first)
         answer = await ask(running, "poems")
         await running.assert_as_at_start()
     assert answer.route is not None
@@ -204,7 +204,7 @@ async def test_a_ticket_is_of_one_adapter_in_one_revision(world: World, redis_ur
                 begin = worker_pb2.HandoffRequest.Begin(
                     ticket=tickets.issue(KEY.encode(), ticket), producer_address=prefill.address
                 )
-                stream = stub.Handoff()
+                stream = worker_pb2_grpc.WorkerStub(to_decode).Handoff()
                 await stream.write(worker_pb2.HandoffRequest(begin=begin))
                 assert "another model, adapter" in await _refusal(stream.read())
             assert decode.meter.refused_handoffs == 3

@@ -14,13 +14,13 @@ import pytest
 from cluster import KEY, Cluster, cluster
 from tiny_llama import SHAPES, make_llama
 
-import decode_svc.decode
-import decode_svc.handoff
 import kvtransfer.memory
 import worker.build
 import worker.departures
 import worker.loop
 import worker.outgoing
+import worker.receiver
+import worker.reserving
 from kvtransfer import ticket as tickets
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
 from kvtransfer.transport import Piece
@@ -42,7 +42,7 @@ async def greedy(running: Cluster, prompt: list[int]) -> Any:
 
 
 async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = decode_svc.handoff.chunk_digest
+    digest = worker.receiver.chunk_digest
     flips = 0
 
     def flip_first(parts: Any, block_ids: Any, first_token: int, num_tokens: int) -> bytes:
@@ -56,7 +56,7 @@ async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkey
     async with cluster(model, redis_url, prefill=0) as running:
         expected = (await greedy(running, PROMPT)).token_ids
     async with cluster(model, redis_url) as running:
-        monkeypatch.setattr(decode_svc.handoff, "chunk_digest", flip_first)
+        monkeypatch.setattr(worker.receiver, "chunk_digest", flip_first)
         answer = await greedy(running, PROMPT)
         assert flips == 1
         assert answer.token_ids == expected
@@ -145,20 +145,20 @@ async def test_tickets_that_open_nothing(model: Path, redis_url: str) -> None:
                 return ticket
 
             forged = tickets.issue(b"not the cluster's key", good)
-            await _refused(stub, forged, "signature")
+            await _refused(link, forged, "signature")
             tampered = worker_pb2.SignedTicket(
                 ticket=altered(num_tokens=3).SerializeToString(), signature=reservation.ticket.signature
             )
-            await _refused(stub, tampered, "signature")
+            await _refused(link, tampered, "signature")
             key = KEY.encode()
-            await _refused(stub, tickets.issue(key, altered(consumer_epoch=7)), "restarted")
-            await _refused(stub, tickets.issue(key, altered(producer_epoch=7)), "epoch")
-            await _refused(stub, tickets.issue(key, altered(expires_unix_ns=1)), "expired")
+            await _refused(link, tickets.issue(key, altered(consumer_epoch=7)), "restarted")
+            await _refused(link, tickets.issue(key, altered(producer_epoch=7)), "epoch")
+            await _refused(link, tickets.issue(key, altered(expires_unix_ns=1)), "expired")
             stale = altered()
             stale.block_generations[0] += 1
-            await _refused(stub, tickets.issue(key, stale), "generation")
+            await _refused(link, tickets.issue(key, stale), "generation")
             await stub.Abort(worker_pb2.AbortRequest(sequence_id=good.sequence_id))
-            await _refused(stub, reservation.ticket, "ended")  # replayed
+            await _refused(link, reservation.ticket, "ended")  # replayed
             subscription.cancel()
         assert decode.meter.refused_handoffs == 6, "the last was given up by its router: nothing to be counted"
         await running.assert_as_at_start()
@@ -181,8 +181,8 @@ def _reserve(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) 
     )
 
 
-async def _refused(stub: worker_pb2_grpc.DecodeStub, signed: worker_pb2.SignedTicket, word: str) -> None:
-    call = stub.Handoff()
+async def _refused(link: grpc.aio.Channel, signed: worker_pb2.SignedTicket, word: str) -> None:
+    call = worker_pb2_grpc.WorkerStub(link).Handoff()
     begin = worker_pb2.HandoffRequest.Begin(ticket=signed, producer_address="127.0.0.1:1")
     await call.write(worker_pb2.HandoffRequest(begin=begin))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -219,7 +219,7 @@ async def test_a_ticket_that_is_wrong_costs_the_request_an_attempt_and_no_more(
     model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, wrong: Any, careless: bool
 ) -> None:
     """Who sends looks first and, where that one does not look, who receives."""
-    issue = decode_svc.decode.DecodeService._ticket
+    issue = worker.reserving.signed_ticket
     issued: list[worker_pb2.SignedTicket] = []
 
     def issue_wrong(*arguments: Any) -> worker_pb2.SignedTicket:
@@ -234,7 +234,7 @@ async def test_a_ticket_that_is_wrong_costs_the_request_an_attempt_and_no_more(
     async with cluster(model, redis_url, prefill=0) as running:
         expected = (await greedy(running, PROMPT)).token_ids
     async with cluster(model, redis_url) as running:
-        monkeypatch.setattr(decode_svc.decode.DecodeService, "_ticket", issue_wrong)
+        monkeypatch.setattr(worker.reserving, "signed_ticket", issue_wrong)
         if careless:
             unchecked = types.SimpleNamespace(
                 verify=read_unseen, check_sender=lambda *_, **__: None, prefix_digest=tickets.prefix_digest
@@ -263,7 +263,7 @@ async def test_a_stream_touches_only_what_its_ticket_opened(model: Path, redis_u
             earlier.CopyFrom(prefill)
             earlier.epoch = prefill.epoch - 1  # as if prefill-0 had been started again since
             first = await stub.Reserve(_reserve(decode.record, earlier))
-            old = stub.Handoff()
+            old = worker_pb2_grpc.WorkerStub(link).Handoff()
             await old.write(_begin(first.ticket, "gone.invalid:50051"))
             assert (await old.read()).HasField("accepted")
             await stub.Abort(worker_pb2.AbortRequest(sequence_id="test.0.1"))
@@ -272,7 +272,7 @@ async def test_a_stream_touches_only_what_its_ticket_opened(model: Path, redis_u
             while decode.live()["reservations.reservations_cancelling"]:
                 await asyncio.sleep(0.02)
             assert decode.live()["reservations.reservations_reserved"] == 1, "the second placement is untouched"
-            new = stub.Handoff()
+            new = worker_pb2_grpc.WorkerStub(link).Handoff()
             await new.write(_begin(again.ticket, prefill.address))
             assert (await new.read()).HasField("accepted")
             await new.write(worker_pb2.HandoffRequest(quiet=worker_pb2.HandoffRequest.Quiet()))

@@ -11,7 +11,7 @@ from cluster import Cluster, cluster
 from tiny_llama import SHAPES, make_llama
 
 from spec.errors import TransferFailed
-from worker.sender import Sender
+from worker.departures import Departures
 
 PROMPT = random.Random(8).choices(range(3, 400), k=150)
 CHUNKS_SENT = 3  # of 32 tokens, before it breaks
@@ -25,16 +25,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first hand-over breaks before its fourth chunk is sent."""
-    send, sent = Sender._send, []
+    send, sent = Departures._send, []
 
-    async def break_once(sender: Sender, chunk: Any) -> None:
+    async def break_once(departures: Departures, chunk: Any) -> None:
         if len(sent) == CHUNKS_SENT:
+            await departures._until(lambda: departures._unsettled == 1)  # those before are told
             sent.append(-1)
             raise TransferFailed("planted")
-        await send(sender, chunk)
+        await send(departures, chunk)
         sent.append(chunk.end)
 
-    monkeypatch.setattr(Sender, "_send", break_once)
+    monkeypatch.setattr(Departures, "_send", break_once)
     return sent
 
 

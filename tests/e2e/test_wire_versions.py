@@ -70,7 +70,7 @@ async def test_a_newer_writer_is_understood_as_far_as_it_goes_or_refused_by_its_
             reserved = await stub.Reserve(reserve_request(decode, prefill))
             assert reserved.wire == decode.wire
 
-            stranger = stub.Handoff()
+            stranger = worker_pb2_grpc.WorkerStub(link).Handoff()
             await stranger.write(begin(reserved.ticket, prefill.address, 7, 9))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await anext(aiter(stranger))
@@ -78,7 +78,7 @@ async def test_a_newer_writer_is_understood_as_far_as_it_goes_or_refused_by_its_
             assert isinstance(error, WireMismatch)
             assert "prefill-0 speaks versions 7 to 9" in error.message
 
-            newer = stub.Handoff()
+            newer = worker_pb2_grpc.WorkerStub(link).Handoff()
             await newer.write(begin(reserved.ticket, prefill.address, 1, 9))
             assert (await newer.read()).HasField("accepted")
             await newer.write(Request.FromString(UNKNOWN_EVENT))
@@ -90,7 +90,7 @@ async def test_a_newer_writer_is_understood_as_far_as_it_goes_or_refused_by_its_
         await running.assert_as_at_start()
 
 
-class NewerDecode(worker_pb2_grpc.DecodeServicer):
+class NewerWorker(worker_pb2_grpc.WorkerServicer):
     """Says what this version does not know, before its answer and after it."""
 
     def __init__(self, answer: worker_pb2.HandoffReply) -> None:
@@ -111,9 +111,9 @@ class NewerDecode(worker_pb2_grpc.DecodeServicer):
 
 
 @contextlib.asynccontextmanager
-async def writing_to(newer: NewerDecode) -> AsyncIterator[Sender]:
+async def writing_to(newer: NewerWorker) -> AsyncIterator[Sender]:
     server = grpc.aio.server()
-    worker_pb2_grpc.add_DecodeServicer_to_server(newer, server)
+    worker_pb2_grpc.add_WorkerServicer_to_server(newer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     ranks = (RankMemory(RankKV.whole(KVLayout(1, 1, 2, 4, Dtype.FLOAT32))),)
@@ -121,7 +121,7 @@ async def writing_to(newer: NewerDecode) -> AsyncIterator[Sender]:
     target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as link:
-            stub = worker_pb2_grpc.DecodeStub(link)
+            stub = worker_pb2_grpc.WorkerStub(link)
             try:
                 yield Sender(stub, nobody, target, "127.0.0.1:1", pool, DigestPolicy(0.0))
             finally:
@@ -129,7 +129,7 @@ async def writing_to(newer: NewerDecode) -> AsyncIterator[Sender]:
 
 
 async def test_a_writer_passes_over_what_a_newer_owner_says() -> None:
-    newer = NewerDecode(worker_pb2.HandoffReply(accepted=worker_pb2.HandoffReply.Accepted()))
+    newer = NewerWorker(worker_pb2.HandoffReply(accepted=worker_pb2.HandoffReply.Accepted()))
     async with writing_to(newer) as sender:
         await sender.open(timeout_s=10.0)
         await sender.finish(worker_pb2.SequenceState())
@@ -139,7 +139,7 @@ async def test_a_writer_passes_over_what_a_newer_owner_says() -> None:
 
 async def test_what_is_passed_over_is_no_leave_to_write() -> None:
     cancel = worker_pb2.HandoffReply.Cancel(reason=common_pb2.WIRE_MISMATCH, message="versions 2 to 3")
-    async with writing_to(NewerDecode(worker_pb2.HandoffReply(cancel=cancel))) as sender:
+    async with writing_to(NewerWorker(worker_pb2.HandoffReply(cancel=cancel))) as sender:
         with pytest.raises(WireMismatch, match="versions 2 to 3"):
             await sender.open(timeout_s=10.0)
         await sender.close()

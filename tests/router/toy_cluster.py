@@ -211,7 +211,7 @@ class ToyPrefill(ToyWorker, worker_pb2_grpc.PrefillServicer):
     async def _hand_over(self, request: worker_pb2.PrefillRequest, finished: bool) -> None:
         messages = worker_pb2.HandoffRequest
         async with channel(request.decode_address, KEY) as to_decode:
-            call = worker_pb2_grpc.DecodeStub(to_decode).Handoff()
+            call = worker_pb2_grpc.WorkerStub(to_decode).Handoff()
             await call.write(messages(begin=messages.Begin(ticket=request.reservation.ticket)))
             if error := self.faults.once("handoff_error_once"):
                 await call.write(messages(quiet=messages.Quiet()))
@@ -327,7 +327,7 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         state.CopyFrom(running.state)
         state.sequence_id = sequence_id
         async with channel(request.target_address, KEY) as to_target:
-            call = worker_pb2_grpc.DecodeStub(to_target).Handoff()
+            call = worker_pb2_grpc.WorkerStub(to_target).Handoff()
             await call.write(messages(begin=messages.Begin(ticket=request.reservation.ticket)))
             await call.write(messages(final=messages.Final(sequence=state)))
             await call.done_writing()

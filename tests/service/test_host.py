@@ -20,7 +20,7 @@ from service.status import abort, error_from_rpc
 from spec import errors
 
 KEY = "the cluster's key"
-DECODE, INFERENCE = "legato.v1.Decode", "legato.v1.Inference"
+DECODE, INFERENCE, WORKER = "legato.v1.Decode", "legato.v1.Inference", "legato.v1.Worker"
 
 
 class Decode(worker_pb2_grpc.DecodeServicer):
@@ -52,6 +52,8 @@ class Decode(worker_pb2_grpc.DecodeServicer):
         finally:
             self.closed.append(request.router_id)
 
+
+class Worker(worker_pb2_grpc.WorkerServicer):
     async def Handoff(self, request_iterator: Any, context: Any) -> AsyncIterator[worker_pb2.HandoffReply]:
         async for request in request_iterator:
             if request.WhichOneof("event") == "quiet":
@@ -70,8 +72,10 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 async def serve(host: Host) -> Decode:
     servicer = Decode()
     host.add(worker_pb2_grpc.add_DecodeServicer_to_server, servicer, DECODE, internal=True)
+    host.add(worker_pb2_grpc.add_WorkerServicer_to_server, Worker(), WORKER, internal=True)
     host.add(inference_pb2_grpc.add_InferenceServicer_to_server, Inference(), INFERENCE)
     await host.set_serving(DECODE, True)
+    await host.set_serving(WORKER, True)
     return servicer
 
 
@@ -102,7 +106,7 @@ async def test_typed_errors_of_every_kind_of_handler() -> None:
             yield worker_pb2.HandoffRequest(chunk=worker_pb2.HandoffRequest.Chunk(num_tokens=1))
             yield worker_pb2.HandoffRequest(quiet=worker_pb2.HandoffRequest.Quiet())
 
-        call = stub.Handoff(requests())
+        call = worker_pb2_grpc.WorkerStub(peer).Handoff(requests())
         assert (await call.read()).WhichOneof("event") == "accepted"
         assert type(await failure(call.read())) is errors.DigestMismatch
 
@@ -180,7 +184,7 @@ async def test_bytes_that_are_no_message_are_the_clients_fault(data: bytes) -> N
         error = await failure(unary(data))
         assert type(error) is errors.InvalidParameter
         assert "TokenizeRequest" in error.message
-        stream = peer.stream_stream(f"/{DECODE}/Handoff", request_serializer=None, response_deserializer=None)
+        stream = peer.stream_stream(f"/{WORKER}/Handoff", request_serializer=None, response_deserializer=None)
         assert type(await failure(stream([data]))) is errors.InvalidParameter
         stub = inference_pb2_grpc.InferenceStub(peer)
         answer = await stub.Tokenize(inference_pb2.TokenizeRequest(text="abc"))
@@ -257,7 +261,7 @@ async def test_reflection_lists_the_services_and_their_messages() -> None:
         ]
         answers = [answer async for answer in stub.ServerReflectionInfo(requests)]
         names = {service.name for service in answers[0].list_services_response.service}
-        assert {DECODE, INFERENCE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"} == names
+        assert {DECODE, INFERENCE, WORKER, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"} == names
         assert answers[1].file_descriptor_response.file_descriptor_proto
 
 

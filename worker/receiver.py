@@ -1,9 +1,9 @@
-"""The receiving end of hand-overs: legato.v1.Decode.Handoff, one stream each.
+"""The receiving end of hand-overs: legato.v1.Worker.Handoff, one stream each.
 
     Begin   ticket verified, reservation opened for writing  ──▶ Accepted
     Alive   the lease is renewed
     Chunk   bytes that landed are digested here and compared ──▶ (nothing, or Cancel)
-    Final   plan complete: the sequence joins the batch      ──▶ Admitted
+    Final   plan complete: what it was reserved for goes on  ──▶ Admitted
     Quiet   nothing is in flight any more: blocks are freed
 
 A stream that ends before Admitted or Quiet leaves memory that is not proven quiet. Then the writer is asked: a living
@@ -16,14 +16,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol
 
 import grpc
 
-from decode_svc.placements import Placed, Placements
 from kvtransfer import ticket as tickets
 from kvtransfer.digest import DigestPolicy, Part, chunk_digest
 from kvtransfer.routes import layout_id
 from legato.v1 import worker_pb2, worker_pb2_grpc
+from scheduler.handoff import Reservation
 from service import logs
 from service.messages import with_adapter
 from service.status import reason_to_proto
@@ -38,9 +39,7 @@ from spec.errors import (
     TransferFailed,
     WireMismatch,
 )
-from worker.clock import unix_ns
-from worker.core import CoreRank
-from worker.sequences import sequence_from_proto
+from worker.core import Core, CoreRank
 
 logger = logs.get(__name__)
 
@@ -52,16 +51,42 @@ Request = worker_pb2.HandoffRequest
 Reply = worker_pb2.HandoffReply
 
 
+class Claim(Protocol):
+    """What a hand-over is for."""
+
+    reservation: Reservation | None  # None: it has ended
+    cancel_writer: Callable[[LegatoError], None] | None  # set while a stream is open
+
+
+class Claims(Protocol):
+    """Who reserved blocks here, by the sequence id that the ticket names."""
+
+    core: Core
+
+    def claim(self, sequence_id: str) -> Claim | None: ...
+
+    def give_up(self, sequence_id: str, reason: LegatoError) -> None:
+        """The request failed: the reservation is failed, its writer cancelled. Unknown ids are fine."""
+        ...
+
+    async def admit(
+        self, ticket: worker_pb2.Ticket, final: worker_pb2.HandoffRequest.Final, claimed: Callable[[], Claim]
+    ) -> None:
+        """All has landed: completes the reservation. `claimed()` raises TransferFailed once it is given up. Raises as
+        Reservations.complete() does, TicketRefused for what the ticket was not issued for."""
+        ...
+
+
 class Receiver:
     """One hand-over. `replies` is what goes back to the writer; None ends the stream."""
 
-    def __init__(self, placements: Placements) -> None:
+    def __init__(self, claims: Claims) -> None:
         self.replies: asyncio.Queue[Reply | None] = asyncio.Queue()
         self.ticket: worker_pb2.Ticket | None = None
         self.begin: Request.Begin | None = None
         self.settled = False  # admitted, or quiet: the reservation is over
-        self._placements = placements
-        self._core = placements.core
+        self._claims = claims
+        self._core = claims.core
 
     async def receive(self, requests: AsyncIterator[Request]) -> None:
         """Reads the stream to its end. Raises TicketRefused for a ticket that opens nothing here."""
@@ -122,55 +147,55 @@ class Receiver:
                 core.meter.refused(error)
             raise
         self.ticket, self.begin = ticket, begin
-        self._placed().cancel_writer = self._cancel_writer
+        self._claimed().cancel_writer = self._cancel_writer
 
     def _check(self, ticket: worker_pb2.Ticket) -> None:
         core = self._core
         if (ticket.consumer_id, ticket.consumer_epoch) != (core.record.worker_id, core.record.epoch):
             raise TicketRefused("the ticket is for another worker, or for this one before it restarted")
-        placed = self._placements.placed.get(ticket.sequence_id)
-        if placed is None:
+        claim = self._claims.claim(ticket.sequence_id)
+        if claim is None:
             replayed = core.reservations.was_admitted(ticket.reservation_id)
             cause = "replayed" if replayed else GIVEN_UP
             raise TicketRefused(f"the reservation of this ticket has ended: {cause}", cause=cause)
-        adapter = "" if placed.reservation is None else placed.reservation.adapter
+        adapter = "" if claim.reservation is None else claim.reservation.adapter
         if ticket.identity != with_adapter(core.record.identity, adapter):
             raise TicketRefused("the ticket is for another model, adapter or revision")
-        if placed.reservation is None or ticket.kv_layout_id != layout_id(core.ranks_of(placed.reservation.group)):
+        if claim.reservation is None or ticket.kv_layout_id != layout_id(core.ranks_of(claim.reservation.group)):
             raise TicketRefused("the ticket is for another KV layout")
 
-    def _placed(self) -> Placed:
+    def _claimed(self) -> Claim:
         assert self.ticket is not None
-        placed = self._ours()
-        if placed is None:
+        claim = self._ours()
+        if claim is None:
             raise TransferFailed("the request was given up")
-        return placed
+        return claim
 
-    def _ours(self) -> Placed | None:
-        """What was placed under this stream's ticket; another placement of the same sequence is not its to touch."""
+    def _ours(self) -> Claim | None:
+        """What was reserved under this stream's ticket; another claim of the same name is not its to touch."""
         assert self.ticket is not None
-        placed = self._placements.placed.get(self.ticket.sequence_id)
-        if placed is None or placed.reservation is None:
+        claim = self._claims.claim(self.ticket.sequence_id)
+        if claim is None or claim.reservation is None:
             return None
-        return placed if placed.reservation.reservation_id == self.ticket.reservation_id else None
+        return claim if claim.reservation.reservation_id == self.ticket.reservation_id else None
 
     def _give_up(self, reason: LegatoError) -> None:
         if self._ours() is not None:
             assert self.ticket is not None
-            self._placements.give_up(self.ticket.sequence_id, reason)
+            self._claims.give_up(self.ticket.sequence_id, reason)
 
     def _cancel_writer(self, error: LegatoError) -> None:
         cancel = Reply.Cancel(reason=reason_to_proto(error), message=error.message)
         self.replies.put_nowait(Reply(cancel=cancel))
 
     async def _renew(self) -> None:
-        self._placed()
+        self._claimed()
         assert self.ticket is not None
         with self._core.loop.lock:
             self._core.reservations.renew(self.ticket.reservation_id, time.monotonic())
 
     async def _landed(self, chunk: Request.Chunk) -> None:
-        reservation = self._placed().reservation
+        reservation = self._claimed().reservation
         core, ticket = self._core, self.ticket
         assert ticket is not None and reservation is not None
         ranks = core.ranks_of(reservation.group)
@@ -212,33 +237,11 @@ class Receiver:
             )
 
     async def _admit(self, final: Request.Final) -> None:
-        self._placed()
-        core, ticket, state = self._core, self.ticket, final.sequence
-        assert ticket is not None
-        tokens = (*state.prompt_token_ids, *state.output_token_ids)
-        if (
-            state.sequence_id != ticket.sequence_id
-            or state.adapter != ticket.identity.adapter
-            or len(tokens) <= ticket.num_tokens
-            or tickets.prefix_digest(ticket.identity, tokens[: ticket.num_tokens]) != ticket.prefix_digest
-        ):
-            raise TicketRefused(
-                "the sequence state is not of the tokens, or the adapter, that the ticket was issued for"
-            )
-        sequence = sequence_from_proto(state, core.record)
-        await core.prepare(sequence.params)
-        placed = self._placed()  # it may have been given up meanwhile
-        with core.loop.lock:
-            now_s = time.monotonic()
-            assert placed.reservation is not None
-            group = placed.reservation.group
-            block_table = core.reservations.complete(ticket.reservation_id, now_s)
-            core.scheduler.adopt(sequence, block_table, ticket.num_tokens, now_s, group=group)
-        placed.handed_over_ns = unix_ns(now_s)
-        placed.reservation = None
-        placed.cancel_writer = None
+        self._claimed()
+        assert self.ticket is not None
+        await self._claims.admit(self.ticket, final, self._claimed)
         self.settled = True
-        core.loop.wake()
+        self._core.loop.wake()
         self.replies.put_nowait(Reply(admitted=Reply.Admitted()))
 
     def _quiet(self, *, finished_without_handoff: bool = False) -> None:
@@ -261,14 +264,14 @@ class Receiver:
     async def until_quiet(self, ask: Callable[[str, worker_pb2.Ticket], Awaitable[bool]]) -> None:
         """After a broken stream: asks the writer until its memory is known to be quiet."""
         assert self.ticket is not None and self.begin is not None
-        self._placed_gone()
+        self._writer_gone()
         while not await ask(self.begin.producer_address, self.ticket):
             await asyncio.sleep(ASK_AGAIN_S)
         self._quiet()
 
-    def _placed_gone(self) -> None:
-        if (placed := self._ours()) is not None:
-            placed.cancel_writer = None
+    def _writer_gone(self) -> None:
+        if (claim := self._ours()) is not None:
+            claim.cancel_writer = None
             self._give_up(TransferFailed("the writer left during the hand-over"))
 
 
@@ -277,14 +280,14 @@ class Handoffs:
 
     def __init__(
         self,
-        placements: Placements,
+        claims: Claims,
         open_channel: Callable[[str], grpc.aio.Channel],
         find_epoch: Callable[[str], Awaitable[int | None]],
     ) -> None:
         """`find_epoch`: of the start of a worker that is registered now; None where none is, or nobody can tell."""
         self.open_streams = 0
         self._find_epoch = find_epoch
-        self._placements = placements
+        self._claims = claims
         self._open_channel = open_channel
         self._quarantine: set[asyncio.Task[None]] = set()
 
@@ -298,7 +301,7 @@ class Handoffs:
             task.cancel()
 
     async def stream(self, requests: AsyncIterator[Request]) -> AsyncIterator[Reply]:
-        receiver = Receiver(self._placements)
+        receiver = Receiver(self._claims)
         reading = asyncio.create_task(receiver.receive(requests))
         self.open_streams += 1
         try:
