@@ -14,6 +14,7 @@ from router.constraints import Constraints
 from router.inference import InferenceService
 from router.line import Line
 from router.meter import Meter
+from router.moves import Balancer
 from router.placement import Placer
 from router.registry import Registry
 from service import logs
@@ -75,6 +76,7 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         host.set_serving(CONTROL, True)
         registry.spawn(registry.follow(watcher.snapshots()), name="follow the registry")
         registry.spawn(_tell_health(registry, host), name="health")
+        registry.spawn(Balancer(registry).run(), name="balance")
         logger.info("%s listens on %s", router_id, host.address)
         await stop.wait()
         inference.draining = True

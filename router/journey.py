@@ -3,7 +3,7 @@
     place ──▶ reserved (decode) ──▶ Prefill ──▶ first token ──▶ handed over ──▶ tokens from the subscription ──▶ end
       ▲                                                                                            │
       └── a worker or a hand-over was lost: prompt + tokens so far are placed again, at most 3 times ┘
-                                              its decode worker drains: it moves on to another (moves.py)
+                                         its decode worker drains, or is short of blocks: it moves (moves.py)
 
 Exactly once, by construction: a token is accepted at index len(output) and nowhere else; what comes twice is dropped,
 what comes too early waits. The draw is a function of (seed, position), so the tokens behind a failover are those that
@@ -206,8 +206,9 @@ class Journey:
             event = early if early is not None else await placement.events.get()
             drawn = None
             match event:
-                case Failure(_, worker) if placement.target is not None and worker is placement.target.decode:
-                    self._placer.drop_target(placement)
+                case Failure(_, worker) if worker is not None and worker not in placement.workers():
+                    if placement.target is not None and worker is placement.target.decode:
+                        self._placer.drop_target(placement)
                 case Failure(error, worker):
                     if worker is not placement.prefill or worker is None or not placement.handed_over:
                         self._failed = worker
@@ -246,13 +247,15 @@ class Journey:
         placement.handed_over = True
         self.ledger.decoded(output, len(fresh))
         drawn = self._accept(fresh, output.finish_reason, output.prompt_logprobs, placement)
-        self._move_if_asked(placement)
+        self._draws(placement)
         return dataclasses.replace(
             drawn, proposed_tokens=output.proposed_tokens, accepted_tokens=output.accepted_tokens
         )
 
-    def _move_if_asked(self, placement: Placement) -> None:
-        """Not before its prefill worker is done with it."""
+    def _draws(self, placement: Placement) -> None:
+        """Its decode worker does; which it leaves if that sends it away and the prefill worker is done with it."""
+        if placement.decode_charge is not None:
+            placement.decode_charge.draws = True
         if placement.decode is None or not placement.decode.sends_away(placement.sequence_id):
             return
         is_busy = any(task is not None and not task.done() for task in (self._moving, self._prefill_call))

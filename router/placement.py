@@ -114,9 +114,9 @@ class Placement:
         others said before is forgotten."""
         self.events = asyncio.Queue() if events is None else events
         if self.prefill is not None:
-            self.prefill_charge = self.prefill.charge(computed_tokens)
+            self.prefill_charge = self.prefill.charge(self.sequence_id, computed_tokens)
         if self.decode is not None:
-            self.decode_charge = self.decode.charge(computed_tokens)
+            self.decode_charge = self.decode.charge(self.sequence_id, computed_tokens)
         for worker in self.workers():
             worker.open_route(self.sequence_id, functools.partial(self._hear, worker))
 

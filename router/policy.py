@@ -3,6 +3,7 @@
     waiting in the router's line ──▶ choose_prefill: a worker with room, the one with the least work outstanding
                                  ──▶ rank_decode: workers that can ever hold it, the emptiest first
                                  ──▶ decode_prefills: does it need a prefill worker at all?
+    while it runs                ──▶ choose_move: a decode worker short of blocks gives a sequence to one with plenty
 
 Load is counted in tokens: prompt tokens to compute on a prefill worker, tokens of KV on a decode worker. It is what
 this router charged it with or what the worker itself reported, whichever is more: a charge knows nothing of other
@@ -13,10 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 # A prefill worker is given work for this many full steps and no more: it never runs dry while the next request travels,
 # and what still waits in the router can go to whichever worker is free first.
 BACKLOG_STEPS = 2
+# A sequence moves from a decode worker that is short of blocks to one that is, with it, still less full than this, and
+# less full than the first by so much: it will not be the next that is short, and nothing comes back.
+MOVE_BELOW_FILL, MOVE_MARGIN = 0.7, 0.2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +57,37 @@ class DecodeView:
     @property
     def fill(self) -> float:
         return self.held_tokens / max(1, self.capacity_tokens)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MoveView:
+    """A decode worker since the last look."""
+
+    decode: DecodeView
+    is_short: bool  # it preempted, or somebody waits there for blocks
+    sequences: tuple[tuple[int, str], ...]  # (tokens of KV, id) of this router's that draw, unless one moves already
+
+
+class Move(NamedTuple):
+    sequence_id: str
+    source: str
+    target: str
+
+
+def choose_move(views: Sequence[MoveView]) -> Move | None:
+    """The shortest sequence of the fullest worker that is short, to the emptiest that is not; None: all stay. `views`
+    are of workers that can take each other's KV."""
+    short = [view for view in views if view.is_short and view.sequences]
+    roomy = [view.decode for view in views if not view.is_short]
+    if not short or not roomy:
+        return None
+    source = min(short, key=lambda view: (-view.decode.fill, view.decode.worker_id))
+    target = min(roomy, key=lambda view: (view.fill, view.worker_id))
+    tokens, sequence_id = min(source.sequences)
+    then = (target.held_tokens + tokens) / max(1, target.capacity_tokens)
+    if then >= MOVE_BELOW_FILL or then > source.decode.fill - MOVE_MARGIN:
+        return None
+    return Move(sequence_id, source.decode.worker_id, target.worker_id)
 
 
 def choose_prefill(views: Sequence[PrefillView], total_tokens: int) -> str | None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import grpc
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
-from router.policy import DecodeView, PrefillView
+from router.policy import DecodeView, Move, PrefillView
 from service import logs
 from service.channel import Channel
 from service.status import error_from_reason, error_from_rpc
@@ -40,11 +40,13 @@ Deliver = Callable[[worker_pb2.SequenceOutput | LegatoError], None]
 class Charge:
     """Tokens of work or of KV that a sequence puts on a worker, from dispatch until it is seen finished."""
 
-    def __init__(self, worker: Worker, tokens: int) -> None:
+    def __init__(self, worker: Worker, sequence_id: str, tokens: int) -> None:
+        self.sequence_id = sequence_id
+        self.draws = False  # the worker has drawn a token since this was last set to False
         self._worker = worker
         self._tokens = 0
         self._open = True
-        worker.requests += 1
+        worker.charges.add(self)
         self.add(tokens)
 
     @property
@@ -62,7 +64,7 @@ class Charge:
             self._worker.released_tokens += self._tokens
             self.add(-self._tokens)
             self._open = False
-            self._worker.requests -= 1
+            self._worker.charges.discard(self)
             self._worker.changed()
 
 
@@ -87,13 +89,15 @@ class Worker:
         self.retired = False
         self.charged_tokens = 0
         self.released_tokens = 0  # of all charges that have ended
-        self.requests = 0
+        self.charges: set[Charge] = set()
         self.load = worker_pb2.WorkerLoad(free_blocks=record.total_blocks)
         self._released_at_load = 0  # `released_tokens` when its load was last asked for
         self._router_id = router_id
         self.changed = changed
         self._moved = moved
         self.moves = asyncio.Semaphore(MOVES_AT_ONCE)  # off this decode worker
+        self.moving = 0  # sequences that are on their way off it
+        self.asked: Move | None = None  # of one sequence of ours that runs here
         self._routes: dict[str, Deliver] = {}
         self._broken = asyncio.Event()
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
@@ -122,7 +126,7 @@ class Worker:
 
     def sends_away(self, sequence_id: str) -> bool:
         """Whether a sequence that runs here should go on elsewhere."""
-        return self.record.draining
+        return self.record.draining or (self.asked is not None and self.asked.sequence_id == sequence_id)
 
     @property
     def longest_tokens(self) -> int:
@@ -156,8 +160,12 @@ class Worker:
 
     # -- sequences that run here ----------------------------------------------------------------------------------
 
-    def charge(self, tokens: int) -> Charge:
-        return Charge(self, tokens)
+    @property
+    def requests(self) -> int:
+        return len(self.charges)
+
+    def charge(self, sequence_id: str, tokens: int) -> Charge:
+        return Charge(self, sequence_id, tokens)
 
     def open_route(self, sequence_id: str, deliver: Deliver) -> None:
         """From here on `deliver` gets the sequence's outputs, and the error when this worker is lost."""

@@ -135,7 +135,7 @@ async def test_a_target_that_dies_on_the_way_is_nothing_to_the_stream(router: To
     (source,), reads = await streams(router, 3)
     target = ToyDecode("d1", BLOCKS)
     await router.join(target)
-    source.faults.move_delay_s = 0.4
+    source.faults.move_delay_s = 5.0
     drain(router, source)
     await router.until(lambda: target.sequences)
     await target.kill()
@@ -163,7 +163,57 @@ async def test_a_client_that_leaves_on_the_way_leaves_nothing(router: ToyRouter,
 async def test_one_that_ends_while_it_moves_has_its_whole_answer(router: ToyRouter) -> None:
     (source,), reads = await streams(router, 2)
     await router.join(ToyDecode("d1", BLOCKS))
-    source.faults.move_delay_s = 1.0
+    source.faults.move_delay_s = 30.0
     drain(router, source)
     found = await read_all(router, reads)
     assert [read.finished[0].route.moves for read in found] == [0, 0]
+
+
+@pytest.mark.parametrize("sign", ["waiting", "preempting"])
+async def test_a_worker_that_is_short_of_blocks_gives_one_sequence_to_another(router: ToyRouter, sign: str) -> None:
+    source, balancer = ToyDecode("d0", 160), moves.Balancer(router.registry)
+    await router.join(source)
+    reads = [
+        asyncio.create_task(ask(router, request(list(range(length)), seed=length, max_tokens=LONG, ignore_eos=True)))
+        for length in (15, 6)
+    ]
+    await router.until(lambda: len(source.sequences) == 2 and source.tokens > 10)
+    known = router.registry.workers["d0"]
+    balancer.look()
+    assert known.asked is None, "nothing says that it is short"
+    source.waiting_requests, source.preemptions = (1, 0) if sign == "waiting" else (0, 1)
+    await router.until(lambda: (known.load.waiting_requests, known.load.preemptions) != (0, 0))
+    balancer.look()
+    assert known.asked is None, "nobody has room"
+    target = ToyDecode("d1", BLOCKS)
+    await router.join(target)
+    source.preemptions *= 2
+    await router.until(lambda: known.load.preemptions == source.preemptions and any(c.draws for c in known.charges))
+    balancer.look()
+    assert known.asked is not None
+    await router.until(lambda: target.tokens)
+    balancer.look()
+    assert known.asked is None, "one at a time, and the one that is left is more of a load there than here"
+    found = await read_all(router, reads)
+    assert [read.finished[0].route.moves for read in found] == [0, 1], "the shorter one"
+
+
+async def test_one_that_is_asked_to_leave_and_cannot_is_asked_no_more(router: ToyRouter) -> None:
+    source, target, balancer = ToyDecode("d0", 160), ToyDecode("d1", BLOCKS), moves.Balancer(router.registry)
+    await router.join(source)
+    reads = [
+        asyncio.create_task(ask(router, request([1, 2], seed=i, max_tokens=LONG, ignore_eos=True))) for i in (1, 2)
+    ]
+    await router.until(lambda: source.tokens > 10)
+    await router.join(target)
+    target.faults.refuse_reserve = True
+    source.waiting_requests = 1
+    known = router.registry.workers["d0"]
+    await router.until(lambda: known.load.waiting_requests)
+    balancer.look()
+    await router.until(lambda: ("Reserve") in [name for name, _ in target.called_under])
+    source.waiting_requests = 0
+    await router.until(lambda: not known.load.waiting_requests)
+    balancer.look()
+    found = await read_all(router, reads)
+    assert [(read.finished[0].route.moves, read.finished[0].route.attempts) for read in found] == [(0, 1), (0, 1)]

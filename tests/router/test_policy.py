@@ -5,7 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import BACKLOG_STEPS, DecodeView, PrefillView, choose_prefill, decode_prefills, rank_decode
+from router.policy import (
+    BACKLOG_STEPS,
+    DecodeView,
+    MoveView,
+    PrefillView,
+    choose_move,
+    choose_prefill,
+    decode_prefills,
+    rank_decode,
+)
 
 prefill_views = st.lists(
     st.builds(
@@ -81,3 +90,61 @@ def test_decode_prefills_only_where_nobody_else_can_unless_told() -> None:
     assert decode_prefills(1, 42, idle, up_to_tokens=42)
     assert not decode_prefills(1, 43, idle, up_to_tokens=42)
     assert not decode_prefills(1, 42, busy, up_to_tokens=42)
+
+
+move_views = decode_views.flatmap(
+    lambda views: st.tuples(
+        *(
+            st.builds(
+                MoveView,
+                decode=st.just(view),
+                is_short=st.booleans(),
+                sequences=st.lists(st.tuples(st.integers(1, 200), st.sampled_from("abcdef")), max_size=3).map(tuple),
+            )
+            for view in views
+        )
+    )
+)
+
+
+@given(move_views, st.randoms())
+def test_a_move_never_makes_another_worker_the_full_one(views, shuffler) -> None:  # type: ignore[no-untyped-def]
+    move = choose_move(views)
+    by_id = {view.decode.worker_id: view for view in views}
+    if move is None:
+        return
+    source, target = by_id[move.source], by_id[move.target]
+    assert source.is_short and not target.is_short
+    tokens, sequence_id = min(source.sequences)
+    assert move.sequence_id == sequence_id
+    fill = (target.decode.held_tokens + tokens) / target.decode.capacity_tokens
+    assert fill < 0.7 and fill <= source.decode.fill - 0.2
+    assert all(other.is_short or other.decode.fill >= target.decode.fill for other in views)
+    back = [
+        MoveView(
+            _with(view, tokens if view is target else -tokens if view is source else 0), view is target, ((1, "x"),)
+        )
+        for view in views
+    ]
+    returned = choose_move(back)
+    assert returned is None or returned.target != move.source or by_id[move.source].decode.fill > 0.9
+    shuffled = list(views)
+    shuffler.shuffle(shuffled)
+    assert choose_move(shuffled) == move
+
+
+def _with(view: MoveView, tokens: int) -> DecodeView:
+    held = max(view.decode.held_tokens + tokens, 0)
+    return DecodeView(view.decode.worker_id, held, held, view.decode.capacity_tokens, view.decode.longest_tokens)
+
+
+def test_who_moves_where() -> None:
+    def view(name: str, held: int, is_short: bool = False, *sequences: tuple[int, str]) -> MoveView:
+        return MoveView(DecodeView(name, held, 0, 100, 100), is_short, sequences)
+
+    full = view("d0", 95, True, (40, "long"), (20, "short"))
+    assert choose_move([full, view("d1", 30), view("d2", 10)]) == ("short", "d0", "d2")
+    assert choose_move([full, view("d1", 55)]) is None, "then it would be that one's turn"
+    assert choose_move([full, view("d1", 10, True)]) is None
+    assert choose_move([view("d0", 95, True), view("d1", 10)]) is None, "nothing of ours runs there"
+    assert choose_move([view("d0", 95, False, (20, "short")), view("d1", 10)]) is None

@@ -61,7 +61,7 @@ async def test_a_report_does_not_outlast_the_work_that_it_told_of(router: ToyRou
     toy = ToyPrefill("p0")
     await router.join(toy, ToyDecode("d0"))
     worker = router.registry.workers["p0"]
-    ours, more = worker.charge(30), worker.charge(5)
+    ours, more = worker.charge("a", 30), worker.charge("b", 5)
     toy.waiting_tokens = 50
     await worker.refresh()
     assert worker.prefill_view().outstanding_tokens == 50
@@ -72,5 +72,5 @@ async def test_a_report_does_not_outlast_the_work_that_it_told_of(router: ToyRou
     toy.waiting_tokens = 15
     await worker.refresh()
     assert worker.prefill_view().outstanding_tokens == 15
-    worker.charge(40)
+    worker.charge("c", 40)
     assert worker.prefill_view().outstanding_tokens == 40

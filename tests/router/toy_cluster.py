@@ -246,6 +246,7 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         self.subscribed = 0
         self.subscribers: dict[str, asyncio.Queue[worker_pb2.StepOutput | None]] = {}
         self.tokens = 0
+        self.waiting_requests = self.preemptions = 0  # as it says
         self._step_s = step_s
 
     async def start(self) -> None:  # type: ignore[override]
@@ -263,7 +264,12 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
         return self.total_blocks - sum(running.blocks for running in self.sequences.values())
 
     def load(self) -> worker_pb2.WorkerLoad:
-        return worker_pb2.WorkerLoad(free_blocks=self.free_blocks, running_requests=len(self.sequences))
+        return worker_pb2.WorkerLoad(
+            free_blocks=self.free_blocks,
+            running_requests=len(self.sequences),
+            waiting_requests=self.waiting_requests,
+            preemptions=self.preemptions,
+        )
 
     def _take(self, router_id: str, state: worker_pb2.SequenceState) -> Running:
         assert router_id in self.subscribers, "the router placed before it subscribed"
