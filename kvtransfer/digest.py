@@ -77,30 +77,25 @@ class ChunkHasher:
         return self._hasher.digest()
 
 
-class HeldDigests:
-    """On the receiver's side: of each of `ranks`, in order, over what it holds of one chunk."""
+class HeldDigest:
+    """On the receiver's side: of one rank, over what it holds of one chunk."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self._hashers = [ChunkHasher() for _ in range(num_ranks)]
+    def __init__(self, rank: RankMemory, landing: torch.Tensor) -> None:
+        """landing: the rank's KV memory, [num_blocks, layers, planes, heads, block_tokens, row]"""
+        self._rank, self._landing = rank, landing
+        self._hasher = ChunkHasher()
         self._end = 0
 
-    def update(
-        self,
-        ranks: Sequence[RankMemory],
-        landings: Sequence[torch.Tensor],
-        block_ids: Sequence[int],
-        first_token: int,
-        num_tokens: int,
-        end_layer: int,
-    ) -> None:
-        """Layers from where the last update ended up to `end_layer`. Raises as ChunkHasher.update() does."""
-        layers, self._end = range(self._end, end_layer), max(self._end, end_layer)
-        for hasher, rank, landing in zip(self._hashers, ranks, landings, strict=True):
-            if own := common(layers, rank.kv.layers):
-                hasher.update([_part(rank.kv, landing, own, rank.kv.heads)], block_ids, first_token, num_tokens)
+    def update(self, block_ids: Sequence[int], first_token: int, num_tokens: int, end_layer: int) -> None:
+        """The model's layers from where the last update ended to `end_layer`. Raises as ChunkHasher.update() does."""
+        held = self._rank.kv
+        own = common(range(self._end, end_layer), held.layers)
+        self._end = max(self._end, end_layer)
+        if own:
+            self._hasher.update([_part(held, self._landing, own, held.heads)], block_ids, first_token, num_tokens)
 
-    def digests(self) -> list[bytes]:
-        return [hasher.digest() for hasher in self._hashers]
+    def digest(self) -> bytes:
+        return self._hasher.digest()
 
 
 class SentDigests:

@@ -4,6 +4,7 @@
     reached()   layers are in the blocks        they leave: staged, posted, digested while they move
     computed()  the step is committed           all of it may leave, and it may be told
                 all landed                      told, and its blocks are given back
+    end()       none follows
 
 What leaves before the step has ended is told to nobody as KV: a step that fails leaves bytes in reserved blocks, which
 the decode worker does not admit. Chunks leave and are told in order; the next one leaves while the last one lands.
@@ -15,15 +16,17 @@ import asyncio
 import concurrent.futures
 import time
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvtransfer.digest import DigestPolicy, SentDigests
+from kvtransfer.plan import common
 from kvtransfer.routes import RankMemory, plan_handoff
 from kvtransfer.transport import Peer, Transfer
 from legato.v1 import worker_pb2
 from legato.v1.common_pb2 import TransferStats
 from service import logs
 from spec.errors import LegatoError, TransferFailed
+from worker.link import Link
 from worker.staging import Staging
 
 logger = logs.get(__name__)
@@ -39,6 +42,7 @@ class Target(NamedTuple):
     ranks: tuple[RankMemory, ...]
     peer: Peer
     transport: str
+    link: Link  # to the peer, shared with other hand-overs to it
     lease_s: float
 
 
@@ -60,6 +64,7 @@ class _Shipment(NamedTuple):
     transfer: Transfer
     digesting: asyncio.Future[None] | None
     end_layer: int
+    nbytes: int
     posted_s: float
 
 
@@ -87,6 +92,7 @@ class Departures:
         self.is_unproven = False  # a transfer failed or outran its clock: some of it may still land
         self._target, self._staging, self._policy = target, staging, policy
         self._pool, self._tell, self._failed = pool, tell, failed
+        self._name = target.ticket.reservation_id
         self._num_layers = max(rank.kv.layers.stop for rank in target.ranks)
         self._first_token = target.ticket.first_token  # of what no chunk before has taken
         self._open: dict[int, _Chunk] = {}  # begun and not computed, by their end
@@ -137,6 +143,7 @@ class Departures:
             self._posted.put_nowait(_Done(chunk))
         self._posted.put_nowait(None)
         await settling
+        self._target.link.leave(self._name)
 
     async def _guarded(self, step: Awaitable[None]) -> None:
         """What fails ends the hand-over."""
@@ -181,16 +188,34 @@ class Departures:
             chunk.digests = SentDigests(staged.routes)
         blocks = target.ticket.block_ids
         pieces = plan_handoff(staged.ranks, staged.block_table, target.ranks, blocks, first, count, layers)
+        nbytes = count * sum(_layer_bytes(rank, layers) for rank in target.ranks)
+        if not await self._may_write(nbytes):
+            return
         self.first_write_ns = self.first_write_ns or time.time_ns()
-        transfer = target.peer.post(staged.region, pieces)
+        try:
+            transfer = target.peer.post(staged.region, pieces)
+        except BaseException:
+            target.link.landed(self._name, nbytes)
+            raise
         posted_s, digesting = time.monotonic(), None
         if chunk.digests is not None:
             given = staged.ranks, staged.landings, staged.block_table, first, count, layers
             digesting = asyncio.get_running_loop().run_in_executor(self._pool, chunk.digests.update, *given)
-        self._posted.put_nowait(_Shipment(chunk, transfer, digesting, layers.stop, posted_s))
+        self._posted.put_nowait(_Shipment(chunk, transfer, digesting, layers.stop, nbytes, posted_s))
         self.stats.pieces += len(pieces)
         if digesting is not None:
             await asyncio.wait([digesting])  # the next layers' digest goes on from this one's; who settles raises
+
+    async def _may_write(self, nbytes: int) -> bool:
+        """Once the link has room. False: the hand-over failed before."""
+        slack_s = self._target.ticket.expires_unix_ns / 1e9 - time.time()
+        granted = self._target.link.ask(self._name, nbytes, slack_s)
+        either: list[asyncio.Future[Any]] = [granted, self._failed]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if granted.done():
+            return True
+        self._target.link.withdraw(self._name)
+        return False
 
     async def _settle_all(self) -> None:
         """In the order in which they were posted. Blocks are given back when nothing of their chunk is in flight."""
@@ -215,11 +240,18 @@ class Departures:
             self.is_unproven = True
             raise
         finally:
+            self._target.link.landed(self._name, shipment.nbytes)
             if shipment.digesting is not None:
                 await shipment.digesting
         now_s = time.monotonic()
         self.stats.moving_s += now_s - began_s
         self._landed_s = now_s
+        chunk = shipment.chunk
+        if chunk.digests is not None and shipment.end_layer < self._num_layers and not self._failed.done():
+            landed = worker_pb2.HandoffRequest.Landed(
+                first_token=chunk.first, num_tokens=chunk.num_tokens, end_layer=shipment.end_layer
+            )
+            await self._tell(worker_pb2.HandoffRequest(landed=landed))
 
     async def _finish(self, chunk: _Chunk) -> None:
         if not await self._until(lambda: chunk.is_computed) or not chunk.num_tokens:
@@ -229,3 +261,9 @@ class Departures:
         digests = [] if chunk.digests is None else chunk.digests.digests()
         told = worker_pb2.HandoffRequest.Chunk(first_token=chunk.first, num_tokens=chunk.num_tokens, digests=digests)
         await self._tell(worker_pb2.HandoffRequest(chunk=told))
+
+
+def _layer_bytes(rank: RankMemory, layers: range) -> int:
+    """Of one token, in those of `layers` that the rank holds."""
+    layout = rank.kv.layout
+    return layout.token_bytes // layout.num_layers * len(common(layers, rank.kv.layers))

@@ -57,10 +57,11 @@ async def sender_for(
     if not reservation.lease_s > 0:
         raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
     name, peer = await peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
+    link = peers.link(ticket.consumer_id)
     return Sender(
         worker_pb2_grpc.WorkerStub(await peers.channel(ticket.consumer_id, address)),
         SourceKV(core.ranks_of, core.regions[name], core.transports[name].register, core.stage_out),
-        Target(ticket, reservation.ticket, target_ranks, peer, name, reservation.lease_s),
+        Target(ticket, reservation.ticket, target_ranks, peer, name, link, reservation.lease_s),
         core.record.address,
         core.digest_pool,
         DigestPolicy(core.config.handoff.digest_share),

@@ -14,6 +14,7 @@ from kvtransfer.transport import Peer, Transport
 from legato.v1 import worker_pb2
 from service import logs
 from spec.errors import TransferFailed
+from worker.link import Link
 
 logger = logs.get(__name__)
 
@@ -30,6 +31,7 @@ class Peers:
         self._peers: dict[tuple[str, int, str], asyncio.Future[Peer]] = {}
         self._releasing: set[asyncio.Task[None]] = set()
         self._set_aside_until_s: dict[tuple[str, int, str], float] = {}
+        self._links: dict[str, Link] = {}
 
     async def channel(self, consumer_id: str, address: str) -> grpc.aio.Channel:
         """One a worker: where it has moved to another address, the channel to the old one is closed."""
@@ -39,6 +41,10 @@ class Peers:
             if channel is not None:
                 await channel.close()
         return self._channels[consumer_id][1]
+
+    def link(self, consumer_id: str) -> Link:
+        """What hand-overs to that worker share, whatever carries them."""
+        return self._links.setdefault(consumer_id, Link())
 
     async def connect(
         self, consumer_id: str, epoch: int, endpoints: Iterable[worker_pb2.TransportEndpoint]

@@ -2,7 +2,8 @@
 
     Begin   ticket verified, reservation opened for writing  ──▶ Accepted
     Alive   the lease is renewed
-    Chunk   bytes that landed are digested here and compared ──▶ (nothing, or Cancel)
+    Landed  some layers of the next chunk are digested here
+    Chunk   all that landed of it is, and compared           ──▶ (nothing, or Cancel)
     Final   plan complete: what it was reserved for goes on  ──▶ Admitted
     Quiet   nothing is in flight any more: blocks are freed
 
@@ -21,7 +22,7 @@ from typing import Protocol
 import grpc
 
 from kvtransfer import ticket as tickets
-from kvtransfer.digest import DigestPolicy, Part, chunk_digest
+from kvtransfer.digest import DigestPolicy
 from kvtransfer.routes import layout_id
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from scheduler.handoff import Reservation
@@ -40,6 +41,7 @@ from spec.errors import (
     WireMismatch,
 )
 from worker.core import Core, CoreRank
+from worker.landing import LandingCheck
 
 logger = logs.get(__name__)
 
@@ -84,6 +86,7 @@ class Receiver:
         self.replies: asyncio.Queue[Reply | None] = asyncio.Queue()
         self.ticket: worker_pb2.Ticket | None = None
         self.begin: Request.Begin | None = None
+        self._landing: LandingCheck | None = None  # of the chunk that is landing
         self.settled = False  # admitted, or quiet: the reservation is over
         self._claims = claims
         self._core = claims.core
@@ -103,6 +106,8 @@ class Receiver:
                         self.replies.put_nowait(Reply(accepted=Reply.Accepted()))
                     case "chunk":
                         await self._guarded(self._landed(message.chunk))
+                    case "landed":
+                        await self._guarded(self._layers_landed(message.landed))
                     case "final":
                         await self._guarded(self._admit(message.final))
                     case "alive":
@@ -194,6 +199,15 @@ class Receiver:
         with self._core.loop.lock:
             self._core.reservations.renew(self.ticket.reservation_id, time.monotonic())
 
+    async def _layers_landed(self, landed: Request.Landed) -> None:
+        """Digested while the other layers are on their way; nothing is told as there before its Chunk."""
+        await self._renew()
+        reservation, core, ticket = self._claimed().reservation, self._core, self.ticket
+        assert ticket is not None and reservation is not None
+        if DigestPolicy(core.config.handoff.digest_share).covers(ticket.reservation_id, landed.first_token):
+            ranks = core.ranks_of(reservation.group)
+            await self._check_of(ranks, landed.first_token, landed.num_tokens).take(landed.end_layer)
+
     async def _landed(self, chunk: Request.Chunk) -> None:
         reservation = self._claimed().reservation
         core, ticket = self._core, self.ticket
@@ -201,7 +215,8 @@ class Receiver:
         ranks = core.ranks_of(reservation.group)
         policy = DigestPolicy(core.config.handoff.digest_share)
         if is_digested := policy.covers(ticket.reservation_id, chunk.first_token):
-            await self._compare(ranks, chunk)
+            await self._check_of(ranks, chunk.first_token, chunk.num_tokens).compare(chunk.digests)
+            self._landing = None
         with core.loop.lock:
             core.reservations.landed(ticket.reservation_id, chunk.first_token, chunk.num_tokens, time.monotonic())
         size, end = ranks[0].kv.layout.block_tokens, chunk.first_token + chunk.num_tokens
@@ -210,31 +225,14 @@ class Receiver:
             with core.loop.lock:
                 core.reservations.settled(ticket.reservation_id, chunk.first_token, chunk.num_tokens)
 
-    async def _compare(self, ranks: Sequence[CoreRank], chunk: Request.Chunk) -> None:
-        """Each rank's own memory; replicas, too. Raises DigestMismatch."""
-        assert self.ticket is not None
-        if len(chunk.digests) != len(ranks):
-            raise DigestMismatch(f"{len(chunk.digests)} digests came for {len(ranks)} ranks")
-        block_ids, event_loop = tuple(self.ticket.block_ids), asyncio.get_running_loop()
-        found = await asyncio.gather(
-            *(
-                event_loop.run_in_executor(
-                    self._core.digest_pool,
-                    chunk_digest,
-                    [Part(rank.landing, rank.kv.layers, rank.kv.heads)],
-                    block_ids,
-                    chunk.first_token,
-                    chunk.num_tokens,
-                )
-                for rank in ranks
-            )
-        )
-        wrong = [number for number, digest in enumerate(chunk.digests) if digest != found[number]]
-        if wrong:
-            where = f" on rank {wrong[0]} of {len(ranks)}" if len(ranks) > 1 else ""
-            raise DigestMismatch(
-                f"{chunk.num_tokens} tokens from {chunk.first_token} on did not land{where} as they were sent"
-            )
+    def _check_of(self, ranks: Sequence[CoreRank], first_token: int, num_tokens: int) -> LandingCheck:
+        """That goes on, or a new one."""
+        check = self._landing
+        if check is None or (check.first_token, check.num_tokens) != (first_token, num_tokens):
+            assert self.ticket is not None
+            blocks = tuple(self.ticket.block_ids)
+            self._landing = check = LandingCheck(ranks, self._core.digest_pool, blocks, first_token, num_tokens)
+        return check
 
     async def _admit(self, final: Request.Final) -> None:
         self._claimed()

@@ -449,7 +449,7 @@ class SequenceOutput(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorReason, str]] = ..., error_message: _Optional[str] = ..., queued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., drawn_ns: _Optional[int] = ..., handed_over_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., proposed_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., moved: bool = ...) -> None: ...
 
 class HandoffRequest(_message.Message):
-    __slots__ = ("begin", "chunk", "final", "quiet", "alive")
+    __slots__ = ("begin", "chunk", "final", "quiet", "alive", "landed")
     class Alive(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
@@ -462,6 +462,15 @@ class HandoffRequest(_message.Message):
         producer_address: str
         wire: WireVersions
         def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ...) -> None: ...
+    class Landed(_message.Message):
+        __slots__ = ("first_token", "num_tokens", "end_layer")
+        FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+        NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        END_LAYER_FIELD_NUMBER: _ClassVar[int]
+        first_token: int
+        num_tokens: int
+        end_layer: int
+        def __init__(self, first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., end_layer: _Optional[int] = ...) -> None: ...
     class Chunk(_message.Message):
         __slots__ = ("first_token", "num_tokens", "digests")
         FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -486,12 +495,14 @@ class HandoffRequest(_message.Message):
     FINAL_FIELD_NUMBER: _ClassVar[int]
     QUIET_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
+    LANDED_FIELD_NUMBER: _ClassVar[int]
     begin: HandoffRequest.Begin
     chunk: HandoffRequest.Chunk
     final: HandoffRequest.Final
     quiet: HandoffRequest.Quiet
     alive: HandoffRequest.Alive
-    def __init__(self, begin: _Optional[_Union[HandoffRequest.Begin, _Mapping]] = ..., chunk: _Optional[_Union[HandoffRequest.Chunk, _Mapping]] = ..., final: _Optional[_Union[HandoffRequest.Final, _Mapping]] = ..., quiet: _Optional[_Union[HandoffRequest.Quiet, _Mapping]] = ..., alive: _Optional[_Union[HandoffRequest.Alive, _Mapping]] = ...) -> None: ...
+    landed: HandoffRequest.Landed
+    def __init__(self, begin: _Optional[_Union[HandoffRequest.Begin, _Mapping]] = ..., chunk: _Optional[_Union[HandoffRequest.Chunk, _Mapping]] = ..., final: _Optional[_Union[HandoffRequest.Final, _Mapping]] = ..., quiet: _Optional[_Union[HandoffRequest.Quiet, _Mapping]] = ..., alive: _Optional[_Union[HandoffRequest.Alive, _Mapping]] = ..., landed: _Optional[_Union[HandoffRequest.Landed, _Mapping]] = ...) -> None: ...
 
 class HandoffReply(_message.Message):
     __slots__ = ("accepted", "admitted", "cancel")

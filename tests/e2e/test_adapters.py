@@ -17,7 +17,6 @@ from tiny_adapters import LLAMA_MODULES, merged, write_adapter
 from tiny_llama import SHAPES, load_reference, make_llama
 
 import legato
-import worker.receiver
 import worker.sender
 from engine.adapters import AdapterFiles
 from engine.model_files import open_model
@@ -27,6 +26,7 @@ from service.channel import channel
 from service.messages import with_adapter
 from service.status import error_from_rpc
 from spec.errors import InvalidModel, LegatoError, TicketRefused
+from worker.landing import LandingCheck
 
 PROMPT = [random.Random(5).randrange(3, 400) for _ in range(53)]
 TOKENS = 12
@@ -102,17 +102,18 @@ async def test_answers_are_those_of_merged_weights(
 async def test_a_failover_keeps_the_adapter(
     world: World, expected: Mapping[str, tuple[int, ...]], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, flips = worker.receiver.chunk_digest, 0
+    take, flips = LandingCheck.take, 0
 
-    def flip_first(parts: Any, block_ids: Any, first_token: int, num_tokens: int) -> bytes:
+    async def flip_first(check: LandingCheck, end_layer: int) -> None:
         nonlocal flips
         if flips == 0:
-            parts[0].kv.view(-1)[parts[0].kv[0].numel() * block_ids[0]].neg_()
+            landing = check.ranks[0].landing
+            landing.view(-1)[landing[0].numel() * check.block_ids[0]].neg_()
             flips += 1
-        return digest(parts, block_ids, first_token, num_tokens)
+        await take(check, end_layer)
 
     async with cluster(world[0], redis_url, engine=served(world)) as running:
-        monkeypatch.setattr(worker.receiver, "chunk_digest", flip_first)
+        monkeypatch.setattr(LandingCheck, "take", flip_first)
         answer = await ask(running, "poems")
         await running.assert_as_at_start()
     assert answer.route is not None

@@ -19,7 +19,6 @@ import worker.build
 import worker.departures
 import worker.loop
 import worker.outgoing
-import worker.receiver
 import worker.reserving
 from kvtransfer import ticket as tickets
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
@@ -28,6 +27,7 @@ from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from service.channel import channel
 from service.status import error_from_rpc
 from spec.errors import TicketRefused, TransferFailed
+from worker.landing import LandingCheck
 
 PROMPT = [random.Random(3).randrange(3, 400) for _ in range(70)]
 
@@ -42,21 +42,21 @@ async def greedy(running: Cluster, prompt: list[int]) -> Any:
 
 
 async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = worker.receiver.chunk_digest
+    take = LandingCheck.take
     flips = 0
 
-    def flip_first(parts: Any, block_ids: Any, first_token: int, num_tokens: int) -> bytes:
+    async def flip_first(check: LandingCheck, end_layer: int) -> None:
         nonlocal flips
         if flips == 0:
-            kv = parts[0].kv
-            kv.view(-1)[kv[0].numel() * block_ids[0]].neg_()
+            landing = check.ranks[0].landing
+            landing.view(-1)[landing[0].numel() * check.block_ids[0]].neg_()
             flips += 1
-        return digest(parts, block_ids, first_token, num_tokens)
+        await take(check, end_layer)
 
     async with cluster(model, redis_url, prefill=0) as running:
         expected = (await greedy(running, PROMPT)).token_ids
     async with cluster(model, redis_url) as running:
-        monkeypatch.setattr(worker.receiver, "chunk_digest", flip_first)
+        monkeypatch.setattr(LandingCheck, "take", flip_first)
         answer = await greedy(running, PROMPT)
         assert flips == 1
         assert answer.token_ids == expected

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_worker import MemoryWorker, make_worker, model_layout, random_kv
 
-from kvtransfer.digest import HeldDigests, SentDigests
+from kvtransfer.digest import HeldDigest, SentDigests
 from kvtransfer.plan import RankKV, plan_transfer
 from kvtransfer.routes import (
     RankMemory,
@@ -78,12 +78,16 @@ def test_both_sides_digest_the_same_per_target_rank(handoff) -> None:  # type: i
     move(source, target, plan_handoff(source_ranks, source_blocks, target_ranks, target_blocks, first, count))
     routes = routes_between(tuple(r.kv for r in source_ranks), tuple(r.kv for r in target_ranks))
     cut, end = whole.num_layers // 2, whole.num_layers
-    sending, holding = SentDigests(routes), HeldDigests(len(target_ranks))
+    sending, landed = SentDigests(routes), []
     for layers in (range(cut), range(cut, end)):
         given = torch_views(source, source_group), source_blocks, first, count
         sending.update(source_ranks, *given, layers)
-    holding.update(target_ranks, torch_views(target, target_group), target_blocks, first, count, end)
-    sent, landed = sending.digests(), holding.digests()
+    for rank, view in zip(target_ranks, torch_views(target, target_group), strict=True):
+        holding = HeldDigest(rank, view)
+        for end_layer in (cut // 2, end):
+            holding.update(target_blocks, first, count, end_layer)
+        landed.append(holding.digest())
+    sent = sending.digests()
     assert sent == landed
     by_content = {(rank.kv.layers, rank.kv.heads): digest for rank, digest in zip(target_ranks, landed, strict=True)}
     assert len(set(by_content.values())) == len(by_content), "ranks that hold other things have other digests"

@@ -15,13 +15,14 @@ import torch
 from memory_worker import MemoryWorker, make_worker, model_layout
 
 from engine.layer_hook import LayerHook
-from kvtransfer.digest import DigestPolicy, HeldDigests
+from kvtransfer.digest import DigestPolicy, HeldDigest
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
 from legato.v1 import worker_pb2
 from spec.dtype import Dtype
 from spec.errors import LegatoError, RequestCancelled
 from worker.core import CoreRank
 from worker.departures import Departures, Target
+from worker.link import Link
 from worker.staging import SourceKV, Staging
 from worker.watch import StepWatch
 
@@ -32,11 +33,11 @@ CHUNKS = (6, 13, 21, 27)  # ends; blocks are partial at most of them
 SOURCE_BLOCKS, TARGET_BLOCKS = [8, 1, 5, 0, 7, 2, 6], [3, 9, 0, 7, 1, 8, 2, 5, 4]
 
 
-class Link:
+class Way:
     """One hand-over between two workers' memories. `told` is what the receiver was told, `released` which holds are."""
 
     def __init__(self, source: MemoryWorker, target: MemoryWorker, transport: MemoryTransport, **options: Any) -> None:
-        self.source, self.target = source, target
+        self.source, self.target, self.transport = source, target, transport
         self.told: list[worker_pb2.HandoffRequest] = []
         self.released: list[int] = []
         self.failed: asyncio.Future[LegatoError] = asyncio.get_running_loop().create_future()
@@ -50,12 +51,23 @@ class Link:
         self.pool = concurrent.futures.ThreadPoolExecutor(2)
         kv = SourceKV(lambda group: ranks, region, transport.register, self.stage_out)
         ticket = worker_pb2.Ticket(
-            reservation_id="r/1", num_tokens=TOKENS, first_token=options.pop("first_token", 0), block_ids=TARGET_BLOCKS
+            reservation_id=options.pop("name", "r/1"),
+            num_tokens=TOKENS,
+            first_token=options.pop("first_token", 0),
+            block_ids=TARGET_BLOCKS,
         )
         peer = transport.connect(transport.address, theirs.descriptor)
         self.staging = Staging(kv, target.ranks, self.pool)
         self.departures = Departures(
-            Target(ticket, worker_pb2.SignedTicket(), target.ranks, peer, "memory", 5.0),
+            Target(
+                ticket,
+                worker_pb2.SignedTicket(),
+                target.ranks,
+                peer,
+                "memory",
+                options.pop("link", None) or Link(),
+                5.0,
+            ),
             self.staging,
             DigestPolicy(options.pop("share", 1.0)),
             self.pool,
@@ -84,14 +96,14 @@ async def linked(
     dtype: Dtype = WHOLE.dtype,
     faults: dict[int, Fault] | None = None,
     **options: Any,
-) -> AsyncIterator[Link]:
+) -> AsyncIterator[Way]:
     theirs = model_layout(num_layers=5, heads=4, block_tokens=3, dtype=dtype)
     source = make_worker(WHOLE, tp=tps[0], layers=STAGES[pps[0]], num_blocks=9, seed=1)
     target = make_worker(theirs, tp=tps[1], layers=STAGES[pps[1]], num_blocks=10, seed=2)
     values = numpy.random.default_rng(5).standard_normal((5, 2, 4, TOKENS, WHOLE.head_dim)).astype(numpy.float16)
     source.fill(values.view(numpy.uint8), SOURCE_BLOCKS)
     transport = MemoryTransport(faults)
-    link = Link(source, target, transport, **options)
+    link = Way(source, target, transport, **options)
     running = asyncio.create_task(link.departures.run())
     try:
         yield link
@@ -107,7 +119,7 @@ async def linked(
     assert sorted(link.released) == sorted(set(link.released)), "a hold is given back once"
 
 
-async def by_layers(link: Link, ends: Sequence[int]) -> None:
+async def by_layers(link: Way, ends: Sequence[int]) -> None:
     """As a step of each rank tells it, chunk after chunk."""
     for end in CHUNKS:
         link.begin(end)
@@ -124,7 +136,7 @@ async def by_layers(link: Link, ends: Sequence[int]) -> None:
     link.departures.end()
 
 
-async def at_once(link: Link, ends: Sequence[int]) -> None:
+async def at_once(link: Way, ends: Sequence[int]) -> None:
     for end in CHUNKS:
         link.begin(end)
         link.departures.computed(end)
@@ -148,15 +160,17 @@ async def test_groups_of_layers_bring_the_bytes_and_digests_of_whole_chunks(
         starts = itertools.accumulate((count for _, count in link.chunks), initial=first_token)
         assert [first for first, _ in link.chunks] == list(starts)[:-1]
         assert link.departures.stats.sent_tokens == TOKENS - first_token
-        for each in link.told:
-            chunk, held = each.chunk, HeldDigests(len(link.target.ranks))
-            held.update(link.target.ranks, link_views(link), TARGET_BLOCKS, chunk.first_token, chunk.num_tokens, 5)
-            assert list(chunk.digests) == held.digests()
-        found.append((link.target.region.tobytes(), [each.SerializeToString() for each in link.told]))
+        chunks = [each.chunk for each in link.told if each.HasField("chunk")]
+        for chunk in chunks:
+            for rank, view, digest in zip(link.target.ranks, link_views(link), chunk.digests, strict=True):
+                held = HeldDigest(rank, view)
+                held.update(TARGET_BLOCKS, chunk.first_token, chunk.num_tokens, 5)
+                assert held.digest() == digest
+        found.append((link.target.region.tobytes(), [each.SerializeToString() for each in chunks]))
     assert found[0] == found[1] == found[2]
 
 
-def link_views(link: Link) -> list[torch.Tensor]:
+def link_views(link: Way) -> list[torch.Tensor]:
     return [torch.from_numpy(view) for view in link.target.views]
 
 
@@ -176,10 +190,10 @@ async def test_layers_leave_before_the_chunk_is_computed_and_are_told_after() ->
         await until(lambda: bool((link.target.region != before).any()))
         link.departures.reached(TOKENS, 5)
         await asyncio.sleep(0.05)
-        assert not link.told
+        assert not link.chunks
         assert not link.released
         link.departures.computed(TOKENS)
-        await until(lambda: bool(link.told))
+        await until(lambda: bool(link.chunks))
         assert link.chunks == [(0, TOKENS)]
         await until(lambda: link.released == [TOKENS])
 
@@ -190,7 +204,7 @@ async def test_a_step_that_fails_is_told_to_nobody() -> None:
         link.departures.computed(13)
         link.begin(TOKENS)
         link.departures.reached(TOKENS, 3)
-        await until(lambda: bool(link.told))
+        await until(lambda: bool(link.chunks))
         link.failed.set_result(RequestCancelled("the step failed"))
         link.departures.reached(TOKENS, 5)
         link.departures.computed(TOKENS)
@@ -224,9 +238,10 @@ async def test_a_transfer_that_fails_leaves_the_hand_over_unproven(kind: FaultKi
 async def test_a_share_of_the_chunks_is_digested(share: float, digested: int) -> None:
     async with linked(share=share) as link:
         await by_layers(link, (2, 5))
-    with_digests = [bool(each.chunk.digests) for each in link.told]
+    chunks = [each.chunk for each in link.told if each.HasField("chunk")]
+    with_digests = [bool(chunk.digests) for chunk in chunks]
     assert sum(with_digests) == digested
-    assert with_digests == [DigestPolicy(share).covers("r/1", each.chunk.first_token) for each in link.told]
+    assert with_digests == [DigestPolicy(share).covers("r/1", chunk.first_token) for chunk in chunks]
 
 
 def test_a_group_has_reached_what_all_its_ranks_have_written() -> None:
@@ -248,3 +263,32 @@ def test_a_group_has_reached_what_all_its_ranks_have_written() -> None:
     hooks[behind[1]].written(2)
     hooks[behind[1]].written(3)
     assert told == [(1, 1), (1, 2), (1, 4), (1, 5)]
+
+
+async def test_layers_are_told_as_they_land_for_the_digest_and_the_chunk_behind_them() -> None:
+    async with linked() as link:
+        await by_layers(link, (2, 4, 5))
+    said = [(each.WhichOneof("event"), each.landed.end_layer) for each in link.told]
+    assert said[-1] == ("chunk", 0)
+    for event, end_layer in said:
+        assert event == "chunk" or end_layer in range(1, 5), "with the last layers the chunk is told"
+    async with linked(share=0.0) as link:
+        await by_layers(link, (2, 4, 5))
+    assert {each.WhichOneof("event") for each in link.told} == {"chunk"}
+
+
+async def test_a_slow_receiver_keeps_what_is_in_flight_bounded_and_other_hand_overs_go_on() -> None:
+    group_bytes = 2 * WHOLE.token_bytes // 5 * 6  # of two layers of six tokens
+    shared = Link(window_bytes=5 * group_bytes, handoff_bytes=2 * group_bytes)
+    slow = {number: Fault(FaultKind.DELAY, delay_s=0.4) for number in range(20)}
+    async with linked(faults=slow, link=shared, name="slow") as first, linked(link=shared, name="quick") as second:
+        driving = asyncio.create_task(by_layers(first, (2, 4, 5)))
+        await asyncio.sleep(0.1)
+        assert 0 < first.transport.counts()["transfers"] <= 2
+        await by_layers(second, (2, 4, 5))
+        await until(lambda: len(second.released) == len(CHUNKS))
+        assert not first.released, "its first write has not landed"
+        first.failed.set_result(RequestCancelled("given up"))
+        await driving
+    assert second.chunks[-1][0] + second.chunks[-1][1] == TOKENS
+    assert sorted(first.released) == list(CHUNKS)
