@@ -26,6 +26,7 @@ from spec.dtype import Dtype
 from spec.errors import WireMismatch
 from spec.layout import KVLayout
 from worker.departures import Target
+from worker.link import Link
 from worker.sender import Sender
 
 PROMPT = [random.Random(4).randrange(3, 400) for _ in range(40)]
@@ -118,7 +119,7 @@ async def writing_to(newer: NewerWorker) -> AsyncIterator[Sender]:
     await server.start()
     ranks = (RankMemory(RankKV.whole(KVLayout(1, 1, 2, 4, Dtype.FLOAT32))),)
     ticket, nobody = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None)
-    target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", 5.0)
+    target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", Link(), 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as link:
             stub = worker_pb2_grpc.WorkerStub(link)
