@@ -13,8 +13,8 @@ from cluster import Cluster, cluster
 from forced import check_forced
 from tiny_llama import SHAPES, load_reference, make_llama
 
-import worker.receiver
 import worker.sender
+from kvtransfer.digest import HeldDigest
 from spec.errors import TransferFailed
 from worker.departures import Departures
 from worker.meter import Meter
@@ -99,12 +99,12 @@ def _break(monkeypatch: pytest.MonkeyPatch) -> None:
 def _flip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the prefix what lands is not what was sent."""
 
-    def chunk_digest(*arguments: Any) -> bytes:
+    def digest(held: HeldDigest) -> bytes:
         return bytes(16)
 
     async def send(sends: PrefixSends, request: Any) -> Any:
         with monkeypatch.context() as fetching:
-            fetching.setattr(worker.receiver, "chunk_digest", chunk_digest)
+            fetching.setattr(HeldDigest, "digest", digest)
             return await real(sends, request)
 
     real = PrefixSends.send
