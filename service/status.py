@@ -42,6 +42,7 @@ CODES: dict[type[LegatoError], grpc.StatusCode] = {
 # What a status without our ErrorInfo means: gRPC itself, a proxy or the kernel sent it.
 FOREIGN: dict[grpc.StatusCode, type[LegatoError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.WorkerLost,
+    grpc.StatusCode.UNIMPLEMENTED: errors.WorkerLost,  # another process has its address, or one that still loads
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.RequestCancelled,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,

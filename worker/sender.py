@@ -27,7 +27,7 @@ from legato.v1.common_pb2 import TransferStats
 from service import logs
 from service.status import error_from_reason, error_from_rpc
 from service.wire import spoken
-from spec.errors import LegatoError, RequestCancelled, TransferFailed
+from spec.errors import HandoffError, LegatoError, RequestCancelled, TransferFailed
 from worker.departures import Departures, Target
 from worker.staging import SourceKV, Staging
 
@@ -62,7 +62,7 @@ class Sender:
         self._call: grpc.aio.StreamStreamCall | None = None
 
     async def open(self, timeout_s: float) -> None:
-        """Raises what the decode worker refused with, TransferFailed when it does not answer in time."""
+        """Raises the HandoffError that the decode worker refused with, TransferFailed when it cannot be asked."""
         self._call = self._stub.Handoff()
         begin = worker_pb2.HandoffRequest.Begin(
             ticket=self._target.signed, producer_address=self._producer_address, wire=spoken()
@@ -74,14 +74,14 @@ class Sender:
                 while reply is not grpc.aio.EOF and reply.WhichOneof("event") is None:
                     reply = await self._call.read()  # what a newer version may say, and we may pass over
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise self._refusal(error) from error
         except TimeoutError:
             self._call.cancel()
             raise TransferFailed(
                 f"{self._target.ticket.consumer_id} did not accept the hand-over in {timeout_s} s"
             ) from None
         if reply is grpc.aio.EOF:
-            raise error_from_rpc(await _status_of(self._call))
+            raise self._refusal(await _status_of(self._call))
         if reply.HasField("cancel"):
             raise error_from_reason(reply.cancel.reason, reply.cancel.message)
         work = self._listen(), self._departures.run(), self._stay_alive()
@@ -104,6 +104,13 @@ class Sender:
     def computed(self, end: int) -> None:
         """The chunk that ends at token `end` is, and counts."""
         self._departures.computed(end)
+
+    def _refusal(self, error: grpc.aio.AioRpcError) -> HandoffError:
+        """What the decode worker says of the hand-over; all else is about the way there, and not about this worker."""
+        found = error_from_rpc(error)
+        if isinstance(found, HandoffError):
+            return found
+        return TransferFailed(f"{self._target.ticket.consumer_id} did not accept the hand-over: {found.message}")
 
     def advance(self, end: int, group: int, block_table: tuple[int, ...], release: Callable[[], None]) -> None:
         """begin() and computed() of what is in the blocks already."""

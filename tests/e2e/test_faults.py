@@ -200,7 +200,7 @@ async def test_one_fault_after_the_other(at_rest: Setup, model: Path) -> None:
         await running.assert_as_at_start()
     rows = reference_logprobs(model, [*prompt, *answer.choices[0].token_ids])[len(prompt) - 1 : -1]
     assert answer.choices[0].token_ids == tuple(rows.argmax(axis=1))
-    assert answer.route.sends == 2
+    assert answer.route.sends >= 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])

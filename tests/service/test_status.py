@@ -84,7 +84,7 @@ def test_every_class_has_a_status_that_google_rpc_readers_understand(kind: type[
         (grpc.StatusCode.DEADLINE_EXCEEDED, "", errors.DeadlineExceeded),
         (grpc.StatusCode.CANCELLED, "", errors.RequestCancelled),
         (grpc.StatusCode.UNKNOWN, "boom", errors.InternalError),
-        (grpc.StatusCode.UNIMPLEMENTED, "no such method", errors.InternalError),
+        (grpc.StatusCode.UNIMPLEMENTED, "no such method", errors.WorkerLost),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", errors.Overloaded),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (5 vs. 4)", errors.InvalidParameter),
     ],
