@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from decode_svc.decode import DecodeService
 from decode_svc.move import Moves
 from decode_svc.placements import Placements
-from legato.v1 import worker_pb2_grpc
+from legato.v1 import worker_pb2, worker_pb2_grpc
 from scheduler.events import Event
 from scheduler.plan import StepPlan
 from service.channel import Channel, channel
@@ -28,7 +28,7 @@ class DecodePool:
         self._placements = Placements(core, spans)
         self._redis = connect(core.config.redis_url)
         self._config = core.config
-        self._peers = Peers(core.transports, self._open_channel)
+        self._peers = Peers(core.transports, self._open_channel, core.regions)
         self.handoffs = Handoffs(self._placements, self._open_channel, self._find_epoch)
         self.prefix_sends = PrefixSends(core, self._peers)
         self._moves = Moves(self._placements, self._peers, spans)
@@ -69,6 +69,9 @@ class DecodePool:
 
     async def _find_epoch(self, worker_id: str) -> int | None:
         return await registered_epoch(self._redis, self._config.cluster, worker_id)
+
+    def links(self) -> list[worker_pb2.PeerLink]:
+        return self._peers.links()
 
     async def close(self) -> None:
         self._heartbeat.cancel()

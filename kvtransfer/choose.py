@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kvtransfer.probing import PROBE_BYTES, measure
 from kvtransfer.transport import Transport
-from spec.errors import InvalidConfiguration, TransportUnavailable
+from spec.errors import InvalidConfiguration, TransferFailed, TransportUnavailable
 
 
 def _open_ucx(host: str) -> Transport:
@@ -52,12 +53,22 @@ class Probed(NamedTuple):
 
 
 def probe() -> list[Probed]:
-    """What `legato doctor` shows: each transport opened once and closed again."""
+    """What `legato doctor` shows: each transport opened once, measured on the way to itself, and closed again."""
     found = []
     for name in KINDS:
         opened, reasons = open_transports([name])
         for transport in opened:
-            found.append(Probed(name, True, transport.detail))
+            found.append(Probed(name, True, f"{transport.detail}; {_to_itself(transport)}"))
             transport.close()
         found.extend(Probed(name, False, reason) for reason in reasons.values())
     return found
+
+
+def _to_itself(transport: Transport) -> str:
+    try:
+        region = transport.register(2 * PROBE_BYTES)
+        peer = transport.connect(transport.address, region.descriptor)
+        found = measure(peer, region, 0, PROBE_BYTES)
+    except TransferFailed as error:
+        return f"it does not reach itself: {error.message}"
+    return f"{found.bytes_per_s / 1e9:.1f} GB/s and {found.latency_s * 1e6:.0f} us to itself over {peer.runs_over}"

@@ -206,6 +206,7 @@ _CALLS: dict[str, tuple[Any, list[Any]]] = {
     "ucp_rkey_ptr": (_status, [_handle, ctypes.c_uint64, _out]),
     "ucp_rkey_destroy": (None, [_handle]),
     "ucp_ep_create": (_status, [_handle, _out, _out]),
+    "ucp_ep_print_info": (None, [_handle, _handle]),
     "ucp_ep_close_nbx": (_request, [_handle, _out]),
     "ucp_ep_flush_nbx": (_request, [_handle, _out]),
     "ucp_am_send_nbx": (_request, [_handle, ctypes.c_uint, _text, _size, _handle, _size, _out]),
@@ -255,17 +256,27 @@ def failed_status(request: int | None) -> int:
 
 
 def resource_names(library: LibUcp, context: int | None) -> list[str]:
-    """Each transport of a context once. libucp only prints them, so it prints to memory."""
+    """Each transport of a context once."""
+    return list(dict.fromkeys(re.findall(r"-- (\w+)/\S+", _printed(library.ucp_context_print_info, context))))
+
+
+def lane_names(library: LibUcp, endpoint: int) -> list[str]:
+    """Each transport of an endpoint once."""
+    return list(dict.fromkeys(re.findall(r"lane\[\d+\]:\s*\d+:(\w+)/", _printed(library.ucp_ep_print_info, endpoint))))
+
+
+def _printed(print_info: Callable[..., Any], handle: int | None) -> str:
+    """libucp only prints what it is made of, so it prints to memory."""
     libc = ctypes.CDLL(None)
     libc.open_memstream.restype = ctypes.c_void_p
     libc.fclose.argtypes, libc.free.argtypes = [ctypes.c_void_p], [ctypes.c_void_p]
     text, size = ctypes.c_void_p(), ctypes.c_size_t()
     stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
-    library.ucp_context_print_info(context, stream)
+    print_info(handle, stream)
     libc.fclose(stream)
     printed = ctypes.string_at(text, size.value).decode(errors="replace")
     libc.free(text)
-    return list(dict.fromkeys(re.findall(r"-- (\w+)/\S+", printed)))
+    return printed
 
 
 @functools.cache

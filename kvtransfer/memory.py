@@ -57,6 +57,11 @@ class MemoryTransport(Transport):
         self._mover = threading.Thread(target=self._move_what_is_due, name="memory-transport", daemon=True)
         self._mover.start()
 
+    def inject(self, fault: Fault) -> None:
+        """Into the next post."""
+        with self._changed:
+            self._faults[self._posts] = fault
+
     def register(self, nbytes: int, memory: memoryview | None = None) -> Region:
         check_memory(nbytes, memory)
         region = _MemoryRegion(self, pages(nbytes) if memory is None else memory.cast("B"))
@@ -168,6 +173,8 @@ class _Write:
 
 
 class _MemoryPeer(Peer):
+    runs_over = "shared memory"
+
     def __init__(self, transport: MemoryTransport, target: _MemoryRegion) -> None:
         self.connected = True
         self._transport = transport

@@ -39,6 +39,7 @@ class SocketsPeer(Peer):
         self.link_id = link_id
         self._ledger = ledger
         self._link = link
+        self.runs_over = "unix socket" if link.family == socket.AF_UNIX else "tcp"
         self._where = where
         self._named = spelled(where.tcp_host, where.tcp_port)
         self._region_bytes = region_bytes

@@ -54,6 +54,7 @@ class Peer(abc.ABC):
     """A connection for writing into one region of one process."""
 
     connected: bool  # False once released, or once the peer is known to be lost; never True again
+    runs_over: str  # "shared memory", "unix socket", "tcp", or the names of libucp's transports, such as "rc_mlx5"
 
     @abc.abstractmethod
     def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:

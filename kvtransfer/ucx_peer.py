@@ -116,6 +116,7 @@ class UcxPeer(Peer):
             self.attached.set_exception(error)
             return
         self._remote_key, self._mapped_base = ucx_key.map_region(self._worker.library, self.endpoint.handle, answer)
+        self.runs_over = "shared memory" if self._mapped_base else self._worker.lanes(self.endpoint)
         self._region_bytes = answer.region_bytes
         self.attached.set_result(None)
 

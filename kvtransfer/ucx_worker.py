@@ -328,6 +328,10 @@ class UcxWorker:
             self.library.ucp_cleanup(self._context)
             self._context = None
 
+    def lanes(self, endpoint: Endpoint) -> str:
+        """The transports by which libucp sends to that endpoint: "tcp", "rc_mlx5", ..."""
+        return ", ".join(libucp.lane_names(self.library, endpoint.handle))
+
     def resources(self) -> list[str]:
         """The transports that libucp opened here: "tcp", "sysv", "cma", ..."""
         return libucp.resource_names(self.library, self._context)

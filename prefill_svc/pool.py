@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from legato.v1 import worker_pb2_grpc
+from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.fetch import Fetches
 from prefill_svc.prefill import PrefillService
 from scheduler.events import Event
@@ -14,6 +14,7 @@ from service.host import Host
 from service.registry import connect, registered_epoch
 from service.tracing import Spans
 from worker.core import Core
+from worker.meeting import Meetings
 from worker.peers import Peers
 from worker.prefix_sends import PrefixSends
 from worker.receiver import Handoffs
@@ -26,7 +27,8 @@ class PrefillPool:
     def __init__(self, core: Core, spans: Spans) -> None:
         self._redis = connect(core.config.redis_url)
         self._config = core.config
-        self._peers = Peers(core.transports, self._open_channel)
+        self._peers = Peers(core.transports, self._open_channel, core.regions)
+        self._meetings = Meetings(core, self._peers)
         self._fetches = Fetches(core, self._peers)
         self.handoffs = Handoffs(self._fetches, self._open_channel, self._find_epoch)
         self.prefix_sends = PrefixSends(core, self._peers)
@@ -65,7 +67,11 @@ class PrefillPool:
     async def _find_epoch(self, worker_id: str) -> int | None:
         return await registered_epoch(self._redis, self._config.cluster, worker_id)
 
+    def links(self) -> list[worker_pb2.PeerLink]:
+        return self._peers.links()
+
     async def close(self) -> None:
+        await self._meetings.close()
         await self.handoffs.close()
         await self.prefix_sends.close()
         await self._peers.close()

@@ -77,6 +77,9 @@ SECONDS = (
     60.0,
 )
 
+RATES = tuple(10.0**exponent * step for exponent in range(6, 12) for step in (1, 2, 5))  # 1 MB/s to 500 GB/s
+LATENCIES = tuple(10.0**exponent * step for exponent in range(-6, 1) for step in (1, 2, 5))  # 1 us to 5 s
+
 TTFT = Metric("legato.ttft", "s", "time to first token, as the router saw it", SECONDS)
 ITL = Metric("legato.itl", "s", "time between two tokens of one answer, as the router saw it", SECONDS)
 REQUEST_DURATION = Metric("legato.request.duration", "s", "whole request, as the router saw it", SECONDS)
@@ -90,6 +93,8 @@ TOKENS_ACCEPTED = Metric("legato.tokens.accepted", "{token}", "guesses that were
 STAGE_BUSY = Metric("legato.stage.busy", "s", "time in which a pipeline stage computed, by stage")
 STAGE_IDLE = Metric("legato.stage.idle", "s", "time in which it waited while steps were out: its bubble, by stage")
 TRANSFER_BYTES_TOTAL = Metric("legato.transfer.bytes", "By", "KV bytes handed over")
+LINK_RATE = Metric("legato.link.rate", "By/s", "what a link to another worker moved when the two met", RATES)
+LINK_LATENCY = Metric("legato.link.latency", "s", "what a write of one byte took then", LATENCIES)
 HANDOFFS_REFUSED = Metric("legato.handoffs.refused", "{handoff}", "hand-overs refused, by reason")
 MOVES = Metric("legato.moves", "{sequence}", "moves to another decode worker, by why they stayed; OK: they went")
 PREEMPTIONS = Metric("legato.preemptions", "{sequence}", "sequences that gave their blocks up")

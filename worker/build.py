@@ -23,6 +23,7 @@ from engine.model_files import open_model
 from engine.speculation import DraftModel
 from kvtransfer.choose import open_transports
 from kvtransfer.plan import RankKV
+from kvtransfer.probing import rdma_devices
 from kvtransfer.routes import ranks_to_proto, whole_layout
 from kvtransfer.transport import Region, Transport
 from legato.v1 import common_pb2, rank_pb2, worker_pb2
@@ -82,6 +83,7 @@ class _Builder:
         self._costs: LayerCosts | None = None
         self._transports: dict[str, Transport] = {}
         self._regions: dict[str, Region] = {}
+        self._probe_offset = 0
         self._options = options_for(config.engine, place)
         if self._options.threads is not None:
             torch.set_num_threads(self._options.threads)
@@ -201,6 +203,7 @@ class _Builder:
         for transport in opened:
             self._regions[transport.name] = region = transport.register(memory.nbytes, memory.whole)
             memory.whole = region.buffer
+        self._probe_offset = memory.probe_offset
         logger.info("KV memory: %s", memory.said(self._layout.dp))
         return memory
 
@@ -348,7 +351,10 @@ class _Builder:
             max_step_tokens=config.engine.max_step_tokens,
             endpoints=[
                 worker_pb2.TransportEndpoint(
-                    name=name, address=transport.address, region=self._regions[name].descriptor
+                    name=name,
+                    address=transport.address,
+                    region=self._regions[name].descriptor,
+                    probe_offset=self._probe_offset,
                 )
                 for name, transport in (self._transports.items() if self._is_on_one_host else ())
             ],
@@ -357,6 +363,7 @@ class _Builder:
             vocab_size=files.spec.vocab_size,
             eos_token_ids=files.spec.eos_token_ids,
             wire=spoken(),
+            rdma_devices=rdma_devices(),
             adapters=[common_pb2.Adapter(name=name, revision=a.revision) for name, a in self._adapters.items()],
         )
 

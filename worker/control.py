@@ -13,13 +13,15 @@ from worker.receiver import Handoffs
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """`live` are the pool's own counts beside the core's; `drain` ends when nothing runs any more; `confirm_quiet` when
-    nothing of that reservation is in flight from here. KV comes in by `handoffs`, prefixes go out by `prefix_sends`."""
+    """`live` are the pool's own counts beside the core's, `links` what it measured of other workers; `drain` ends when
+    nothing runs any more; `confirm_quiet` when nothing of that reservation is in flight from here. KV comes in by
+    `handoffs`, prefixes go out by `prefix_sends`."""
 
     def __init__(
         self,
         core: Core,
         live: Callable[[], dict[str, int]],
+        links: Callable[[], list[worker_pb2.PeerLink]],
         drain: Callable[[], Awaitable[None]],
         confirm_quiet: Callable[[str], Awaitable[None]],
         handoffs: Handoffs,
@@ -27,6 +29,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         self._core = core
         self._live = live
+        self._links = links
         self._drain = drain
         self._confirm_quiet = confirm_quiet
         self._handoffs = handoffs
@@ -41,7 +44,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.GetCountsRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.Counts:
         live = self._core.live() | self._live()
-        return worker_pb2.Counts(live=live, total=self._core.all_totals(), load=self._core.load())
+        return worker_pb2.Counts(live=live, total=self._core.all_totals(), load=self._core.load(), links=self._links())
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext

@@ -1,7 +1,9 @@
 """The KV memory of all ranks of a worker: how large it is, and where each rank's part of the one region lies.
 
     |<------------------------- one mapping, registered with every transport ------------------------->|
-    | rank 0: num_blocks · its block_bytes | to the next page | rank 1: num_blocks · its block_bytes | ...
+    | rank 0: num_blocks · its block_bytes | to the next page | rank 1: num_blocks · its block_bytes | ... | probe |
+
+The last bytes mean nothing: other workers write there to measure the link, and this one reads there when it measures.
 
 Of ranks in several processes it is a file without a name (memfd), which ranks of the host open by rank 0's descriptor
 of it: it goes with the last process that has it, however that one ends.
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.kv_memory import TORCH_DTYPES, default_num_blocks
+from kvtransfer.probing import PROBE_BYTES
 from service.config import EngineConfig
 from spec.errors import InvalidConfiguration
 from spec.layout import KVLayout
@@ -72,7 +75,7 @@ class RankMemories:
         self.layouts, self.num_blocks = layouts, num_blocks
         self.sizes = [num_blocks * layout.block_bytes for layout in layouts]
         bounds = [0, *itertools.accumulate(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in self.sizes)]
-        self.offsets, self.nbytes = bounds[:-1], bounds[-2] + self.sizes[-1]
+        self.offsets, self.probe_offset, self.nbytes = bounds[:-1], bounds[-1], bounds[-1] + PROBE_BYTES
         self.path = ""
         self.whole: memoryview | None = None
         self._descriptor: int | None = None

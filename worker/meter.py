@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvtransfer.probing import Measured
 from legato.v1.common_pb2 import TransferStats
 from scheduler.plan import StepPlan, StepResult
 from spec.errors import LegatoError
@@ -52,6 +53,12 @@ class Meter:
         """As its sender counted it."""
         self._histograms[names.TRANSFER_DURATION.name].record(stats.moving_s, {"transport": stats.transport})
         self._counters[names.TRANSFER_BYTES_TOTAL.name].add(stats.bytes, {"transport": stats.transport})
+
+    def met(self, transport: str, runs_over: str, measured: Measured) -> None:
+        """Another worker, by that transport."""
+        attributes = {"transport": transport, "over": runs_over}
+        self._histograms[names.LINK_RATE.name].record(measured.bytes_per_s, attributes)
+        self._histograms[names.LINK_LATENCY.name].record(measured.latency_s, attributes)
 
     def moved(self, reason: str) -> None:
         """A move to another decode worker ended; `reason` is "" where it went, the error's name where it stays."""

@@ -1,4 +1,8 @@
-"""Connections to the workers that KV is sent to: a gRPC channel an address, a transport peer a life of a worker."""
+"""Connections to the workers that KV is sent to: a gRPC channel an address, a transport peer a life of a worker.
+
+Two workers meet once (meeting.py): every transport that both have is measured, into memory of the owner that means
+nothing, and hand-overs go by the best. Where they have not met yet, they go by the first in the configured order.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import grpc
 
 from kvtransfer.choose import in_common
-from kvtransfer.transport import Peer, Transport
+from kvtransfer.probing import PROBE_BYTES, Measured, measure, ranked
+from kvtransfer.transport import Peer, Region, Transport
 from legato.v1 import worker_pb2
 from service import logs
 from spec.errors import TransferFailed
@@ -20,18 +26,38 @@ logger = logs.get(__name__)
 
 SET_ASIDE_S = 30.0  # before a transport that did not get through to a worker is tried again
 
+_Key = tuple[str, int, str]  # worker, epoch, transport
+
+
+class Met(NamedTuple):
+    """`measured` is None where the owner has no memory to measure in."""
+
+    transport: str
+    runs_over: str
+    measured: Measured | None
+
 
 class Peers:
-    """Owned by the process. A worker that restarts has a new epoch: it is connected anew, the old released."""
+    """Owned by the process. A worker that restarts has a new epoch: it is connected anew, the old released.
 
-    def __init__(self, transports: Mapping[str, Transport], open_channel: Callable[[str], grpc.aio.Channel]) -> None:
+    `regions`: this worker's KV memory, whose last PROBE_BYTES are free to be read."""
+
+    def __init__(
+        self,
+        transports: Mapping[str, Transport],
+        open_channel: Callable[[str], grpc.aio.Channel],
+        regions: Mapping[str, Region],
+    ) -> None:
         self._transports = transports
         self._open_channel = open_channel
+        self._regions = regions
         self._channels: dict[str, tuple[str, grpc.aio.Channel]] = {}
-        self._peers: dict[tuple[str, int, str], asyncio.Future[Peer]] = {}
+        self._peers: dict[_Key, asyncio.Future[Peer]] = {}
         self._releasing: set[asyncio.Task[None]] = set()
-        self._set_aside_until_s: dict[tuple[str, int, str], float] = {}
+        self._set_aside_until_s: dict[_Key, float] = {}
         self._links: dict[str, Link] = {}
+        self._met: dict[_Key, Met] = {}
+        self._taken: set[_Key] = set()  # by hand-overs
 
     async def channel(self, consumer_id: str, address: str) -> grpc.aio.Channel:
         """One a worker: where it has moved to another address, the channel to the old one is closed."""
@@ -54,39 +80,90 @@ class Peers:
         Raises TransferFailed when there is none."""
         by_name = {endpoint.name: endpoint for endpoint in endpoints}
         why = f"here {', '.join(self._transports)}; there {', '.join(by_name)}"
-        for transport in in_common(list(self._transports.values()), list(by_name)):
-            key = (consumer_id, epoch, transport.name)
+        for name in self._best_first(consumer_id, epoch, by_name):
+            key = (consumer_id, epoch, name)
             if self._set_aside_until_s.get(key, 0.0) > time.monotonic():
                 continue
             try:
-                return transport.name, await self._connected(key, transport, by_name[transport.name])
+                peer = await self._connected(key, by_name[name])
             except TransferFailed as error:
                 self._set_aside_until_s[key] = time.monotonic() + SET_ASIDE_S
-                why = f"{transport.name}: {error.message}"
+                why = f"{name}: {error.message}"
                 logger.warning("no connection to %s by %s", consumer_id, why)
+            else:
+                self._taken.add(key)
+                return name, peer
         raise TransferFailed(f"no transport gets through to {consumer_id} ({why})")
 
-    async def _connected(
-        self, key: tuple[str, int, str], transport: Transport, endpoint: worker_pb2.TransportEndpoint
-    ) -> Peer:
+    async def meet(self, record: worker_pb2.WorkerRecord) -> Met:
+        """Connects to that worker by each transport in common, measures, keeps the best and says which it is.
+
+        Raises TransferFailed when none gets through."""
+        worker_id, epoch = record.worker_id, record.epoch
+        endpoints = {endpoint.name: endpoint for endpoint in record.endpoints}
+        for name in self._best_first(worker_id, epoch, endpoints):
+            key = (worker_id, epoch, name)
+            try:
+                peer = await self._connected(key, endpoints[name])
+                measured = await asyncio.to_thread(self._measured, name, peer, endpoints[name].probe_offset)
+            except TransferFailed as error:
+                logger.warning("%s is not reached by %s: %s", worker_id, name, error)
+            else:
+                self._met[key] = Met(name, peer.runs_over, measured)
+        best, _ = await self.connect(worker_id, epoch, record.endpoints)
+        for key in [key for key in self._peers if key[:2] == (worker_id, epoch) and key not in self._taken]:
+            self._drop(key)
+        return self._met.get((worker_id, epoch, best), Met(best, "unknown", None))
+
+    def is_connected(self, worker_id: str, epoch: int) -> bool:
+        return any(key[:2] == (worker_id, epoch) and not _is_unusable(peer) for key, peer in self._peers.items())
+
+    def links(self) -> list[worker_pb2.PeerLink]:
+        """What was measured, to each worker in its latest life."""
+        return [
+            worker_pb2.PeerLink(
+                worker_id=key[0],
+                transport=met.transport,
+                runs_over=met.runs_over,
+                bytes_per_s=met.measured.bytes_per_s if met.measured else 0.0,
+                latency_s=met.measured.latency_s if met.measured else 0.0,
+                taken=key in self._taken,
+            )
+            for key, met in sorted(self._met.items())
+        ]
+
+    def _best_first(self, worker_id: str, epoch: int, names: Iterable[str]) -> list[str]:
+        both = [transport.name for transport in in_common(list(self._transports.values()), list(names))]
+        known = {name: self._met.get((worker_id, epoch, name)) for name in both}
+        return ranked(both, {name: met.measured for name, met in known.items() if met and met.measured})
+
+    def _measured(self, name: str, peer: Peer, probe_offset: int) -> Measured | None:
+        if not probe_offset:
+            return None
+        source = self._regions[name]
+        return measure(peer, source, source.buffer.nbytes - PROBE_BYTES, probe_offset)
+
+    async def _connected(self, key: _Key, endpoint: worker_pb2.TransportEndpoint) -> Peer:
         """Two calls at once share one attempt."""
         found = self._peers.get(key)
         if found is not None and found.done() and _is_unusable(found):
             self._drop(key)
         if key not in self._peers:
             self._drop_older(key[0], key[1])
-            attempt = asyncio.to_thread(transport.connect, endpoint.address, endpoint.region)
+            attempt = asyncio.to_thread(self._transports[key[2]].connect, endpoint.address, endpoint.region)
             self._peers[key] = asyncio.ensure_future(attempt)
         return await asyncio.shield(self._peers[key])
 
     def _drop_older(self, consumer_id: str, epoch: int) -> None:
         """What was for an earlier life of the worker."""
-        for known in [key for key in self._set_aside_until_s if key[0] == consumer_id and key[1] != epoch]:
-            del self._set_aside_until_s[known]
-        for known in [key for key in self._peers if key[0] == consumer_id and key[1] != epoch]:
-            self._drop(known)
+        for known in (self._set_aside_until_s, self._met):
+            for key in [key for key in known if key[0] == consumer_id and key[1] != epoch]:
+                del known[key]
+        for key in [key for key in self._peers if key[0] == consumer_id and key[1] != epoch]:
+            self._drop(key)
 
-    def _drop(self, key: tuple[str, int, str]) -> None:
+    def _drop(self, key: _Key) -> None:
+        self._taken.discard(key)
         task = asyncio.create_task(_release(self._peers.pop(key)))
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
@@ -109,4 +186,7 @@ async def _release(connecting: asyncio.Future[Peer]) -> None:
 
 
 def _is_unusable(future: asyncio.Future[Peer]) -> bool:
-    return future.cancelled() or future.exception() is not None or not future.result().connected
+    """Also where it is not connected yet."""
+    if not future.done() or future.cancelled() or future.exception() is not None:
+        return True
+    return not future.result().connected

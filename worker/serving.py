@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
-from legato.v1 import worker_pb2_grpc
+from legato.v1 import worker_pb2, worker_pb2_grpc
 from scheduler.events import Event
 from scheduler.plan import StepPlan
 from service import logs
@@ -54,6 +54,7 @@ class Pool(Protocol):
     def begin(self, plans: Sequence[StepPlan]) -> StepWatch | None: ...
     def tick(self, now_s: float) -> float | None: ...
     def live(self) -> dict[str, int]: ...
+    def links(self) -> list[worker_pb2.PeerLink]: ...
     def drain(self) -> None:
         """Refuse new work from now on."""
 
@@ -120,7 +121,9 @@ async def running(
             await _drain(host, core, pool, registrar)
 
         pool.add_to(host)
-        control = WorkerService(core, pool.live, drain, pool.confirm_quiet, pool.handoffs, pool.prefix_sends)
+        control = WorkerService(
+            core, pool.live, pool.links, drain, pool.confirm_quiet, pool.handoffs, pool.prefix_sends
+        )
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
         core.loop.start()
         if core.others is not None:

@@ -132,8 +132,11 @@ def _kernels() -> Iterator[Finding]:
 def _transports() -> Iterator[Finding]:
     try:
         from kvtransfer.choose import probe
+        from kvtransfer.probing import rdma_devices
     except ImportError:
         return
+    devices = rdma_devices()
+    yield Finding("RDMA", "ok" if devices else "optional", ", ".join(devices) or "no device: hosts are linked by TCP")
     for one in probe():
         if one.available:
             yield Finding(f"transport {one.name}", "ok", one.detail)

@@ -61,16 +61,16 @@ class RankKV(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., group: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class TransportEndpoint(_message.Message):
-    __slots__ = ("name", "address", "region", "probe_region")
+    __slots__ = ("name", "address", "region", "probe_offset")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
-    PROBE_REGION_FIELD_NUMBER: _ClassVar[int]
+    PROBE_OFFSET_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: bytes
     region: bytes
-    probe_region: bytes
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ..., probe_region: _Optional[bytes] = ...) -> None: ...
+    probe_offset: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ..., probe_offset: _Optional[int] = ...) -> None: ...
 
 class WireVersions(_message.Message):
     __slots__ = ("oldest", "newest")

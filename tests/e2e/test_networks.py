@@ -119,7 +119,7 @@ async def at_rest(setup: Setup) -> AsyncIterator[Setup]:
     running = setup.processes
     await running.ready()
     if not running.at_start:
-        running.at_start = await running.counts()
+        running.at_start = await running.counts_at_rest()
     yield setup
     setup.networks.mend()
     running.gates.open_all()

@@ -95,8 +95,8 @@ async def test_a_link_with_a_fault(
     model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, kind: FaultKind
 ) -> None:
     """The reference transport plays each fault on the first chunk; a peer that is not proven quiet frees nothing."""
-    faults = [{0: Fault(kind, delay_s=0.5)}, {}]  # of the prefill worker, of the decode worker
-    monkeypatch.setattr(worker.build, "open_transports", lambda names, host: ([MemoryTransport(faults.pop(0))], {}))
+    opening = [MemoryTransport()]
+    monkeypatch.setattr(worker.build, "open_transports", lambda names, host: ([opening.pop(0)], {}))
     asked, frees = 0, []
     release = kvtransfer.memory._MemoryPeer.release
 
@@ -111,8 +111,9 @@ async def test_a_link_with_a_fault(
 
     async with cluster(model, redis_url, prefill=0) as running:
         expected = (await greedy(running, PROMPT)).token_ids
-    faults[:] = [{0: Fault(kind, delay_s=0.5)}, {}]
+    opening[:] = [near := MemoryTransport(), MemoryTransport()]  # of the prefill worker, of the decode worker
     async with cluster(model, redis_url) as running:
+        near.inject(Fault(kind, delay_s=0.5))
         if kind in (FaultKind.FAIL, FaultKind.LOSE_PEER):
             monkeypatch.setattr(kvtransfer.memory._MemoryPeer, "release", unwilling)
         answer = await greedy(running, PROMPT)

@@ -45,6 +45,18 @@ class Cluster:
                 found[name] = dict(counts.live)
         return found
 
+    async def counts_at_rest(self) -> dict[str, dict[str, int]]:
+        """When workers have met: they measure their links then, and those transfers end by themselves."""
+        deadline_s = asyncio.get_running_loop().time() + SETTLE_S
+        decode = sum(name.startswith("decode") for name in self.workers)
+        for name, worker in self.workers.items():
+            while name.startswith("prefill") and len({link.worker_id for link in worker.pool.links()}) < decode:
+                assert asyncio.get_running_loop().time() < deadline_s, f"{name} has not met all decode workers"
+                await asyncio.sleep(0.02)
+        while _moves(found := await self.counts()):
+            await asyncio.sleep(0.02)
+        return found
+
     async def total(self, pool: str, name: str) -> int:
         """Of all workers of a pool together; what only grows."""
         found = 0
@@ -118,7 +130,7 @@ async def cluster(
         )
         client = await stack.enter_async_context(legato.AsyncClient(address))
         made = Cluster(client, address, workers, {})
-        made.at_start = await made.counts()
+        made.at_start = await made.counts_at_rest()
         yield made
 
 
@@ -162,3 +174,7 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _moves(counts: dict[str, dict[str, int]]) -> bool:
+    return any(count for each in counts.values() for key, count in each.items() if key.endswith(".transfers"))

@@ -132,6 +132,12 @@ class Processes:
             total += counts.load.refused_handoffs
         return total
 
+    async def counts_at_rest(self) -> dict[str, dict[str, int]]:
+        """Workers measure their links when they meet: those transfers end by themselves."""
+        while _moves(found := await self.counts()):
+            await asyncio.sleep(0.02)
+        return found
+
     async def counts(self) -> dict[str, dict[str, int]]:
         return {name: await self.counts_of(name) for name in self.addresses}
 
@@ -196,3 +202,7 @@ def processes(
         yield running
     finally:
         running.close()
+
+
+def _moves(counts: dict[str, dict[str, int]]) -> bool:
+    return any(count for each in counts.values() for key, count in each.items() if key.endswith(".transfers"))

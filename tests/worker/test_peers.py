@@ -6,13 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
+import worker.peers
 from kvtransfer.memory import MemoryTransport
+from kvtransfer.probing import PROBE_BYTES, Measured
 from kvtransfer.sockets import SocketsTransport
 from kvtransfer.transport import Region, Transport
-from legato.v1.worker_pb2 import TransportEndpoint
+from legato.v1.worker_pb2 import TransportEndpoint, WorkerRecord
 from service.channel import channel
 from spec.errors import TransferFailed
 from worker.peers import Peers
+
+KV_BYTES = 4096
 
 
 class Remote:
@@ -20,7 +24,8 @@ class Remote:
 
     def __init__(self) -> None:
         self.transports: dict[str, Transport] = {"memory": MemoryTransport({}), "sockets": SocketsTransport()}
-        self.regions: dict[str, Region] = {name: each.register(4096) for name, each in self.transports.items()}
+        nbytes = KV_BYTES + PROBE_BYTES
+        self.regions: dict[str, Region] = {name: each.register(nbytes) for name, each in self.transports.items()}
 
     def endpoints(self, *broken: str) -> list[TransportEndpoint]:
         return [
@@ -28,6 +33,7 @@ class Remote:
                 name=name,
                 address=b"nobody is here" if name in broken else transport.address,
                 region=self.regions[name].descriptor,
+                probe_offset=KV_BYTES,
             )
             for name, transport in self.transports.items()
         ]
@@ -49,8 +55,15 @@ def ours() -> Iterator[dict[str, Transport]]:
         transport.close()
 
 
-async def test_the_best_is_taken_and_kept(remote: Remote, ours: dict[str, Transport]) -> None:
-    peers = Peers(ours, channel)
+@pytest.fixture
+def regions(ours: dict[str, Transport]) -> dict[str, Region]:
+    return {name: transport.register(KV_BYTES + PROBE_BYTES) for name, transport in ours.items()}
+
+
+async def test_the_best_is_taken_and_kept(
+    remote: Remote, ours: dict[str, Transport], regions: dict[str, Region]
+) -> None:
+    peers = Peers(ours, channel, regions)
     name, peer = await peers.connect("decode-0", 1, remote.endpoints())
     assert (name, peer.connected) == ("memory", True)
     assert (await peers.connect("decode-0", 1, remote.endpoints()))[1] is peer
@@ -58,8 +71,10 @@ async def test_the_best_is_taken_and_kept(remote: Remote, ours: dict[str, Transp
     assert not peer.connected
 
 
-async def test_one_that_does_not_get_through_gives_way_to_the_next(remote: Remote, ours: dict[str, Transport]) -> None:
-    peers = Peers(ours, channel)
+async def test_one_that_does_not_get_through_gives_way_to_the_next(
+    remote: Remote, ours: dict[str, Transport], regions: dict[str, Region]
+) -> None:
+    peers = Peers(ours, channel, regions)
     for _ in range(2):  # the second time it is not even tried
         name, peer = await peers.connect("decode-0", 1, remote.endpoints("memory"))
         assert (name, peer.connected) == ("sockets", True)
@@ -71,10 +86,51 @@ async def test_one_that_does_not_get_through_gives_way_to_the_next(remote: Remot
     assert sum(transport.counts()["peers"] for transport in ours.values()) == 0
 
 
-async def test_a_worker_that_restarted_is_connected_anew(remote: Remote, ours: dict[str, Transport]) -> None:
-    peers = Peers(ours, channel)
+async def test_a_worker_that_restarted_is_connected_anew(
+    remote: Remote, ours: dict[str, Transport], regions: dict[str, Region]
+) -> None:
+    peers = Peers(ours, channel, regions)
     _, before = await peers.connect("decode-0", 1, remote.endpoints())
     _, after = await peers.connect("decode-0", 2, remote.endpoints())
     assert not before.connected
     assert after.connected
+    await peers.close()
+
+
+def record(remote: Remote, *broken: str, epoch: int = 1) -> WorkerRecord:
+    return WorkerRecord(worker_id="decode-0", epoch=epoch, endpoints=remote.endpoints(*broken))
+
+
+async def test_to_meet_is_to_measure_each_and_to_keep_the_best(
+    remote: Remote, ours: dict[str, Transport], regions: dict[str, Region]
+) -> None:
+    peers = Peers(ours, channel, regions)
+    link = await peers.meet(record(remote))
+    assert link.measured is not None
+    assert link.measured.bytes_per_s > 0
+    said = {each.transport: each for each in peers.links()}
+    assert {name: each.runs_over for name, each in said.items()} == {
+        "memory": "shared memory",
+        "sockets": "unix socket",
+    }
+    assert [name for name, each in said.items() if each.taken] == [link.transport]
+    assert peers.is_connected("decode-0", 1)
+    assert not peers.is_connected("decode-0", 2)
+    await peers.close()
+    for region in remote.regions.values():
+        assert bytes(region.buffer[:KV_BYTES]) == bytes(KV_BYTES), "no byte of KV is touched"
+
+
+async def test_what_was_measured_decides_and_not_the_order_alone(
+    remote: Remote, ours: dict[str, Transport], regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"shared memory": 1e9, "unix socket": 5e9}
+    monkeypatch.setattr(worker.peers, "measure", lambda peer, *_: Measured(1e-5, rates[peer.runs_over]))
+    peers = Peers(ours, channel, regions)
+    _, first = await peers.connect("decode-0", 1, remote.endpoints())
+    assert (await peers.meet(record(remote))).transport == "sockets"
+    assert (await peers.connect("decode-0", 1, remote.endpoints()))[0] == "sockets"
+    assert first.connected, "a hand-over may be under way on it"
+    assert (await peers.meet(record(remote, "sockets", epoch=2))).transport == "memory", "what cannot be measured"
+    assert [each.transport for each in peers.links()] == ["memory"]
     await peers.close()
