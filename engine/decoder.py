@@ -7,6 +7,7 @@ holds was cut by the sharding table, and the sums over the cuts are `groups`'.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,7 @@ from engine.rope import tables
 from engine.step import StepTensors
 from engine.weights import LatentWeights, LayerWeights, MlpWeights, ModelWeights, MoeWeights
 from kernels.linear import embedding, linear
+from kernels.moe_mlp import PackedExperts
 from kernels.rms_norm import rms_norm
 from spec.model import ModelSpec
 from spec.shard import RankShard, Replicas
@@ -82,6 +84,19 @@ class Decoder:
             return rows
         self.groups.send(rows.clone() if self.recorded is not None else rows)  # the next step writes over them
         return None
+
+    def place_experts(self, shard: RankShard, replicas: Replicas, load: Callable[[int], PackedExperts]) -> None:
+        """Between two steps: `load(layer)` brings the experts that `shard` has in a layer of the model, for those in
+        which they are others than before. Of one layer at a time both are there."""
+        assert self.experts is not None
+        layers = list(self.weights.layers)
+        for index, layer in enumerate(layers):
+            if isinstance(layer.mlp, MoeWeights) and shard.experts[index] != self.shard.experts[index]:
+                mlp = dataclasses.replace(layer.mlp, experts=load(shard.layers[index]))
+                layers[index] = dataclasses.replace(layer, mlp=mlp)
+                self.weights = dataclasses.replace(self.weights, layers=tuple(layers))
+        self.shard = shard
+        self.experts.place(shard, replicas)
 
     def follow(self) -> None:
         """A step in which this rank's group has no row, and other groups may have some for the experts here."""

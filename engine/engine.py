@@ -23,14 +23,14 @@ from engine.projection import Segments
 from engine.speculation import DraftModel, draws_of, verified
 from engine.step import StepTensors
 from engine.vocabulary_parallel import Sampler
-from engine.weights import Quantisation, load_weights
+from engine.weights import Quantisation, load_experts, load_weights
 from scheduler.plan import Draw, Slice, StepPlan, StepResult, TokenLogprobs
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration
 from spec.layout import KVLayout, ParallelLayout
 from spec.model import ModelSpec
 from spec.sampling import SamplingParams
-from spec.shard import RankShard, Replicas, shard_of
+from spec.shard import RankShard, Replicas, imbalance, replicas_for, shard_of, with_replicas
 
 PROMPT_ROWS_AT_ONCE = 64  # whose logits exist at the same time when log-probabilities of a prompt are asked for
 
@@ -129,6 +129,7 @@ class Engine:
         self._adapters = frozenset(adapters or ())
         self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
+        self._files, self._quantisation, self._replicas = files, options.quantisation, replicas or {}
 
     @torch.inference_mode()
     def execute(
@@ -181,6 +182,35 @@ class Engine:
             self.execute(StepPlan(0, (Slice("warm-up", (0,) * count, start, table, each),)))
         if self._captured is not None:
             self._captured.capture()
+        if self.decoder.experts is not None:
+            self.decoder.experts.loads.zero_()
+
+    def replicate_experts(self, copies: int) -> tuple[float, float]:
+        """Called on every rank between the same two steps: of each layer `copies` more experts are held, by the load
+        since the last call (replicas_for), where that is better than what is. Every rank finds the same placement, and
+        reads the layers in which its own experts change.
+
+        Returns the imbalance() of that load as it was placed, and as it is now. Raises WorkerLost when the ranks lose
+        each other."""
+        experts, shard, parts = self.decoder.experts, self.decoder.shard, self.shard.layout.ep
+        assert experts is not None
+        loads = torch.zeros(self.spec.num_layers, experts.loads.shape[1], dtype=torch.int64, device=self.device)
+        if shard.index == 0:  # the ranks of a group see the same rows
+            loads[shard.layers.start : shard.layers.stop] = experts.loads
+        counted = self.groups.sum_all(loads).tolist()
+        replicas = replicas_for(counted, parts, copies)
+        before, after = imbalance(counted, parts, self._replicas), imbalance(counted, parts, replicas)
+        if after >= before:
+            experts.loads.zero_()
+            return before, before
+        placed, dtype = with_replicas(self.spec, shard, replicas), TORCH_DTYPES[self.dtype]
+        self.decoder.place_experts(
+            placed,
+            replicas,
+            lambda layer: load_experts(self._files, placed, layer, dtype, self.device, self._quantisation),
+        )
+        self._replicas = replicas
+        return before, after
 
     def _step_tensors(self, slices: tuple[Slice, ...], wanted: list[int] | None) -> StepTensors:
         """One pass over the slices, then whole arrays. See StepTensors for shapes."""

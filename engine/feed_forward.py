@@ -78,11 +78,17 @@ class Experts:
         assert spec.moe is not None
         self._moe: MoeSpec = spec.moe
         self._activation, self._shard, self._groups = spec.activation, shard, groups
-        num_experts = spec.moe.num_experts
-        self.loads = torch.zeros(len(shard.layers), num_experts, dtype=torch.int64, device=device)
+        self._part = shard.stage_rank // shard.layout.expert_tp
+        self.loads = torch.zeros(len(shard.layers), spec.moe.num_experts, dtype=torch.int64, device=device)
+        self.place(shard, replicas or {})
+
+    def place(self, shard: RankShard, replicas: Replicas) -> None:
+        """`shard` holds the experts that it has under `replicas`. Counting begins anew."""
+        num_experts, device = self._moe.num_experts, self.loads.device
         self._holders, self._slots = [], []
+        self.loads.zero_()
         for layer, resident in zip(shard.layers, shard.experts, strict=True):
-            parts = place_experts(num_experts, shard.layout.ep, (replicas or {}).get(layer))
+            parts = place_experts(num_experts, shard.layout.ep, replicas.get(layer))
             held = [[part for part, experts in enumerate(parts) if expert in experts] for expert in range(num_experts)]
             most = max(map(len, held))
             # [num_experts, most]: the parts that hold an expert, in turn, as often as fits
@@ -91,7 +97,6 @@ class Experts:
             slots = torch.full((num_experts,), -1, dtype=torch.int64, device=device)
             slots[list(resident)] = torch.arange(len(resident), device=device)
             self._slots.append(slots)
-        self._part = shard.stage_rank // shard.layout.expert_tp
 
     def forward(self, x: Tensor, weights: MoeWeights, index: int) -> Tensor:
         """[T, hidden] -> [T, hidden], complete; every rank of the stage calls it for layer `index` of the stage."""

@@ -44,6 +44,13 @@ class Groups:
                 dist.all_reduce(x, group=self._tensor)
         return x
 
+    def sum_all(self, x: Tensor) -> Tensor:
+        """The sum of the tensors of all ranks of the worker, in place of x."""
+        if self.shard.layout.num_ranks > 1:
+            with _typed():
+                dist.all_reduce(x)
+        return x
+
     def gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The tensors of the group's ranks by index, of which the first dimension is `sizes[index]`."""
         if self._tensor is None:

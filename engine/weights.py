@@ -130,6 +130,18 @@ def load_weights(
     return ModelWeights(embedding, tuple(layers), final_norm, head)
 
 
+def load_experts(
+    files: ModelFiles,
+    shard: RankShard,
+    layer: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantisation: Quantisation,
+) -> PackedExperts:
+    """Those of the rank's in one layer, as load_weights() reads them."""
+    return _Loader(files, shard, dtype, device, {}, quantisation).experts(layer)
+
+
 class _Loader:
     def __init__(
         self,
@@ -270,9 +282,14 @@ class _Loader:
             router=self.vector(names.router, index, torch.float32),
             router_bias=None if router_bias is None else router_bias.to(self._device, torch.float32),
             selection_bias=self._optional(names.selection_bias, index, torch.float32) if moe.selection_bias else None,
-            experts=self._stacked_experts(names, index) if names.stacked else self._experts(names, index),
+            experts=self.experts(index),
             shared=shared,
         )
+
+    def experts(self, index: int) -> PackedExperts:
+        names = self._family.moe
+        assert names is not None
+        return self._stacked_experts(names, index) if names.stacked else self._experts(names, index)
 
     def _experts(self, names: Moe, index: int) -> PackedExperts:
         gate_up, down = [], []

@@ -72,7 +72,7 @@ def shard_of(
     index, group, stage = rank % layout.tp, rank // layout.tp % layout.dp, rank // layout.stage_ranks
     heads, kv_heads = _heads(spec, layout.tp, index)
     stage_rank = rank % layout.stage_ranks
-    expert_part, expert_index = stage_rank // layout.expert_tp, stage_rank % layout.expert_tp
+    expert_index = stage_rank % layout.expert_tp
     layers = stage_layers(spec, layout.pp, layer_costs, head_cost)[stage]
     moe = spec.moe
     return RankShard(
@@ -86,7 +86,7 @@ def shard_of(
         kv_heads=kv_heads,
         intermediate=split(spec.intermediate_size, layout.tp, index, _multiple(spec.intermediate_size, layout.tp)),
         vocab=split(spec.vocab_size, layout.tp, index),
-        experts=_experts(spec, layout, layers, expert_part, replicas or {}),
+        experts=_experts(spec, layout, layers, stage_rank // layout.expert_tp, replicas or {}),
         expert_intermediate=range(0)
         if moe is None
         else split(
@@ -96,6 +96,12 @@ def shard_of(
             _multiple(moe.intermediate_size, layout.expert_tp),
         ),
     )
+
+
+def with_replicas(spec: ModelSpec, shard: RankShard, replicas: Replicas) -> RankShard:
+    """The same rank, with the experts that it holds under these replicas."""
+    part = shard.stage_rank // shard.layout.expert_tp
+    return dataclasses.replace(shard, experts=_experts(spec, shard.layout, shard.layers, part, replicas))
 
 
 def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
@@ -173,6 +179,20 @@ def replicas_for(loads: Sequence[Sequence[int]], parts: int, copies: int) -> Rep
         if more := {expert: count for expert, count in enumerate(held) if count > 1}:
             found[layer] = more
     return found
+
+
+def imbalance(loads: Sequence[Sequence[int]], parts: int, replicas: Replicas) -> float:
+    """What the busiest part computes by what a part computes on average: the mean over layers with load, 1.0 without.
+    The copies of an expert share its load."""
+    found = []
+    for layer, load in enumerate(loads):
+        if not sum(load):
+            continue
+        placed = place_experts(len(load), parts, replicas.get(layer))
+        copies = [sum(expert in experts for experts in placed) for expert in range(len(load))]
+        busiest = max(sum(load[expert] / copies[expert] for expert in experts) for experts in placed)
+        found.append(busiest * parts / sum(load))
+    return sum(found) / len(found) if found else 1.0
 
 
 def stage_layers(

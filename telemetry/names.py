@@ -101,6 +101,12 @@ PREEMPTIONS = Metric("legato.preemptions", "{sequence}", "sequences that gave th
 TOKENS_FETCHED = Metric("legato.tokens.fetched", "{token}", "tokens whose KV was fetched from another worker")
 TIER_BYTES = Metric("legato.tier.bytes", "By", "KV bytes stored in tiers, and loaded from them")
 TIER_HITS = Metric("legato.tier.hits", "{block}", "KV blocks brought back from a tier, by tier")
+EXPERT_IMBALANCE = Metric(
+    "legato.expert.imbalance",
+    "1",
+    "load of the busiest part of the experts by the mean one's, before and after they were placed by it",
+    (1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 8.0),
+)
 METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 HISTOGRAMS = tuple(metric for metric in METRICS if metric.bounds)
 COUNTERS = tuple(metric for metric in METRICS if not metric.bounds)

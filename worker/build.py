@@ -97,6 +97,10 @@ class _Builder:
         check_layout(self._files.spec, self._layout)
         if self._layout.dp > 1 and config.engine.draft_model is not None:
             raise InvalidConfiguration(f"engine.draft_model is for layouts without dp; engine.layout is {self._layout}")
+        if config.engine.expert_replicas and self._layout.ep == 1:
+            raise InvalidConfiguration(
+                f"engine.expert_replicas is for layouts with ep above 1; engine.layout is {self._layout}"
+            )
         limit = self._files.spec.max_context_tokens
         self._max_context_tokens = min(config.engine.max_context_tokens or limit, limit)
 
@@ -289,7 +293,16 @@ class _Builder:
         executor: StepExecutor = OneRank(engine, meter)
         if self._others is not None:
             stages = StageTimes(self._layout.pp, telemetry)
-            executor = AllRanks(engine, self._others, shards, self._steps_out, meter, draft_model, stages)
+            executor = AllRanks(
+                engine,
+                self._others,
+                shards,
+                self._steps_out,
+                meter,
+                draft_model,
+                stages,
+                config.engine.expert_replicas,
+            )
         return Core(
             config=config,
             cluster_key=config.cluster_key.get_secret_value().encode(),

@@ -12,6 +12,7 @@ from engine.engine import Engine
 from engine.speculation import DraftModel
 from legato.v1 import rank_pb2
 from scheduler.plan import StepPlan, StepResult
+from service import logs
 from spec.errors import WorkerLost
 from spec.shard import RankShard
 from worker.meter import Meter
@@ -20,9 +21,14 @@ from worker.ranks import Ranks
 from worker.stage_times import StageTimes
 from worker.watch import StepWatch
 
+logger = logs.get(__name__)
+
 
 def _nothing() -> None:
     return
+
+
+FIRST_REPLICATION_STEP = 256  # then each time after eight times as many: nothing is computed meanwhile
 
 
 class StepExecutor(Protocol):
@@ -85,11 +91,13 @@ class AllRanks:
         meter: Meter,
         draft_model: DraftModel | None,
         stages: StageTimes,
+        expert_replicas: int = 0,
     ) -> None:
         self.steps_out = steps_out
         self._engine, self._ranks, self._meter = engine, ranks, meter
         self._draft_model, self._stages = draft_model, stages
         self._writer = PlanWriter()
+        self._expert_replicas, self._replication_step = expert_replicas, FIRST_REPLICATION_STEP
         self._steps = 0  # submitted
         self._watches: dict[int, StepWatch] = {}  # of steps that are out, by number
         ranks.on_written = self._written
@@ -111,6 +119,8 @@ class AllRanks:
         self, plans: Sequence[StepPlan], watch: StepWatch | None = None, meanwhile: Callable[[], None] = _nothing
     ) -> None:
         """Raises what the worker is lost for."""
+        if self._expert_replicas and self._steps == self._replication_step:
+            self._replicate_experts()
         started_s = time.monotonic()
         guessed = [self._with_guesses(plan) for plan in plans]
         if watch is not None:
@@ -129,6 +139,23 @@ class AllRanks:
             raise self._ranks.cause(error) from None
         self._busy(0, time.monotonic() - executing_s)
         self._out.append((plans, result, started_s))
+
+    def _replicate_experts(self) -> None:
+        """Commands are carried out in order: on every rank it is done between the same two steps."""
+        self._replication_step *= 8
+        command = rank_pb2.RankCommand(replicate=rank_pb2.RankCommand.Replicate(copies=self._expert_replicas))
+        started_s = time.monotonic()
+        self._ranks.send_bytes(tuple(self._ranks.hellos), command.SerializeToString())
+        try:
+            before, after = self._engine.replicate_experts(self._expert_replicas)
+        except WorkerLost as error:
+            raise self._ranks.cause(error) from None
+        self._ranks.wait_ready()
+        self._meter.experts_placed(before, after)
+        logger.info(
+            "experts are placed by their load: the busiest part has %.2f times the mean's, and had %.2f; took %.1f s",
+            *(after, before, time.monotonic() - started_s),
+        )
 
     def _with_guesses(self, plan: StepPlan) -> StepPlan:
         if self._draft_model is None:

@@ -46,6 +46,11 @@ class Meter:
             self._counters[names.TOKENS_PROPOSED.name].add(proposed)
             self._counters[names.TOKENS_ACCEPTED.name].add(accepted)
 
+    def experts_placed(self, before: float, after: float) -> None:
+        """What the busiest part computes by the mean, of the load that was measured."""
+        for placed, found in (("before", before), ("after", after)):
+            self._histograms[names.EXPERT_IMBALANCE.name].record(found, {"placed": placed})
+
     def preempted(self) -> None:
         self._counters[names.PREEMPTIONS.name].add(1)
 

@@ -91,6 +91,10 @@ class Rank:
                         assert self._engine is not None
                         self._engine.warm_up()
                         self._tell(Report(ready=Report.Ready()))
+                    case "replicate":
+                        assert self._engine is not None
+                        self._engine.replicate_experts(command.replicate.copies)
+                        self._tell(Report(ready=Report.Ready()))
                     case "execute":
                         self._execute(command.execute)
                     case "stop":

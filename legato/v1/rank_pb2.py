@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from legato.v1 import common_pb2 as legato_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14legato/v1/rank.proto\x12\tlegato.v1\x1a\x16legato/v1/common.proto\"\xb5\x04\n\x0bRankCommand\x12+\n\x04load\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankCommand.LoadH\x00\x12\x30\n\x07warm_up\x18\x02 \x01(\x0b\x32\x1d.legato.v1.RankCommand.WarmUpH\x00\x12&\n\x07\x65xecute\x18\x03 \x01(\x0b\x32\x13.legato.v1.RankPlanH\x00\x12+\n\x04\x63opy\x18\x04 \x01(\x0b\x32\x1b.legato.v1.RankCommand.CopyH\x00\x12+\n\x04stop\x18\x05 \x01(\x0b\x32\x1b.legato.v1.RankCommand.StopH\x00\x12(\n\x07\x63ompile\x18\x06 \x01(\x0b\x32\x15.legato.v1.ConstraintH\x00\x1a\x95\x01\n\x04Load\x12\x14\n\x0cjoin_address\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x13\n\x0bmemory_path\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x13\n\x0blayer_costs\x18\x05 \x03(\x01\x12\x11\n\thead_cost\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x64\x61pters\x18\x07 \x03(\t\x1a\x08\n\x06WarmUp\x1a\x66\n\x04\x43opy\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\x04\x12\x11\n\tto_device\x18\x02 \x01(\x08\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x1a\x06\n\x04StopB\t\n\x07\x63ommand\"\xca\x04\n\nRankReport\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankReport.HelloH\x00\x12\x32\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.legato.v1.RankReport.ProgressH\x00\x12,\n\x05ready\x18\x03 \x01(\x0b\x32\x1b.legato.v1.RankReport.ReadyH\x00\x12\'\n\x06result\x18\x04 \x01(\x0b\x32\x15.legato.v1.RankResultH\x00\x12.\n\x06\x63opied\x18\x05 \x01(\x0b\x32\x1c.legato.v1.RankReport.CopiedH\x00\x12.\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1c.legato.v1.RankReport.FailedH\x00\x12\x30\n\x07written\x18\x07 \x01(\x0b\x32\x1d.legato.v1.RankReport.WrittenH\x00\x1aT\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06memory\x18\x04 \x01(\t\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x1a\x1c\n\x08Progress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\x1a\x07\n\x05Ready\x1a\x19\n\x06\x43opied\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\x04\x1a$\n\x07Written\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x1a)\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tB\x08\n\x06report\"\x9d\x03\n\x08RankPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x06slices\x18\x02 \x03(\x0b\x32\x19.legato.v1.RankPlan.Slice\x12\x12\n\nlayer_ends\x18\x03 \x03(\r\x1a\xf1\x01\n\x05Slice\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x04 \x03(\r\x12&\n\x04\x64raw\x18\x05 \x01(\x0b\x32\x18.legato.v1.RankPlan.Draw\x12\x1c\n\x0fprompt_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0eprompt_targets\x18\x07 \x03(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x19\n\x11guessed_token_ids\x18\t \x03(\rB\x12\n\x10_prompt_logprobs\x1aP\n\x04\x44raw\x12\x0e\n\x06params\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0f\n\x07history\x18\x04 \x03(\r\"\xb0\x02\n\nRankResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x02 \x01(\x02\x12/\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1d.legato.v1.RankResult.Outcome\x1ah\n\x07Outcome\x12*\n\x05\x64rawn\x18\x01 \x03(\x0b\x32\x1b.legato.v1.RankResult.Drawn\x12\x31\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x18.legato.v1.TokenLogprobs\x1ai\n\x05\x44rawn\x12\x10\n\x08token_id\x18\x01 \x01(\x11\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.legato.v1.TokenLogprobs\x12\x11\n\tcompletes\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14legato/v1/rank.proto\x12\tlegato.v1\x1a\x16legato/v1/common.proto\"\x89\x05\n\x0bRankCommand\x12+\n\x04load\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankCommand.LoadH\x00\x12\x30\n\x07warm_up\x18\x02 \x01(\x0b\x32\x1d.legato.v1.RankCommand.WarmUpH\x00\x12&\n\x07\x65xecute\x18\x03 \x01(\x0b\x32\x13.legato.v1.RankPlanH\x00\x12+\n\x04\x63opy\x18\x04 \x01(\x0b\x32\x1b.legato.v1.RankCommand.CopyH\x00\x12+\n\x04stop\x18\x05 \x01(\x0b\x32\x1b.legato.v1.RankCommand.StopH\x00\x12\x35\n\treplicate\x18\x07 \x01(\x0b\x32 .legato.v1.RankCommand.ReplicateH\x00\x12(\n\x07\x63ompile\x18\x06 \x01(\x0b\x32\x15.legato.v1.ConstraintH\x00\x1a\x95\x01\n\x04Load\x12\x14\n\x0cjoin_address\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x13\n\x0bmemory_path\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x13\n\x0blayer_costs\x18\x05 \x03(\x01\x12\x11\n\thead_cost\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x64\x61pters\x18\x07 \x03(\t\x1a\x08\n\x06WarmUp\x1a\x1b\n\tReplicate\x12\x0e\n\x06\x63opies\x18\x01 \x01(\r\x1a\x66\n\x04\x43opy\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\x04\x12\x11\n\tto_device\x18\x02 \x01(\x08\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x1a\x06\n\x04StopB\t\n\x07\x63ommand\"\xca\x04\n\nRankReport\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankReport.HelloH\x00\x12\x32\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.legato.v1.RankReport.ProgressH\x00\x12,\n\x05ready\x18\x03 \x01(\x0b\x32\x1b.legato.v1.RankReport.ReadyH\x00\x12\'\n\x06result\x18\x04 \x01(\x0b\x32\x15.legato.v1.RankResultH\x00\x12.\n\x06\x63opied\x18\x05 \x01(\x0b\x32\x1c.legato.v1.RankReport.CopiedH\x00\x12.\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1c.legato.v1.RankReport.FailedH\x00\x12\x30\n\x07written\x18\x07 \x01(\x0b\x32\x1d.legato.v1.RankReport.WrittenH\x00\x1aT\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06memory\x18\x04 \x01(\t\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x1a\x1c\n\x08Progress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\x1a\x07\n\x05Ready\x1a\x19\n\x06\x43opied\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\x04\x1a$\n\x07Written\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x1a)\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tB\x08\n\x06report\"\x9d\x03\n\x08RankPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x06slices\x18\x02 \x03(\x0b\x32\x19.legato.v1.RankPlan.Slice\x12\x12\n\nlayer_ends\x18\x03 \x03(\r\x1a\xf1\x01\n\x05Slice\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x04 \x03(\r\x12&\n\x04\x64raw\x18\x05 \x01(\x0b\x32\x18.legato.v1.RankPlan.Draw\x12\x1c\n\x0fprompt_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0eprompt_targets\x18\x07 \x03(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x19\n\x11guessed_token_ids\x18\t \x03(\rB\x12\n\x10_prompt_logprobs\x1aP\n\x04\x44raw\x12\x0e\n\x06params\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0f\n\x07history\x18\x04 \x03(\r\"\xb0\x02\n\nRankResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x02 \x01(\x02\x12/\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1d.legato.v1.RankResult.Outcome\x1ah\n\x07Outcome\x12*\n\x05\x64rawn\x18\x01 \x03(\x0b\x32\x1b.legato.v1.RankResult.Drawn\x12\x31\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x18.legato.v1.TokenLogprobs\x1ai\n\x05\x44rawn\x12\x10\n\x08token_id\x18\x01 \x01(\x11\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.legato.v1.TokenLogprobs\x12\x11\n\tcompletes\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,39 +33,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'legato.v1.rank_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RANKCOMMAND']._serialized_start=60
-  _globals['_RANKCOMMAND']._serialized_end=625
-  _globals['_RANKCOMMAND_LOAD']._serialized_start=343
-  _globals['_RANKCOMMAND_LOAD']._serialized_end=492
-  _globals['_RANKCOMMAND_WARMUP']._serialized_start=494
-  _globals['_RANKCOMMAND_WARMUP']._serialized_end=502
-  _globals['_RANKCOMMAND_COPY']._serialized_start=504
-  _globals['_RANKCOMMAND_COPY']._serialized_end=606
-  _globals['_RANKCOMMAND_STOP']._serialized_start=608
-  _globals['_RANKCOMMAND_STOP']._serialized_end=614
-  _globals['_RANKREPORT']._serialized_start=628
-  _globals['_RANKREPORT']._serialized_end=1214
-  _globals['_RANKREPORT_HELLO']._serialized_start=973
-  _globals['_RANKREPORT_HELLO']._serialized_end=1057
-  _globals['_RANKREPORT_PROGRESS']._serialized_start=1059
-  _globals['_RANKREPORT_PROGRESS']._serialized_end=1087
-  _globals['_RANKREPORT_READY']._serialized_start=1089
-  _globals['_RANKREPORT_READY']._serialized_end=1096
-  _globals['_RANKREPORT_COPIED']._serialized_start=1098
-  _globals['_RANKREPORT_COPIED']._serialized_end=1123
-  _globals['_RANKREPORT_WRITTEN']._serialized_start=1125
-  _globals['_RANKREPORT_WRITTEN']._serialized_end=1161
-  _globals['_RANKREPORT_FAILED']._serialized_start=1163
-  _globals['_RANKREPORT_FAILED']._serialized_end=1204
-  _globals['_RANKPLAN']._serialized_start=1217
-  _globals['_RANKPLAN']._serialized_end=1630
-  _globals['_RANKPLAN_SLICE']._serialized_start=1307
-  _globals['_RANKPLAN_SLICE']._serialized_end=1548
-  _globals['_RANKPLAN_DRAW']._serialized_start=1550
-  _globals['_RANKPLAN_DRAW']._serialized_end=1630
-  _globals['_RANKRESULT']._serialized_start=1633
-  _globals['_RANKRESULT']._serialized_end=1937
-  _globals['_RANKRESULT_OUTCOME']._serialized_start=1726
-  _globals['_RANKRESULT_OUTCOME']._serialized_end=1830
-  _globals['_RANKRESULT_DRAWN']._serialized_start=1832
-  _globals['_RANKRESULT_DRAWN']._serialized_end=1937
+  _globals['_RANKCOMMAND']._serialized_end=709
+  _globals['_RANKCOMMAND_LOAD']._serialized_start=398
+  _globals['_RANKCOMMAND_LOAD']._serialized_end=547
+  _globals['_RANKCOMMAND_WARMUP']._serialized_start=549
+  _globals['_RANKCOMMAND_WARMUP']._serialized_end=557
+  _globals['_RANKCOMMAND_REPLICATE']._serialized_start=559
+  _globals['_RANKCOMMAND_REPLICATE']._serialized_end=586
+  _globals['_RANKCOMMAND_COPY']._serialized_start=588
+  _globals['_RANKCOMMAND_COPY']._serialized_end=690
+  _globals['_RANKCOMMAND_STOP']._serialized_start=692
+  _globals['_RANKCOMMAND_STOP']._serialized_end=698
+  _globals['_RANKREPORT']._serialized_start=712
+  _globals['_RANKREPORT']._serialized_end=1298
+  _globals['_RANKREPORT_HELLO']._serialized_start=1057
+  _globals['_RANKREPORT_HELLO']._serialized_end=1141
+  _globals['_RANKREPORT_PROGRESS']._serialized_start=1143
+  _globals['_RANKREPORT_PROGRESS']._serialized_end=1171
+  _globals['_RANKREPORT_READY']._serialized_start=1173
+  _globals['_RANKREPORT_READY']._serialized_end=1180
+  _globals['_RANKREPORT_COPIED']._serialized_start=1182
+  _globals['_RANKREPORT_COPIED']._serialized_end=1207
+  _globals['_RANKREPORT_WRITTEN']._serialized_start=1209
+  _globals['_RANKREPORT_WRITTEN']._serialized_end=1245
+  _globals['_RANKREPORT_FAILED']._serialized_start=1247
+  _globals['_RANKREPORT_FAILED']._serialized_end=1288
+  _globals['_RANKPLAN']._serialized_start=1301
+  _globals['_RANKPLAN']._serialized_end=1714
+  _globals['_RANKPLAN_SLICE']._serialized_start=1391
+  _globals['_RANKPLAN_SLICE']._serialized_end=1632
+  _globals['_RANKPLAN_DRAW']._serialized_start=1634
+  _globals['_RANKPLAN_DRAW']._serialized_end=1714
+  _globals['_RANKRESULT']._serialized_start=1717
+  _globals['_RANKRESULT']._serialized_end=2021
+  _globals['_RANKRESULT_OUTCOME']._serialized_start=1810
+  _globals['_RANKRESULT_OUTCOME']._serialized_end=1914
+  _globals['_RANKRESULT_DRAWN']._serialized_start=1916
+  _globals['_RANKRESULT_DRAWN']._serialized_end=2021
 # @@protoc_insertion_point(module_scope)

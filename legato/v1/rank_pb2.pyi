@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankCommand(_message.Message):
-    __slots__ = ("load", "warm_up", "execute", "copy", "stop", "compile")
+    __slots__ = ("load", "warm_up", "execute", "copy", "stop", "replicate", "compile")
     class Load(_message.Message):
         __slots__ = ("join_address", "num_blocks", "memory_path", "offset_bytes", "layer_costs", "head_cost", "adapters")
         JOIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,11 @@ class RankCommand(_message.Message):
     class WarmUp(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
+    class Replicate(_message.Message):
+        __slots__ = ("copies",)
+        COPIES_FIELD_NUMBER: _ClassVar[int]
+        copies: int
+        def __init__(self, copies: _Optional[int] = ...) -> None: ...
     class Copy(_message.Message):
         __slots__ = ("copy_id", "to_device", "block_ids", "first_layer", "num_layers")
         COPY_ID_FIELD_NUMBER: _ClassVar[int]
@@ -49,14 +54,16 @@ class RankCommand(_message.Message):
     EXECUTE_FIELD_NUMBER: _ClassVar[int]
     COPY_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    REPLICATE_FIELD_NUMBER: _ClassVar[int]
     COMPILE_FIELD_NUMBER: _ClassVar[int]
     load: RankCommand.Load
     warm_up: RankCommand.WarmUp
     execute: RankPlan
     copy: RankCommand.Copy
     stop: RankCommand.Stop
+    replicate: RankCommand.Replicate
     compile: _common_pb2.Constraint
-    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ...) -> None: ...
+    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., replicate: _Optional[_Union[RankCommand.Replicate, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
     __slots__ = ("hello", "progress", "ready", "result", "copied", "failed", "written")

@@ -17,6 +17,8 @@ from tiny_models import make_model
 
 import legato
 import worker.build
+import worker.executor
+from worker.meter import Meter
 
 PROMPTS = [[random.Random(seed).randrange(3, 90) for _ in range(length)] for seed, length in enumerate((5, 37, 61, 18))]
 TOKENS = 14
@@ -43,8 +45,11 @@ async def answers(running: Cluster) -> list[Any]:
     [("llama3", "tp2"), ("llama3", "pp2"), ("llama3", "dp2"), ("mixtral", "dp2-ep2"), ("llama3", "pp2-tp2")],
 )
 async def test_a_decode_worker_that_prefills_itself(
-    models: dict[str, Path], redis_url: str, name: str, layout: str
+    models: dict[str, Path], redis_url: str, name: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    placed: list[tuple[float, float]] = []
+    monkeypatch.setattr(worker.executor, "FIRST_REPLICATION_STEP", 4)
+    monkeypatch.setattr(Meter, "experts_placed", lambda meter, *found: placed.append(found))
     options = {
         "max_step_tokens": 24,
         "max_sequences": 8,
@@ -54,8 +59,10 @@ async def test_a_decode_worker_that_prefills_itself(
     }
     async with cluster(models[name], redis_url, prefill=0, engine=options) as running:
         expected = await answers(running)
-    async with cluster(models[name], redis_url, prefill=0, engine={**options, "layout": layout}) as running:
+    options |= {"layout": layout, "expert_replicas": int("ep" in layout)}
+    async with cluster(models[name], redis_url, prefill=0, engine=options) as running:
         assert await answers(running) == expected
+        assert bool(placed) == ("ep" in layout)
         assert await answers(running) == expected  # with what is in the prefix caches
         await running.assert_as_at_start()
 

@@ -80,8 +80,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, ob
     return OnDemand()
 
 
-def compare(folder: Path, oracle: object, layout: ParallelLayout, **options: object) -> None:
-    """Sequences of several lengths in steps that mix chunks and single tokens, on groups drawn from their names."""
+def compare(folder: Path, oracle: object, layout: ParallelLayout, copies: int = 0, **options: object) -> None:
+    """Sequences of several lengths in steps that mix chunks and single tokens, on groups drawn from their names. With
+    `copies` experts are placed anew after every third step."""
+    placed, steps = [], 0
     with ranked_engine(folder, layout, **options) as engine:
         generator = random.Random(1)
         stepper = Stepper(engine)
@@ -89,6 +91,13 @@ def compare(folder: Path, oracle: object, layout: ParallelLayout, **options: obj
         while pending := [each for each in running if each.computed < len(each.token_ids)]:
             taken = generator.sample(pending, generator.randrange(1, len(pending) + 1))
             stepper.step([(each, max(1, min(13, each.num_prompt - each.computed))) for each in taken])
+            steps += 1
+            if copies and steps % 3 == 0:
+                found = engine.replicate_experts(copies)
+                assert found == found[:1] * layout.num_ranks
+                placed.append(found[0])
+    assert all(1.0 <= after <= before for before, after in placed)
+    assert any(after < before for before, after in placed) == bool(copies)
     for each in running:
         assert worst_difference(rows_of(each), reference_of(oracle, each.token_ids)) < TOLERANCE, each.name
 
@@ -109,6 +118,21 @@ def test_replicated_experts(models: dict[str, tuple[Path, object]]) -> None:
     folder, oracle = models["gpt-moe"]
     compare(folder, oracle, ParallelLayout(dp=2, ep=2), replicas={0: {0: 2, 5: 2}, 3: {1: 2}})
     compare(folder, oracle, ParallelLayout(tp=2, ep=2), replicas={1: {3: 2}, 2: {3: 2}})
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("gpt-moe", ParallelLayout(dp=2, ep=2)),
+        ("mixtral", ParallelLayout(tp=2, ep=2)),
+        ("gpt-oss", ParallelLayout(tp=2, pp=2, ep=2)),
+    ],
+)
+def test_experts_are_placed_by_load_between_steps(
+    name: str, layout: ParallelLayout, models: dict[str, tuple[Path, object]]
+) -> None:
+    folder, oracle = models[name]
+    compare(folder, oracle, layout, copies=2, block_tokens=7)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from spec.errors import InvalidModel
 from spec.hf_config import model_from_hf
 from spec.layout import ParallelLayout
 from spec.model import ModelSpec
-from spec.shard import check_layout, place_experts, replicas_for, shard_of, split, stage_layers
+from spec.shard import check_layout, imbalance, place_experts, replicas_for, shard_of, split, stage_layers
 
 LLAMA_405B = {
     "model_type": "llama",
@@ -185,3 +185,11 @@ def test_every_layout_is_checked_before_it_is_built() -> None:
         layout = ParallelLayout(tp, pp, dp, ep=tp * dp)
         check_layout(spec, layout)
         assert sum(len(stage) for stage in stage_layers(spec, pp)) == 61
+
+
+def test_imbalance_is_of_the_busiest_part() -> None:
+    loads = [[30, 10, 10, 10], [0, 0, 0, 0], [5, 5, 5, 5]]
+    assert imbalance(loads, 2, {}) == pytest.approx((40 / 30 + 1.0) / 2)
+    # The first expert in both parts: 15 + 10 and 10 + 10 + 15.
+    assert imbalance(loads, 2, {0: {0: 2}}) == pytest.approx((35 / 30 + 1.0) / 2)
+    assert imbalance([[0, 0]], 2, {}) == 1.0

@@ -55,6 +55,12 @@ class RankedEngine:
                 drawn[place], prompt[place] = one, rows
         return dataclasses.replace(answers[0], drawn=tuple(drawn), prompt_logprobs=tuple(prompt))
 
+    def replicate_experts(self, copies: int) -> list[tuple[float, float]]:
+        """What each rank found."""
+        for connection in self.connections:
+            connection.send(copies)
+        return [self.answer(connection) for connection in self.connections]
+
     def answer(self, connection: Any) -> Any:
         assert connection.poll(LIMIT_S), "a rank does not answer"
         found = connection.recv()
@@ -147,7 +153,8 @@ def _rank(
         while True:
             plan = connection.recv()
             try:
-                connection.send(engine.execute(plan))
+                copies = plan if isinstance(plan, int) else None
+                connection.send(engine.execute(plan) if copies is None else engine.replicate_experts(copies))
             except BaseException as error:
                 connection.send(error)
     groups.close()
