@@ -41,6 +41,7 @@ class Case:
     after: int
     strike: Callable[[Networks, str, str], None]
     again: bool  # somebody's part has to be done again
+    for_s: float = 0.0  # the link stays as it is at least so long; otherwise until the answer is there
 
 
 CASES = {
@@ -48,6 +49,9 @@ CASES = {
     "moving, prefill cut from decode": Case("prefill", "post", 1, lambda n, p, d: n.cut(p, n.addresses[d]), True),
     "moving, prefill cut from all": Case("prefill", "post", 1, lambda n, p, d: n.cut(p), True),
     "moving, decode cut from all": Case("prefill", "post", 1, lambda n, p, d: n.cut(d), True),
+    "moving, prefill cut from decode for long": Case(  # beyond every clock of the hand-over
+        "prefill", "post", 1, lambda n, p, d: n.cut(p, n.addresses[d]), True, for_s=18.0
+    ),
     "moving, slow": Case("prefill", "post", 0, lambda n, p, d: n.slow(p, 10_000), False),
     "moving, lossy": Case("prefill", "post", 0, lambda n, p, d: n.lose(p, 0.05), False),
     "prefilling, prefill cut from the router": Case("prefill", "step", 1, lambda n, p, d: n.cut(p, n.gateway), True),
@@ -83,7 +87,7 @@ def undisturbed(model: Path, transport: str) -> dict[str, tuple[int, ...]]:
 
     async def run(redis_url: str) -> dict[str, tuple[int, ...]]:
         async with cluster(model, redis_url, prefill=0) as running:
-            prompts = {name: prompt_of(name, transport) for name in CASES}
+            prompts = {name: prompt_of(name, transport) for name in (*CASES, "a host comes back")}
             return {
                 name: (await running.client.generate(prompt, **OPTIONS)).token_ids for name, prompt in prompts.items()
             }
@@ -138,12 +142,35 @@ async def test_link(at_rest: Setup, undisturbed: dict[str, tuple[int, ...]], tra
             pair.setdefault(pool, max(counts, key=lambda worker: counts[worker]))
         case.strike(at_rest.networks, pair["prefill"], pair["decode"])
         running.gates.open_all()
+        struck_s = asyncio.get_running_loop().time()
         answer = await asked
         assert answer.token_ids == undisturbed[name]
         assert (answer.route.attempts > 1) == case.again
         if "slow" in name:
             assert answer.route.transfer.moving_s > 0.5, "that was not slow"
+        await asyncio.sleep(struck_s + case.for_s - asyncio.get_running_loop().time())
         at_rest.networks.mend()
         await running.ready()
         await running.assert_as_at_start()
         assert (await client.generate(prompt, **OPTIONS)).token_ids == undisturbed[name]
+
+
+async def test_a_host_that_comes_back_under_its_address_is_another(
+    at_rest: Setup, undisturbed: dict[str, tuple[int, ...]], transport: str
+) -> None:
+    """Nobody hears that the old process ended: that there is a new one tells it."""
+    running, name = at_rest.processes, "a host comes back"
+    for worker in running.of("decode"):
+        running.gates.hold(worker, "step", after=7)
+    async with legato.AsyncClient(running.addresses["router-0"], timeout_s=60) as client:
+        asked = asyncio.create_task(client.generate(prompt_of(name, transport), **OPTIONS))
+        host = (await running.gates.held(running.of("decode"), "step"))[0]
+        at_rest.networks.hush(host)
+        running.kill(host)
+        running.gates.open_all()
+        running.start(host)
+        answer = await asked
+        assert answer.token_ids == undisturbed[name]
+        assert answer.route.attempts > 1
+        await running.ready()
+        await running.assert_as_at_start()

@@ -63,6 +63,11 @@ class Networks:
         dice = ["statistic", "--mode", "random", "--probability", str(share)]
         self._iptables(name, "-A", "OUTPUT", "-m", *dice, "-j", "DROP")
 
+    def hush(self, name: str) -> None:
+        """No end of a connection is heard of outside, as of a host that lost its power."""
+        for flag in ("FIN", "RST"):
+            self._iptables(name, "-A", "OUTPUT", "-p", "tcp", "--tcp-flags", flag, flag, "-j", "DROP")
+
     def mend(self) -> None:
         for name in self.addresses:
             self._iptables(name, "-F")
