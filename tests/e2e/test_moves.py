@@ -18,6 +18,7 @@ from rank_workers import Cut, answer, builder, toy_layout
 from tiny_adapters import LLAMA_MODULES, write_adapter
 from tiny_llama import SHAPES, load_reference, make_llama, reference_of
 
+import router.moves
 import worker.serving
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.channel import channel
@@ -179,4 +180,31 @@ async def test_between_unlike_layouts(
         assert [each.token_ids for each in answers] == [answer(each, 90, WHOLE) for each in prompts]
         assert sum(each.route.moves for each in answers) >= 1
         assert {each.route.attempts for each in answers} == {1}
+        await running.assert_as_at_start()
+
+
+async def test_a_worker_that_runs_out_of_blocks_gives_sequences_to_one_that_has_plenty(
+    world: tuple[Path, dict[str, str]], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers grow together on one worker, while the other has ended what it had."""
+    monkeypatch.setattr(router.moves, "LOOK_S", 0.1)
+    growing = [[3 + index, *PROMPT[:29]] for index in range(6)]
+    options = {"max_tokens": 120, "ignore_eos": True, "temperature": 0.8, "repetition_penalty": 1.2}
+    engine = {"num_blocks": 32}
+    async with cluster(world[0], redis_url, prefill=0) as running:
+        undisturbed = [(await running.client.generate(p, seed=1, **options)).token_ids for p in growing]
+    async with slow_cluster(world[0], redis_url, prefill=0, decode=2, engine=engine) as running:
+        generate = running.client.generate
+        first = asyncio.create_task(generate(growing[0], seed=1, **options))
+        await until_running(running, "decode-0", 1)
+        large = asyncio.create_task(generate(PROMPT * 6, max_tokens=30, ignore_eos=True))
+        await until_running(running, "decode-1", 1)
+        others = [asyncio.create_task(generate(each, seed=1, **options)) for each in growing[1:]]
+        answers = await asyncio.gather(first, *others)
+        await large
+        assert [each.token_ids for each in answers] == undisturbed
+        assert {each.route.attempts for each in answers} == {1}
+        moves = [each.route.moves for each in answers]
+        assert sum(moves) >= 1 and max(moves) == 1, f"{moves}: nobody comes back"
+        assert running.workers["decode-1"].core.scheduler.totals()["preemptions"] == 0
         await running.assert_as_at_start()
