@@ -203,6 +203,26 @@ async def test_one_fault_after_the_other(at_rest: Setup, model: Path) -> None:
     assert answer.route.sends >= 2
 
 
+async def test_who_goes_on_after_a_killed_prefill_worker_skips_what_had_landed(at_rest: Setup, model: Path) -> None:
+    """The decode worker keeps the chunks that it was told of, and is asked again although it did not take over."""
+    running, prompt = at_rest.processes, prompt_of("resumed")
+    for name in running.of("prefill"):
+        running.gates.hold(name, "post", 2)
+    async with legato.AsyncClient(running.addresses["router-0"], timeout_s=60) as client:
+        asked = asyncio.create_task(_answer(client, prompt, OPTIONS[0]))
+        victim = (await running.gates.held(running.of("prefill"), "post"))[0]
+        running.kill(victim)
+        running.gates.open_all()
+        answer = await asked
+        running.start(victim)
+        assert answer.route.attempts == 2
+        assert answer.route.transfer.skipped_tokens in (32, 64), "of the two chunks that were on their way"
+        await running.ready()
+        await running.assert_as_at_start()
+    rows = reference_logprobs(model, [*prompt, *answer.choices[0].token_ids])[len(prompt) - 1 : -1]
+    assert answer.choices[0].token_ids == tuple(rows.argmax(axis=1))
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_with_nobody_left_a_request_ends_typed_within_its_deadline(at_rest: Setup, how: signal.Signals) -> None:
     running, workers = at_rest.processes, at_rest.processes.of("decode")
