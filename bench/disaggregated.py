@@ -59,7 +59,8 @@ def main() -> None:
         asyncio.run(run(options))
     except (PoolsFailed, LegatoError, ClientError) as error:
         sys.exit(str(error))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except asyncio.CancelledError:
+        say("stopped")
         sys.exit(130)
 
 
@@ -74,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm-arguments", default="", help="more of `vllm serve`, in one string")
     parser.add_argument("--model", default="smollm2", help="a .gguf file of a Llama, or smollm2 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each worker (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 1024], help="(default: 128 1024)")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer (default: %(default)s)")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[4, 8], help="closed loops (default: 4 8)")
@@ -90,7 +91,10 @@ def parse_arguments() -> argparse.Namespace:
 
 async def run(options: argparse.Namespace) -> None:
     """Raises PoolsFailed and classes of the two error trees."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
+    work = asyncio.current_task()
+    assert work is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, work.cancel)
     with tempfile.TemporaryDirectory() as temporary:
         model, logs = Path(temporary) / "model", (options.logs or Path(temporary)).absolute()
         logs.mkdir(parents=True, exist_ok=True)

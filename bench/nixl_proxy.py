@@ -24,7 +24,8 @@ from bench.http_stream import HttpFailed, Reply, parse_head, post, send
 
 COMPLETIONS = "/v1/completions"
 _READ_BYTES = 1 << 16
-_PREFILL_ONLY = {"max_tokens": 1, "min_tokens": 1, "stream": False, "return_token_ids": False}
+_PREFILL_ONLY = {"max_tokens": 1, "stream": False, "return_token_ids": False}
+_OF_THE_ANSWER = ("stream_options", "min_tokens")
 _REMOTE_DECODE = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -59,7 +60,7 @@ class Proxy:
             async with send(self._decode_port, method, path, body) as reply:
                 return await _hand_on(reply, writer)
         request, named = json.loads(body), {"X-Request-Id": secrets.token_hex(8)}
-        prefill = {name: value for name, value in request.items() if name != "stream_options"}
+        prefill = {name: value for name, value in request.items() if name not in _OF_THE_ANSWER}
         prefill |= _PREFILL_ONLY | {"kv_transfer_params": _REMOTE_DECODE}
         async with post(self._prefill_port, path, prefill, named) as reply:
             params = json.loads(await reply.body())["kv_transfer_params"]

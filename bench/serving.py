@@ -3,7 +3,8 @@
     ITL    engine alone, this process   |  client -> router -> decode worker, handed over from a prefill worker
     hop    a bare gRPC round trip       |  first token straight from a prefill worker  |  the same through the router
 
-One request in flight; interleaved A-B-A-B in one run; medians of rounds and their spread. The cluster is that of
+The same stream once more with guesses (prompt lookup): the mean time for a token, and how many guesses were right. One
+request in flight; interleaved A-B-A-B in one run; medians of rounds and their spread. The cluster is that of
 `legato up`, one prefill and one decode worker as processes, with as many threads as the engine alone has.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import itertools
 import os
 import random
@@ -99,10 +101,19 @@ class EngineAlone:
         return statistics.median(after - before for before, after in itertools.pairwise(times))
 
 
-async def compare_itl(
-    alone: EngineAlone, client: AsyncClient, options: argparse.Namespace
-) -> list[tuple[float, float]]:
-    pairs, draw = [], random.Random(0)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Itl:
+    """Of one round, in seconds: medians, and with guesses the mean, for tokens come several at once."""
+
+    alone: float
+    served: float
+    served_guessing: float
+    proposed_tokens: int
+    accepted_tokens: int
+
+
+async def compare_itl(alone: EngineAlone, client: AsyncClient, options: argparse.Namespace) -> list[Itl]:
+    found, draw = [], random.Random(0)
     for number in range(options.rounds + 1):
         prompt = [draw.randrange(3, alone.vocab_size) for _ in range(options.prompt_tokens)]
         one = alone.itl_s(prompt)
@@ -110,9 +121,21 @@ async def compare_itl(
         async for _ in client.stream(prompt, max_tokens=options.tokens, temperature=0.0, ignore_eos=True):
             times.append(time.perf_counter())
         other = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
+        guessing = await _guessing(client, prompt, options.tokens)
         if number:
-            pairs.append((one, other))
-    return pairs
+            found.append(Itl(one, other, *guessing))
+    return found
+
+
+async def _guessing(client: AsyncClient, prompt: list[int], num_tokens: int) -> tuple[float, int, int]:
+    """(mean seconds of a token behind the second piece, guesses, right ones)"""
+    pieces = []
+    stream = client.stream(prompt, max_tokens=num_tokens, temperature=0.0, ignore_eos=True, speculation="prompt_lookup")
+    async for piece in stream:
+        pieces.append((time.perf_counter(), len(piece.token_ids)))
+    mean_s = (pieces[-1][0] - pieces[1][0]) / sum(tokens for _, tokens in pieces[2:])
+    usage = stream.answer.usage
+    return mean_s, usage.proposed_tokens, usage.accepted_tokens
 
 
 async def compare_hops(
@@ -166,8 +189,10 @@ def _one_token() -> common_pb2.SamplingParams:
     return common_pb2.SamplingParams(max_tokens=1, top_p=1.0, repetition_penalty=1.0, seed=1)
 
 
-def report(itl: list[tuple[float, float]], hop: list[tuple[float, float, float]], options: argparse.Namespace) -> None:
-    itl_ratios = [served / alone for alone, served in itl]
+def report(itl: list[Itl], hop: list[tuple[float, float, float]], options: argparse.Namespace) -> None:
+    itl_ratios = [one.served / one.alone for one in itl]
+    proposed, accepted = sum(one.proposed_tokens for one in itl), sum(one.accepted_tokens for one in itl)
+    acceptance = accepted / proposed if proposed else 0.0
     hop_ratios = [(routed - direct) / bare for bare, direct, routed in hop]
     table = Table("", "median", "spread", title=f"{options.model}, {options.threads} threads, one in flight")
 
@@ -175,15 +200,18 @@ def report(itl: list[tuple[float, float]], hop: list[tuple[float, float, float]]
         shown = [value * scale for value in values]
         table.add_row(name, f"{statistics.median(shown):.2f}{unit}", f"{min(shown):.2f} to {max(shown):.2f}")
 
-    row("ITL, engine alone", [alone for alone, _ in itl], " ms", 1e3)
-    row("ITL, two pools", [served for _, served in itl], " ms", 1e3)
+    row("ITL, engine alone", [one.alone for one in itl], " ms", 1e3)
+    row("ITL, two pools", [one.served for one in itl], " ms", 1e3)
     row("ratio", itl_ratios, "", 1)
+    row("a token, two pools with guesses", [one.served_guessing for one in itl], " ms", 1e3)
+    table.add_row("guesses right", f"{acceptance:.0%}", f"{accepted} of {proposed}")
     row("bare gRPC round trip", [bare for bare, _, _ in hop], " ms", 1e3)
     row("first token, prefill worker", [direct for _, direct, _ in hop], " ms", 1e3)
     row("first token, through the router", [routed for _, _, routed in hop], " ms", 1e3)
     row("hop, in bare round trips", hop_ratios, "", 1)
     Console().print(table)
-    results = {"itl_s": itl, "itl_ratio": statistics.median(itl_ratios), "hop_s": hop}
+    results = {"itl": [dataclasses.asdict(one) for one in itl], "itl_ratio": statistics.median(itl_ratios)}
+    results |= {"acceptance": acceptance, "hop_s": hop}
     results["hop_ratio"] = statistics.median(hop_ratios)
     append_line(options.results, "serving", options, results)
 

@@ -23,9 +23,7 @@ class Vllm:
         return vllm.__version__
 
     def generate(self, prompts, num_tokens):
-        params = SamplingParams(
-            temperature=0.0, max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True, detokenize=False
-        )
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
         started_s = time.perf_counter()
         for number, prompt in enumerate(prompts):
             self._engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), params)

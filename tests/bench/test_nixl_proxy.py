@@ -92,12 +92,23 @@ async def test_decode_gets_the_prompt_and_what_prefill_said(serve: Serve) -> Non
     assert pieces == [(11,), (12, 13)]
     ((path, named, asked),), ((_, same_name, then),) = prefill.asked, decode.asked
     assert path == "/v1/completions"
-    assert (asked["max_tokens"], asked["min_tokens"], asked["stream"]) == (1, 1, False)
+    assert (asked["max_tokens"], asked["stream"]) == (1, False)
     assert asked["kv_transfer_params"]["do_remote_decode"] is True
     assert then["kv_transfer_params"] == PARAMS
     assert (then["max_tokens"], then["stream"], then["prompt"]) == (3, True, [3, 4, 5])
     assert asked["prompt"] == [3, 4, 5]
     assert named["x-request-id"] == same_name["x-request-id"]
+
+
+async def test_lengths_of_the_answer_are_not_for_prefill(serve: Serve) -> None:
+    prefill, decode = Pool(prefilled), Pool(decoded)
+    port = await front(serve, prefill, decode)
+    request = {"prompt": [1], "max_tokens": 9, "min_tokens": 9, "stream": True, "stream_options": {"include_usage": 1}}
+    async with post(port, "/v1/completions", request, {}) as reply:
+        await reply.body()
+    (_, _, asked), (_, _, then) = prefill.asked[0], decode.asked[0]
+    assert not {"min_tokens", "stream_options"} & set(asked)
+    assert request.items() <= then.items()
 
 
 async def test_other_paths_go_to_decode(serve: Serve) -> None:
