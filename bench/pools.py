@@ -247,8 +247,8 @@ async def _answers(port: int) -> bool:
 
 
 async def complete(port: int, prompt: Sequence[int], num_tokens: int) -> AsyncIterator[tuple[int, ...]]:
-    """Tokens from an OpenAI server of vLLM. Without min_tokens, which would forbid the end-of-text token: ignore_eos lets
-    it be drawn and goes on. Raises PoolsFailed."""
+    """Tokens from an OpenAI server of vLLM. Without min_tokens, which would forbid the end-of-text token: ignore_eos
+    lets it be drawn and goes on. Raises PoolsFailed."""
     request: dict[str, Any] = {"model": MODEL_NAME, "prompt": list(prompt), "stream": True, "return_token_ids": True}
     request |= {"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
     try:
