@@ -7,14 +7,13 @@ A row returns the fields of ModelSpec in which the family differs from a plain L
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from spec.errors import InvalidModel, UnsupportedModel
-from spec.model import LatentSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-
-Config = Mapping[str, Any]
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+from spec.hf_rope import partial_rotary, rope_kind, rope_of, rope_parameters, yarn_magnitude
+from spec.hf_values import Config, whole
+from spec.model import LatentSpec, LayerSpec, ModelSpec, MoeSpec
 
 
 def model_from_hf(config: Config) -> ModelSpec:
@@ -38,21 +37,21 @@ def model_from_hf(config: Config) -> ModelSpec:
 
 
 def _read(family: str, config: Config) -> ModelSpec:
-    hidden_size, num_heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or hidden_size // num_heads)
+    hidden_size, num_heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
+    head_dim = whole(config, "head_dim", 0) or hidden_size // num_heads
     fields: dict[str, Any] = {
         "family": family,
         "hidden_size": hidden_size,
         "num_heads": num_heads,
-        "num_kv_heads": int(config.get("num_key_value_heads") or num_heads),
+        "num_kv_heads": whole(config, "num_key_value_heads", 0) or num_heads,
         "head_dim": head_dim,
-        "intermediate_size": int(config["intermediate_size"]),
-        "vocab_size": int(config["vocab_size"]),
-        "max_context_tokens": int(config["max_position_embeddings"]),
+        "intermediate_size": whole(config, "intermediate_size"),
+        "vocab_size": whole(config, "vocab_size"),
+        "max_context_tokens": whole(config, "max_position_embeddings"),
         "rms_norm_eps": float(config["rms_norm_eps"]),
-        "layers": (LayerSpec(window=_window(config)),) * int(config["num_hidden_layers"]),
-        "ropes": (_rope(config, _rope_parameters(config)),),
-        "rotary_dim": int(head_dim * _partial(config)),
+        "layers": (LayerSpec(window=_window(config)),) * whole(config, "num_hidden_layers"),
+        "ropes": (rope_of(config, rope_parameters(config)),),
+        "rotary_dim": int(head_dim * partial_rotary(config)),
         "attention_scale": head_dim**-0.5,
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "bos_token_id": config.get("bos_token_id"),
@@ -92,9 +91,9 @@ def _plain(config: Config) -> dict[str, Any]:
 
 def _mixtral(config: Config) -> dict[str, Any]:
     moe = MoeSpec(
-        num_experts=int(config["num_local_experts"]),
-        experts_per_token=int(config["num_experts_per_tok"]),
-        intermediate_size=int(config["intermediate_size"]),
+        num_experts=whole(config, "num_local_experts"),
+        experts_per_token=whole(config, "num_experts_per_tok"),
+        intermediate_size=whole(config, "intermediate_size"),
     )
     return {"moe": moe, "layers": _layers(config, window=_window(config), is_moe=True)}
 
@@ -109,14 +108,14 @@ def _qwen3(config: Config) -> dict[str, Any]:
 
 
 def _qwen3_moe(config: Config) -> dict[str, Any]:
-    num_layers, step = int(config["num_hidden_layers"]), int(config.get("decoder_sparse_step", 1))
+    num_layers, step = whole(config, "num_hidden_layers"), whole(config, "decoder_sparse_step", 1)
     dense = set(config.get("mlp_only_layers") or ())
     window = _window(config) if config.get("use_sliding_window") else None
     layers = [LayerSpec(window, 0, i not in dense and (i + 1) % step == 0) for i in range(num_layers)]
     moe = MoeSpec(
-        num_experts=int(config.get("num_experts") or config["num_local_experts"]),
-        experts_per_token=int(config["num_experts_per_tok"]),
-        intermediate_size=int(config["moe_intermediate_size"]),
+        num_experts=whole(config, "num_experts", 0) or whole(config, "num_local_experts"),
+        experts_per_token=whole(config, "num_experts_per_tok"),
+        intermediate_size=whole(config, "moe_intermediate_size"),
         normalise=bool(config.get("norm_topk_prob", False)),
     )
     return _qwen3(config) | {"moe": moe, "layers": tuple(layers)}
@@ -131,7 +130,7 @@ def _gemma(config: Config) -> dict[str, Any]:
         "activation": "gelu_tanh",
         "norm_offset": 1.0,
         "post_norms": True,
-        "embedding_scale": math.sqrt(int(config["hidden_size"])),
+        "embedding_scale": math.sqrt(whole(config, "hidden_size")),
         "attention_scale": float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "qkv_bias": bias,
@@ -147,14 +146,15 @@ def _gemma2(config: Config) -> dict[str, Any]:
 
 
 def _gemma3(config: Config) -> dict[str, Any]:
-    pattern = int(config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6)
+    pattern = whole(config, "sliding_window_pattern", 0) or whole(config, "_sliding_window_pattern", 6)
     layers = _sliding_layers(config, lambda index: (index + 1) % pattern != 0, local_rope=True)
     parameters = config.get("rope_parameters") or {}
     # transformers 4 has keys of their own for these two
-    whole = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
+    everywhere = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
     local = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
-    whole, local = parameters.get("full_attention", whole), parameters.get("sliding_attention", local)
-    return _gemma(config) | {"layers": layers, "qk_norm": True, "ropes": (_rope(config, whole), _rope(config, local))}
+    everywhere, local = parameters.get("full_attention", everywhere), parameters.get("sliding_attention", local)
+    ropes = rope_of(config, everywhere), rope_of(config, local)
+    return _gemma(config) | {"layers": layers, "qk_norm": True, "ropes": ropes}
 
 
 def _gpt_oss(config: Config) -> dict[str, Any]:
@@ -162,9 +162,9 @@ def _gpt_oss(config: Config) -> dict[str, Any]:
         if float(config.get(key, value)) != value:
             raise UnsupportedModel(f"{key} {config[key]} is not known to family gpt_oss, only {value}")
     moe = MoeSpec(
-        num_experts=int(config["num_local_experts"]),
-        experts_per_token=int(config.get("num_experts_per_tok") or config["experts_per_token"]),
-        intermediate_size=int(config["intermediate_size"]),
+        num_experts=whole(config, "num_local_experts"),
+        experts_per_token=whole(config, "num_experts_per_tok", 0) or whole(config, "experts_per_token"),
+        intermediate_size=whole(config, "intermediate_size"),
         scoring="softmax_chosen",
         router_bias=True,
         expert_bias=True,
@@ -189,8 +189,8 @@ def _deepseek_v2(config: Config) -> dict[str, Any]:
         config,
         scoring="softmax",
         normalise=False,
-        num_groups=int(config["n_group"]) if grouped else 1,
-        groups_per_token=int(config["topk_group"]) if grouped else 1,
+        num_groups=whole(config, "n_group") if grouped else 1,
+        groups_per_token=whole(config, "topk_group") if grouped else 1,
     )
 
 
@@ -199,8 +199,8 @@ def _deepseek_v3(config: Config) -> dict[str, Any]:
         config,
         scoring="sigmoid",
         normalise=bool(config.get("norm_topk_prob", True)),
-        num_groups=int(config["n_group"]),
-        groups_per_token=int(config["topk_group"]),
+        num_groups=whole(config, "n_group"),
+        groups_per_token=whole(config, "topk_group"),
         group_score="top2",
         selection_bias=True,
     )
@@ -211,31 +211,30 @@ def _deepseek(config: Config, **routing: Any) -> dict[str, Any]:
         raise UnsupportedModel("attention_bias is not known to the DeepSeek families")
     if not config.get("rope_interleave", True):
         raise UnsupportedModel("rope_interleave false is not known to the DeepSeek families")
-    rank = config.get("q_lora_rank")
     latent = LatentSpec(
-        query_rank=None if rank is None else int(rank),
-        kv_rank=int(config["kv_lora_rank"]),
-        plain_dim=int(config["qk_nope_head_dim"]),
-        rope_dim=int(config["qk_rope_head_dim"]),
-        value_dim=int(config["v_head_dim"]),
+        query_rank=whole(config, "q_lora_rank", 0) or None,
+        kv_rank=whole(config, "kv_lora_rank"),
+        plain_dim=whole(config, "qk_nope_head_dim"),
+        rope_dim=whole(config, "qk_rope_head_dim"),
+        value_dim=whole(config, "v_head_dim"),
     )
     moe = MoeSpec(
-        num_experts=int(config["n_routed_experts"]),
-        experts_per_token=int(config["num_experts_per_tok"]),
-        intermediate_size=int(config["moe_intermediate_size"]),
+        num_experts=whole(config, "n_routed_experts"),
+        experts_per_token=whole(config, "num_experts_per_tok"),
+        intermediate_size=whole(config, "moe_intermediate_size"),
         scale=float(config.get("routed_scaling_factor", 1.0)),
-        shared_intermediate_size=int(config["moe_intermediate_size"]) * int(config.get("n_shared_experts") or 0),
+        shared_intermediate_size=whole(config, "moe_intermediate_size") * whole(config, "n_shared_experts", 0),
         **routing,
     )
-    first_moe = int(config.get("first_k_dense_replace") or 0)
-    if int(config.get("moe_layer_freq", 1)) != 1:
+    first_moe = whole(config, "first_k_dense_replace", 0)
+    if whole(config, "moe_layer_freq", 1) != 1:
         raise UnsupportedModel(
             f"moe_layer_freq {config['moe_layer_freq']} is not known to the DeepSeek families, only 1"
         )
-    parameters = _rope_parameters(config)
+    parameters = rope_parameters(config)
     magnitude = 1.0
-    if _rope_kind(parameters) != "default" and parameters.get("mscale_all_dim"):
-        magnitude = _yarn_magnitude(float(parameters["factor"]), float(parameters["mscale_all_dim"]))
+    if rope_kind(parameters) != "default" and parameters.get("mscale_all_dim"):
+        magnitude = yarn_magnitude(float(parameters["factor"]), float(parameters["mscale_all_dim"]))
     return {
         "latent": latent,
         "moe": moe,
@@ -243,7 +242,7 @@ def _deepseek(config: Config, **routing: Any) -> dict[str, Any]:
         "head_dim": latent.kv_rank + latent.rope_dim,
         "rotary_dim": latent.rope_dim,
         "attention_scale": (latent.plain_dim + latent.rope_dim) ** -0.5 * magnitude**2,
-        "layers": tuple(LayerSpec(is_moe=index >= first_moe) for index in range(int(config["num_hidden_layers"]))),
+        "layers": tuple(LayerSpec(is_moe=index >= first_moe) for index in range(whole(config, "num_hidden_layers"))),
     }
 
 
@@ -268,12 +267,11 @@ HF_FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
 
 
 def _window(config: Config) -> int | None:
-    window = config.get("sliding_window")
-    return None if window is None else int(window)
+    return None if config.get("sliding_window") is None else whole(config, "sliding_window")
 
 
 def _layers(config: Config, **options: Any) -> tuple[LayerSpec, ...]:
-    return (LayerSpec(**options),) * int(config["num_hidden_layers"])
+    return (LayerSpec(**options),) * whole(config, "num_hidden_layers")
 
 
 def _sliding_layers(
@@ -282,7 +280,7 @@ def _sliding_layers(
     """As `layer_types` says, or where it is not there, layers for whose index `slides` is true."""
     kinds, window = config.get("layer_types"), _window(config)
     layers = []
-    for index in range(int(config["num_hidden_layers"])):
+    for index in range(whole(config, "num_hidden_layers")):
         sliding = kinds[index] == "sliding_attention" if kinds else slides(index)
         layers.append(LayerSpec(window if sliding else None, int(sliding and local_rope), is_moe))
     return tuple(layers)
@@ -291,96 +289,8 @@ def _sliding_layers(
 def _qwen_layers(config: Config) -> tuple[LayerSpec, ...]:
     if not config.get("use_sliding_window"):
         return _layers(config)
-    first = int(config.get("max_window_layers", 0))
+    first = whole(config, "max_window_layers", 0)
     return _sliding_layers(config, lambda index: index >= first)
-
-
-# ---- rotary embedding ------------------------------------------------------------------------------------------------
-
-
-def _rope_parameters(config: Config) -> Config:
-    """Theta and scaling in one; transformers 5 writes them so, 4 as two keys."""
-    parameters = config.get("rope_parameters") or {}
-    return {"rope_theta": config.get("rope_theta") or 10000.0, **parameters, **(config.get("rope_scaling") or {})}
-
-
-def _rope_kind(parameters: Config) -> str:
-    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
-    if kind not in ROPE_KINDS:
-        known = ", ".join(ROPE_KINDS)
-        raise UnsupportedModel(f"rope_scaling type {kind!r} is not known; known are {known}", rope_type=kind)
-    return kind
-
-
-def _partial(config: Config) -> float:
-    partial = config.get("partial_rotary_factor") or (config.get("rope_parameters") or {}).get("partial_rotary_factor")
-    return 1.0 if partial is None else float(partial)
-
-
-def _rope(config: Config, parameters: Config) -> RopeSpec:
-    theta, kind = float(parameters.get("rope_theta") or 10000.0), _rope_kind(parameters)
-    if kind == "linear":
-        return RopeSpec(theta, "linear", float(parameters["factor"]))
-    if kind == "llama3":
-        return RopeSpec(
-            theta,
-            "llama3",
-            float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_positions=int(parameters["original_max_position_embeddings"]),
-        )
-    if kind == "yarn":
-        return _yarn(theta, parameters)
-    if kind == "longrope":
-        return _longrope(theta, config, parameters)
-    return RopeSpec(theta)
-
-
-def _yarn(theta: float, parameters: Config) -> RopeSpec:
-    factor, attention_factor = float(parameters["factor"]), parameters.get("attention_factor")
-    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    if attention_factor is None:
-        attention_factor = _yarn_magnitude(factor, 1.0)
-        if mscale and all_dim:
-            attention_factor = _yarn_magnitude(factor, float(mscale)) / _yarn_magnitude(factor, float(all_dim))
-    return RopeSpec(
-        theta,
-        "yarn",
-        factor,
-        original_max_positions=int(parameters["original_max_position_embeddings"]),
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
-        truncate=bool(parameters.get("truncate", True)),
-        attention_factor=float(attention_factor),
-    )
-
-
-def _yarn_magnitude(factor: float, scale: float) -> float:
-    return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
-
-
-def _longrope(theta: float, config: Config, parameters: Config) -> RopeSpec:
-    """One set of divisors for the whole model: the long ones where its context is longer than the original.
-
-    transformers takes the short ones for sequences that are still short, and so changes the positions of keys that are
-    cached already; KV that is shared, chunked and handed over has to be a function of the tokens alone."""
-    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    longest = int(config["max_position_embeddings"])
-    original = longest if original is None else int(original)
-    factor = float(parameters.get("factor") or longest / original)
-    attention_factor = parameters.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
-    divisors = parameters["long_factor" if longest > original else "short_factor"]
-    return RopeSpec(
-        theta,
-        "longrope",
-        factor,
-        original_max_positions=original,
-        attention_factor=float(attention_factor),
-        divisors=tuple(float(divisor) for divisor in divisors),
-    )
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

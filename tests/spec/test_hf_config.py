@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from transformers import Gemma3TextConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 
+from spec.errors import InvalidModel
 from spec.hf_config import model_from_hf
 
 
@@ -27,3 +28,14 @@ def test_gemma_3_leaves_most_sizes_to_the_family(wrapped: bool) -> None:
     assert found.ropes == whole.ropes
     assert found.attention_scale == whole.attention_scale
     assert found.tie_embeddings == whole.tie_embeddings
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "head_dim"])
+@pytest.mark.parametrize("value", [16.5, "16", True, [16], float("inf")])
+def test_a_number_that_is_not_whole_is_named(key: str, value: object) -> None:
+    with pytest.raises(InvalidModel, match=f"{key} must be a whole number"):
+        model_from_hf({**LlamaConfig().to_dict(), key: value})
+
+
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    assert model_from_hf({**LlamaConfig().to_dict(), "hidden_size": 4096.0}).hidden_size == 4096
