@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from typing import get_args
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class EngineOptions:
     """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantised ones included.
     kv_dtype "auto": the same. quantisation: of the weights, see load_weights. device "auto": the GPU where there is
     one. threads: of the CPU; None leaves torch's number. graph_rows: most sequences of a decode step that a GPU replays
-    from a CUDA graph; 0: none.
+    from a CUDA graph; 0: none. Raises InvalidConfiguration for a quantisation that is none.
     """
 
     dtype: str = "auto"
@@ -50,6 +51,10 @@ class EngineOptions:
     kv_dtype: str = "auto"
     quantisation: Quantisation = "auto"
     graph_rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.quantisation not in (known := get_args(Quantisation)):
+            raise InvalidConfiguration(f"quantisation {self.quantisation!r} is none; known are {', '.join(known)}")
 
     def dtype_for(self, spec: ModelSpec) -> Dtype:
         """Raises InvalidConfiguration for a name that is no dtype."""

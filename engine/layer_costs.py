@@ -38,7 +38,7 @@ class LayerCosts:
 
 def measure_layer_costs(files: ModelFiles, options: EngineOptions, tp: int) -> LayerCosts:
     """A second or so, and the time to load a layer of each kind. Raises as Engine() does."""
-    spec = files.spec
+    spec, options = files.spec, dataclasses.replace(options, graph_rows=0)  # a worker of stages has no graphs
     first_of_kind = {_kind(spec, layer): layer for layer in reversed(range(spec.num_layers))}
     of_kind: dict[object, float] = {}
     heads: list[float] = []

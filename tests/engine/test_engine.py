@@ -222,3 +222,8 @@ def test_weights_are_held_once(tmp_path: Path) -> None:
     engine = Engine(files, EngineOptions(device="cpu"), 4)
     assert engine.decoder.weights.head is engine.decoder.weights.embedding
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_an_unknown_quantisation_is_refused() -> None:
+    with pytest.raises(InvalidConfiguration, match="'int3' is none; known are auto, none, int8"):
+        EngineOptions(quantisation="int3")  # type: ignore[arg-type]
