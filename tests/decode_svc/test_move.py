@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -263,3 +264,51 @@ async def test_a_sequence_that_ends_on_its_way_ends_here(
         await until(lambda: caller.ended("source"))
         assert caller.tokens("source") == undisturbed
         assert "target" not in caller.said, "the router has the whole answer: it hears of no failure"
+
+
+@pytest.mark.parametrize("taken", [True, False])
+async def test_a_sequence_that_is_preempted_on_its_way_moves_or_goes_on(
+    model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """Its blocks are gone, and written by others, before all of them were sent: what the target gets was held."""
+    send, armed, preempted = Move._send, threading.Event(), threading.Event()
+
+    def send_and_preempt(move: Move, sender: Any) -> None:
+        send(move, sender)
+        armed.set()
+
+    async def refused(move: Move, *arguments: Any) -> Any:
+        assert preempted.is_set()
+        raise TransferFailed("planted")
+
+    async with two_workers(model, redis_url) as (_, caller, undisturbed):
+        core = caller.workers[0]
+        lane = core.scheduler.schedulers[0]
+        plan = lane.plan
+
+        def plan_others(now_s: float) -> Any:
+            sequence = lane.sequence("source")
+            if armed.is_set() and not preempted.is_set() and sequence is not None and not sequence.in_flight:
+                lane._preempt(sequence)
+                taken_by_others = lane.pool.allocate(lane.pool.available)
+                core.engine.kv.tensor[taken_by_others] = 1.0
+                lane.pool.release(taken_by_others)
+                preempted.set()
+            return None if armed.is_set() else plan(now_s)
+
+        lane.plan = plan_others  # type: ignore[method-assign]
+        await caller.admit()
+        await until(lambda: len(caller.tokens("source")) >= 20)
+        reservation = await caller.reserve(caller.tokens("source")[:-1])
+        monkeypatch.setattr(Move, "_send", send_and_preempt)
+        if not taken:
+            monkeypatch.setattr(Move, "_hand_over", refused)
+        with contextlib.nullcontext() if taken else pytest.raises(TransferFailed):
+            await caller.move(reservation)
+        assert preempted.is_set()
+        armed.clear()
+        core.loop.wake()
+        if not taken:
+            await caller.stubs[1].Abort(worker_pb2.AbortRequest(sequence_id="target"))
+        await until(lambda: caller.ended("target" if taken else "source"))
+        assert caller.tokens("source") + caller.tokens("target") == undisturbed

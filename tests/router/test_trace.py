@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 
@@ -16,6 +17,7 @@ from service.tokenizer import Tokenizer
 from spec.errors import WorkerLost
 from telemetry import names
 from telemetry.setup import setup
+from tests.router.test_moves import drain
 from tests.router.toy_cluster import ToyDecode, ToyPrefill, ToyRouter
 
 
@@ -33,8 +35,8 @@ async def traced(tokenizer: Tokenizer, exporter: InMemorySpanExporter) -> AsyncI
         yield router
 
 
-async def ask(router: ToyRouter, n: int = 1, timeout_s: float = 20) -> None:
-    sampling = common_pb2.SamplingParams(max_tokens=8, seed=3, ignore_eos=True)
+async def ask(router: ToyRouter, n: int = 1, timeout_s: float = 20, max_tokens: int = 8) -> None:
+    sampling = common_pb2.SamplingParams(max_tokens=max_tokens, seed=3, ignore_eos=True)
     options = inference_pb2.AnswerOptions(sampling=sampling, n=n)
     asked = inference_pb2.GenerateRequest(text="hello", options=options)
     async for _ in router.stub.Generate(asked, timeout=timeout_s):
@@ -100,3 +102,17 @@ async def test_a_route_that_found_nobody_says_why(traced: ToyRouter, exporter: I
     await traced.at_rest()
     request, (route,) = request_and_routes(exporter)
     assert route.attributes[names.ERROR_REASON] == request.attributes[names.ERROR_REASON] == "DEADLINE_EXCEEDED"
+
+
+async def test_a_move_is_asked_for_under_the_request(traced: ToyRouter, exporter: InMemorySpanExporter) -> None:
+    source, target = ToyDecode("d0"), ToyDecode("d1")
+    await traced.join(source)
+    asking = asyncio.create_task(ask(traced, max_tokens=200))
+    await traced.until(lambda: source.tokens > 3)
+    await traced.join(target)
+    drain(traced, source)
+    await asking
+    request, _ = request_and_routes(exporter)
+    called = {method: span for worker in (source, target) for method, span in worker.called_under}
+    assert set(called) == {"Admit", "Reserve", "Move"}
+    assert {span.span_id for span in called.values()} == {request.context.span_id}
