@@ -276,6 +276,7 @@ async def test_a_sequence_that_is_preempted_on_its_way_moves_or_goes_on(
     def send_and_preempt(move: Move, sender: Any) -> None:
         send(move, sender)
         armed.set()
+        assert preempted.wait(5), "the event loop waits here, so that nothing was sent before"
 
     async def refused(move: Move, *arguments: Any) -> Any:
         assert preempted.is_set()

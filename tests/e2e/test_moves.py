@@ -98,15 +98,14 @@ async def until_running(running: Cluster, worker_id: str, count: int) -> None:
             await asyncio.sleep(0.002)
 
 
-@pytest.mark.parametrize("prefill", [0, 1])
 async def test_streams_of_every_kind_outlive_the_drain_of_their_worker(
-    world: tuple[Path, dict[str, str]], redis_url: str, prefill: int
+    world: tuple[Path, dict[str, str]], redis_url: str
 ) -> None:
     model, adapters = world
     engine = {"adapters": adapters}
-    async with slow_cluster(model, redis_url, prefill=prefill, decode=1, engine=engine) as running:
+    async with slow_cluster(model, redis_url, decode=1, engine=engine) as running:
         undisturbed = [facts(await stream(running, kind)) for kind in KINDS]
-    async with slow_cluster(model, redis_url, prefill=prefill, decode=2, engine=engine) as running:
+    async with slow_cluster(model, redis_url, decode=2, engine=engine) as running:
         reads = [asyncio.create_task(stream(running, kind)) for kind in KINDS]
         await until_running(running, "decode-0", 1)
         await until_running(running, "decode-1", 1)
