@@ -101,7 +101,9 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._step()
+                self._told.wait()
+                if self.begin_step():
+                    self.end_step()
         except BaseException as failure:
             self.failure = failure
             if not isinstance(failure, WorkerLost):
@@ -114,8 +116,8 @@ class EngineLoop:
         if self.failure is not None:
             self._on_failure(self.failure)
 
-    def _step(self) -> None:
-        self._told.wait()
+    def begin_step(self) -> bool:
+        """Up to the submitting of a step, or until there may be something to do. True: a result is to be taken."""
         if self._undelivered is not None:
             raise self._undelivered
         with self._work:
@@ -133,9 +135,11 @@ class EngineLoop:
             self._executor.submit(plans, watch, self._tell)
             self._out.append(plans)
             if len(self._out) < self._executor.steps_out:
-                return
-        if not self._out:
-            return
+                return False
+        return bool(self._out)
+
+    def end_step(self) -> None:
+        """Takes the oldest step's result over."""
         results = self._executor.result()
         with self.lock:
             self._untold += self.scheduler.commit(self._out.popleft(), results, time.monotonic())
