@@ -48,6 +48,7 @@ logger = logs.get(__name__)
 GIVEN_UP = "given up"  # by the router, while the hand-over was on its way: no refusal to count
 ASK_AGAIN_S = 1.0
 ASK_TIMEOUT_S = 5.0
+LINGER_S = 1.0  # what a dead writer's machine had taken from it may land for so long
 
 Request = worker_pb2.HandoffRequest
 Reply = worker_pb2.HandoffReply
@@ -265,6 +266,7 @@ class Receiver:
         self._writer_gone()
         while not await ask(self.begin.producer_address, self.ticket):
             await asyncio.sleep(ASK_AGAIN_S)
+        await asyncio.sleep(LINGER_S)
         self._quiet()
 
     def _writer_gone(self) -> None:
