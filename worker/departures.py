@@ -232,7 +232,7 @@ class Departures:
         began_s = max(shipment.posted_s, self._landed_s)  # those that were posted before it have the link first
         try:
             async with asyncio.timeout(began_s + TRANSFER_TIMEOUT_S - time.monotonic()):
-                await asyncio.shield(asyncio.wrap_future(shipment.transfer))
+                await asyncio.wrap_future(shipment.transfer)  # it cannot be cancelled: it runs already
         except TimeoutError:
             self.is_unproven = True
             raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None
