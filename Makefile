@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint types protos protos-check clean
+.PHONY: help demo test simulate lint types protos protos-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -26,6 +26,10 @@ demo: $(VENV)/.serve  ## start a cluster, ask it three questions at once, show w
 
 test: $(VENV)/.dev  ## every test
 	@$(BIN)/python -m pytest
+
+SEEDS ?= 100000
+simulate: $(VENV)/.dev  ## SEEDS simulated clusters under faults; half an hour for the 100,000 of the default on two cores
+	@$(BIN)/python tests/simulation/run.py --seeds $(SEEDS)
 
 lint: $(VENV)/.dev  ## style
 	@$(BIN)/ruff check .

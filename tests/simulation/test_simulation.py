@@ -1,0 +1,168 @@
+"""The product under a simulated network, clock and engine: seeded faults break no promise; planted bugs are found."""
+
+from __future__ import annotations
+
+import collections
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decode_svc.placements import Placed, Placements
+from kvtransfer import ticket as tickets
+from legato.v1 import worker_pb2
+from router.journey import Journey
+from scheduler.handoff import Reservations
+from scheduler.reservation import Entry, ReservationStage
+from tests.simulation.schedule import CLIENT_LEAVES, CUT_LINK, KINDS, MESSAGES, SLOW_LINK, TICKETS, WRITES
+from tests.simulation.world import Violation, play
+from worker.landing import LandingCheck
+from worker.receiver import Handoffs, Receiver
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = 100  # of any number: `make simulate` plays 2,000 and more
+
+
+def test_no_schedule_of_faults_breaks_a_promise() -> None:
+    ends: collections.Counter[str] = collections.Counter()
+    found: set[str] = set()
+    for seed in range(SEEDS):
+        outcome = play(seed)
+        ends += outcome.ends
+        found |= {kind for kind, _ in outcome.hits}
+    assert found == set(KINDS)
+    assert ends["finished"] > 3 * SEEDS
+    assert ends["DEADLINE_EXCEEDED"] > SEEDS // 10
+    assert set(ends) <= {"finished", "left", "DEADLINE_EXCEEDED", "UNREACHABLE", "NO_WORKERS", *HAND_OVER, *LOST}, ends
+
+
+HAND_OVER = ("TICKET_REFUSED", "DIGEST_MISMATCH", "TRANSFER_FAILED")
+LOST = ("WORKER_LOST", "DRAINING", "OUT_OF_BLOCKS", "OVERLOADED")
+
+
+def test_a_seed_replays_exactly() -> None:
+    """In this process, and in another whose strings have other hashes."""
+    seeds = range(20, 26)
+    here = [play(seed).fingerprint for seed in seeds]
+    assert here == [play(seed).fingerprint for seed in seeds]
+    code = f"from tests.simulation.world import play; print(*(play(s).fingerprint for s in {seeds!r}))"
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == here
+
+
+# ---- planted bugs ----------------------------------------------------------------------------------------------------
+
+
+def free_on_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail = Reservations.fail
+
+    def failed(self: Reservations, reservation_id: str, reason: str, now_s: float) -> bool:
+        done = fail(self, reservation_id, reason, now_s)
+        self.quiet(reservation_id, now_s)
+        return done
+
+    monkeypatch.setattr(Reservations, "fail", failed)
+
+
+def silence_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def yes(self: Handoffs, address: str, ticket: Any) -> bool:
+        return True
+
+    monkeypatch.setattr(Handoffs, "_is_quiet", yes)
+
+
+def ticket_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its signature nor what it says."""
+
+    def parsed(key: bytes, signed: worker_pb2.SignedTicket, *, now_unix_ns: int) -> worker_pb2.Ticket:
+        return worker_pb2.Ticket.FromString(signed.ticket)
+
+    def begin(self: Reservations, reservation_id: str, *, now_s: float, **_ticket: Any) -> None:
+        entry = self._find(reservation_id)
+        if entry.stage is ReservationStage.RESERVED:
+            self._advance(entry, ReservationStage.WRITING)
+        self._progress(entry, now_s)
+
+    monkeypatch.setattr(tickets, "verify", parsed)
+    monkeypatch.setattr(Receiver, "_check", lambda self, ticket: None)
+    monkeypatch.setattr(Reservations, "begin", begin)
+
+
+def lease_never_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reservations, "expire", lambda self, now_s: [])
+    monkeypatch.setattr(Reservations, "next_expiry_s", lambda self: None)
+
+
+def late_message_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk or the Final that crosses the end of its request."""
+    ours = Receiver._ours
+
+    def placed(self: Receiver) -> Placed | None:
+        assert self.ticket is not None
+        entry = self._core.reservations._each[0]._live.get(self.ticket.reservation_id)
+        return ours(self) or (Placed(reservation=entry.reservation) if entry is not None else None)
+
+    def writing(self: Reservations, reservation_id: str, now_s: float) -> Entry:
+        entry = self._find(reservation_id)
+        entry.stage = ReservationStage.WRITING
+        return entry
+
+    admit = Placements.admit
+
+    async def admitted(self: Placements, ticket: worker_pb2.Ticket, final: Any, claimed: Any) -> None:
+        self.placed.setdefault(ticket.sequence_id, claimed())
+        await admit(self, ticket, final, claimed)
+
+    monkeypatch.setattr(Placements, "admit", admitted)
+    monkeypatch.setattr(Receiver, "_ours", placed)
+    monkeypatch.setattr(Reservations, "_writing", writing)
+
+
+def digest_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: LandingCheck, *_arguments: Any) -> None:
+        pass
+
+    monkeypatch.setattr(LandingCheck, "compare", nothing)
+
+
+def token_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decode worker says again is taken again."""
+    decoded = Journey._decoded
+
+    def again(self: Journey, output: worker_pb2.SequenceOutput, placement: Any) -> Any:
+        output.first_index = len(self._output)
+        return decoded(self, output, placement)
+
+    monkeypatch.setattr(Journey, "_decoded", again)
+
+
+PLANTED = [
+    (free_on_failure, (WRITES, CLIENT_LEAVES), "given away|not for it|not its own|come to rest"),
+    (silence_is_quiet, (CUT_LINK, WRITES), "given away|not for it|not its own"),
+    (ticket_unchecked, (TICKETS,), "used before, or forged"),
+    (lease_never_expires, (MESSAGES,), "come to rest"),
+    (late_message_accepted, (SLOW_LINK, CLIENT_LEAVES), "given up|come to rest"),
+    (digest_unchecked, (WRITES,), "not its own|which it is not"),
+    (token_repeated, (MESSAGES,), "begins no"),
+]
+
+
+@pytest.mark.parametrize(("plant", "faults", "found"), PLANTED, ids=[plant.__name__ for plant, _, _ in PLANTED])
+def test_a_planted_bug_is_found(
+    monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None], faults: Sequence[str], found: str
+) -> None:
+    plant(monkeypatch)
+
+    def play_all() -> None:
+        for seed in range(400):
+            play(seed, faults)
+
+    with pytest.raises(Violation, match=found):
+        play_all()

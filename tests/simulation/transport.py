@@ -1,0 +1,226 @@
+"""One-sided writes between simulated processes, as kvtransfer/transport.py specifies them, and all that can go wrong.
+
+A write lands piece by piece, some time after it was posted, in the owner's memory: also when its writer has failed it
+or died meanwhile, until `release()` has returned, or until LINGER_S after the writer's death. Where it lands is told to
+`landing`, which knows whose memory it is by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvtransfer.pieces import check_memory, check_pieces
+from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer, Transport
+from spec.errors import TransferFailed
+from tests.simulation.loop import Process
+from tests.simulation.network import Network
+
+LINGER_S = 0.3  # what a dead process had handed to its machine lands within this
+LOST_S = 5.0  # a write that a partition holds up fails within this
+
+Landing = Callable[["SimulatedTransport", "Write", Sequence[Piece]], None]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Write:
+    """One post. `mark` is what `posting` knew of the memory it goes to."""
+
+    peer: SimulatedPeer
+    source: memoryview
+    pieces: list[Piece]
+    transfer: Transfer
+    mark: Any = None
+    fault: str = ""
+    is_over: bool = False  # nothing of it lands any more
+
+
+class Fabric:
+    """Of all transports of a world: who has which address, and how writes fare."""
+
+    def __init__(self, network: Network, rng: random.Random) -> None:
+        self.network = network
+        self.rng = rng
+        self.faults = 0.0  # the share of writes that go wrong
+        self.by_address: dict[bytes, SimulatedTransport] = {}
+        self.posting: Callable[[SimulatedTransport, Write], Any] = lambda owner, write: None
+        self.landing: Landing = lambda owner, write, pieces: None
+        self.writes = 0
+
+    def crash(self, process: Process) -> None:
+        for transport in [each for each in self.by_address.values() if each.process is process]:
+            del self.by_address[transport.address]
+            for peer in transport.peers:
+                for write in peer.writes:
+                    if self.rng.random() < 0.5:
+                        write.is_over = True
+                    else:
+                        self.network.loop.call_later(LINGER_S, _end, write)
+
+
+def _end(write: Write) -> None:
+    write.is_over = True
+
+
+class SimulatedTransport(Transport):
+    name = "simulated"
+    detail = "within a simulated world"
+
+    def __init__(self, fabric: Fabric, process: Process) -> None:
+        self.fabric = fabric
+        self.process = process
+        self.address = b"%s/%d" % (process.name.encode(), len(fabric.by_address) + fabric.rng.getrandbits(40))
+        self.regions: dict[bytes, SimulatedRegion] = {}
+        self.peers: dict[SimulatedPeer, None] = {}
+        self.written_bytes = 0
+        fabric.by_address[self.address] = self
+
+    def register(self, nbytes: int, memory: memoryview | None = None) -> Region:
+        check_memory(nbytes, memory)
+        region = SimulatedRegion(self, memoryview(bytearray(nbytes)) if memory is None else memory.cast("B"))
+        self.regions[region.descriptor] = region
+        return region
+
+    def connect(self, address: bytes, descriptor: bytes, timeout_s: float = 5.0) -> Any:
+        """A future of the Peer: it takes virtual time."""
+        return self.fabric.network.loop.create_task(self._connect(address, descriptor, timeout_s))
+
+    async def _connect(self, address: bytes, descriptor: bytes, timeout_s: float) -> SimulatedPeer:
+        owner = await self._reach(address, timeout_s)
+        region = owner.regions.get(descriptor) if owner is not None else None
+        if owner is None or region is None:
+            raise TransferFailed("no such region is there")
+        peer = SimulatedPeer(self, owner, region)
+        self.peers[peer] = None
+        return peer
+
+    async def _reach(self, address: bytes, timeout_s: float) -> SimulatedTransport | None:
+        """The owner, once it has answered; None: it is dead. Raises TransferFailed when it does not answer."""
+        network = self.fabric.network
+        host = address.rpartition(b"/")[0].decode()
+        until_s = network.loop.time() + timeout_s
+        while True:
+            await asyncio.sleep(network.delay_s(self.process.name, host) + network.delay_s(host, self.process.name))
+            owner = self.fabric.by_address.get(address)
+            blocked = network.is_blocked(self.process.name, host)
+            if not blocked and (owner is None or not owner.process.is_stopped):
+                return owner
+            if network.loop.time() >= until_s:
+                raise TransferFailed(f"{host} does not answer")
+            await asyncio.sleep(0.2)
+
+    def close(self) -> None:
+        """Its process ends, and with it all of this."""
+
+    def counts(self) -> dict[str, int]:
+        transfers = sum(not write.transfer.done() for peer in self.peers for write in peer.writes)
+        return {
+            "regions": len(self.regions),
+            "peers": len(self.peers),
+            "transfers": transfers,
+            "written_bytes": self.written_bytes,
+        }
+
+
+class SimulatedRegion(Region):
+    def __init__(self, transport: SimulatedTransport, buffer: memoryview) -> None:
+        self.buffer = buffer
+        self.descriptor = transport.fabric.rng.randbytes(8)
+        self._transport = transport
+
+    def release(self) -> None:
+        self._transport.regions.pop(self.descriptor, None)
+
+
+class SimulatedPeer(Peer):
+    def __init__(self, transport: SimulatedTransport, owner: SimulatedTransport, target: SimulatedRegion) -> None:
+        self.connected = True
+        self.owner = owner
+        self.target = target
+        self.writes: list[Write] = []  # that may still land
+        self._transport = transport
+
+    def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
+        check_pieces(pieces, source.buffer.nbytes, self.target.buffer.nbytes)
+        if not self.connected:
+            raise TransferFailed("the peer is lost")
+        fabric = self._transport.fabric
+        network, rng = fabric.network, fabric.rng
+        fabric.writes += 1
+        transfer = Transfer()
+        transfer.set_running_or_notify_cancel()
+        write = Write(self, source.buffer, list(pieces), transfer)
+        if fabric.faults and rng.random() < fabric.faults:
+            write.fault = rng.choice(("fail", "truncate", "corrupt", "late", "late", "lose the peer"))
+        write.mark = fabric.posting(self.owner, write)
+        self.writes = [earlier for earlier in self.writes if not earlier.is_over]
+        self.writes.append(write)
+        took_s = network.delay_s(self._transport.process.name, self.owner.process.name) * 4
+        if write.fault == "late":
+            took_s += rng.choice((rng.uniform(0.0, 2.0), rng.uniform(0.0, 15.0)))
+        half = len(write.pieces) // 2
+        if write.fault in ("fail", "lose the peer"):
+            network.loop.call_later(took_s * rng.random(), self._fail, write)
+        network.loop.call_later(took_s * 0.7, self._land, write, write.pieces[:half], False, context=network_context)
+        network.loop.call_later(took_s, self._land, write, write.pieces[half:], True, context=network_context)
+        return transfer
+
+    def _fail(self, write: Write) -> None:
+        """What is on its way may land for all that."""
+        if write.fault == "lose the peer":
+            self.connected = False
+        if not write.transfer.done():
+            write.transfer.set_exception(TransferFailed("the link broke"))
+
+    def _land(self, write: Write, pieces: Sequence[Piece], is_last: bool) -> None:
+        """In nobody's process: bytes that are on their way need neither."""
+        network, here, there = self._transport.fabric.network, self._transport.process, self.owner.process
+        if write.is_over or not there.is_alive:
+            write.is_over = True
+            if not there.is_alive:
+                network.loop.call_soon(self._fail, write, context=here.context)
+            return
+        if network.is_blocked(here.name, there.name):
+            network.hold(here.name, there.name, lambda: self._land(write, pieces, is_last))
+            network.loop.call_later(LOST_S * network.rng.random(), self._held_up, write, context=here.context)
+            return
+        if write.fault == "truncate" and is_last:
+            pieces = []
+        self._transport.fabric.landing(self.owner, write, pieces)
+        target = self.target.buffer
+        for source_offset, target_offset, nbytes in pieces:
+            target[target_offset : target_offset + nbytes] = write.source[source_offset : source_offset + nbytes]
+        if write.fault == "corrupt" and is_last:
+            target[pieces[0].target_offset] ^= 0x10
+        if is_last:
+            write.is_over = True
+            network.loop.call_later(network.delay_s(there.name, here.name), self._done, write, context=here.context)
+
+    def _held_up(self, write: Write) -> None:
+        if not write.is_over:
+            self._fail(write)
+
+    def _done(self, write: Write) -> None:
+        if not write.transfer.done():
+            self._transport.written_bytes += sum(piece.nbytes for piece in write.pieces)
+            write.transfer.set_result(None)
+
+    def release(self) -> Any:
+        """A future: it takes virtual time, until the owner has answered, or is dead."""
+        self.connected = False
+        for write in self.writes:
+            self._fail(write)
+        return self._transport.fabric.network.loop.create_task(self._release())
+
+    async def _release(self) -> None:
+        await self._transport._reach(self.owner.address, QUIET_TIMEOUT_S)
+        for write in self.writes:
+            write.is_over = True
+        self.writes.clear()
+        self._transport.peers.pop(self, None)
+
+
+network_context = Process("the fabric").context
