@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
@@ -120,11 +120,7 @@ async def running(
         async def drain() -> None:
             await _drain(host, core, pool, registrar)
 
-        pool.add_to(host)
-        control = WorkerService(
-            core, pool.live, pool.links, drain, pool.confirm_quiet, pool.handoffs, pool.prefix_sends
-        )
-        host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
+        add_services(host, core, pool, drain)
         core.loop.start()
         if core.others is not None:
             core.others.on_lost = on_failure
@@ -146,6 +142,13 @@ async def running(
                 await core.warming.close()
             await asyncio.to_thread(core.close)
             telemetry.close()
+
+
+def add_services(host: Host, core: Core, pool: Pool, drain: Callable[[], Awaitable[None]]) -> None:
+    """The pool's own, and what every worker has."""
+    pool.add_to(host)
+    control = WorkerService(core, pool.live, pool.links, drain, pool.confirm_quiet, pool.handoffs, pool.prefix_sends)
+    host.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
 
 
 def main_of(description: str, role: str, make_pool: MakePool, environment: Mapping[str, str]) -> int:

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from decode_svc.pool import DecodePool
 from kvtransfer.routes import ranks_to_proto, whole_layout
-from legato.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from legato.v1 import inference_pb2_grpc, worker_pb2
 from prefill_svc.pool import PrefillPool
 from router.constraints import Constraints
 from router.inference import InferenceService
@@ -39,12 +39,11 @@ from tests.simulation.model import EOS, IDENTITY, VOCAB, Engine, Memory, Truth
 from tests.simulation.network import Network, Server
 from tests.simulation.store import Store
 from tests.simulation.transport import Fabric, SimulatedTransport
-from worker.control import WorkerService
 from worker.core import Core
 from worker.lanes import LaneReservations, Lanes
 from worker.loop import EngineLoop
 from worker.meter import Meter
-from worker.serving import Pool
+from worker.serving import Pool, add_services
 from worker.watch import StepWatch
 
 KEY = "a key of simulations"
@@ -209,9 +208,7 @@ class Worker:
             core.scheduler, core.executor, pool.deliver, self._defect, pool.tick, pool.begin
         )
         self.server = server = Server(around.network, self.process, core.record.address, KEY)
-        pool.add_to(cast(Any, server))
-        control = WorkerService(core, pool.live, self._drain, pool.confirm_quiet, pool.handoffs, pool.prefix_sends)
-        server.add(worker_pb2_grpc.add_WorkerServicer_to_server, control, "legato.v1.Worker", internal=True)
+        add_services(cast(Any, server), core, pool, self._drain)
         engine_loop.run_in(loop, self._step_s, self._defect)
         self._registrar = registrar = Registrar(REDIS_URL, "simulated", core.record)
         self.is_up = True
