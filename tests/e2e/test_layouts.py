@@ -12,7 +12,7 @@ from cluster import Cluster, cluster
 from rank_workers import Cut, MemoryCore, answer, builder, toy_layout
 from tiny_llama import SHAPES, make_llama
 
-import worker.sender
+import worker.departures
 import worker.serving
 from kvtransfer.transport import Piece
 from spec.dtype import Dtype
@@ -92,7 +92,7 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
     """On the last rank of the target alone, replica or not."""
     prefill, decode = PAIRS[pair]
     monkeypatch.setattr(worker.serving, "build_core", builder({"prefill": prefill, "decode": decode}, model))
-    plan, faults = worker.sender.plan_handoff, 0
+    plan, faults = worker.departures.plan_handoff, 0
 
     def faulty(*arguments: Any) -> list[Piece]:
         nonlocal faults
@@ -112,7 +112,7 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
         return [*others, Piece(source, target, nbytes - 1), Piece(source + nbytes, target + nbytes - 1, 1)]
 
     async with cluster(model, redis_url) as running:
-        monkeypatch.setattr(worker.sender, "plan_handoff", faulty)
+        monkeypatch.setattr(worker.departures, "plan_handoff", faulty)
         found = await greedy(running, PROMPT)
         assert found.token_ids == answer(PROMPT, TOKENS, prefill.whole)
         assert found.route.attempts == 2
