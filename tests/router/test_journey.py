@@ -149,6 +149,29 @@ async def test_a_prefill_worker_fails(router: ToyRouter, fault: str) -> None:
     assert read.tokens[0] == read.expected
     assert read.finished[0].route.attempts == 2
     assert read.finished[0].route.prefill_worker_id == "p1"
+    assert read.finished[0].route.decode_worker_id == "d0", "it has kept what had landed"
+    await router.at_rest()
+
+
+async def test_where_nobody_else_can_prefill_another_decode_worker_is_tried(router: ToyRouter) -> None:
+    """It may be the link between these two that is broken."""
+    prefills, _ = await two_pools(router, prefills=1)
+    prefills[0].faults.handoff_error_once = TransferFailed("planted")
+    read = await ask(router)
+    assert read.tokens[0] == read.expected
+    route = read.finished[0].route
+    assert (route.attempts, route.prefill_worker_id, route.decode_worker_id) == (2, "p0", "d1")
+    await router.at_rest()
+
+
+async def test_a_decode_worker_is_kept_to_once(router: ToyRouter) -> None:
+    prefills, _ = await two_pools(router, prefills=3)
+    for prefill in prefills[:2]:
+        prefill.faults.handoff_error_once = TransferFailed("planted")
+    read = await ask(router)
+    assert read.tokens[0] == read.expected
+    route = read.finished[0].route
+    assert (route.attempts, route.prefill_worker_id, route.decode_worker_id) == (3, "p2", "d1")
     await router.at_rest()
 
 

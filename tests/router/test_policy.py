@@ -68,6 +68,8 @@ def test_decode_is_asked_emptiest_first(views, total_tokens) -> None:  # type: i
     assert set(ranked) == {v.worker_id for v in views if v.longest_tokens >= total_tokens}
     keys = [(max(by_id[w].charged_tokens, by_id[w].reported_tokens) / by_id[w].capacity_tokens, w) for w in ranked]
     assert keys == sorted(keys)
+    for keeper in ranked:
+        assert rank_decode(views, total_tokens, keeper) == [keeper, *(each for each in ranked if each != keeper)]
 
 
 def test_an_idle_prefill_worker_takes_a_prompt_of_any_length() -> None:
