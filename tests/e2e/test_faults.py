@@ -223,6 +223,23 @@ async def test_who_goes_on_after_a_killed_prefill_worker_skips_what_had_landed(a
     assert answer.choices[0].token_ids == tuple(rows.argmax(axis=1))
 
 
+async def test_who_restarts_on_the_same_address_is_met_anew(at_rest: Setup) -> None:
+    """By routers and, where it is written to, by those who write."""
+    running, writers = at_rest.processes, at_rest.processes.of("prefill")
+    for name, peers in (("prefill-0", []), ("decode-0", writers)):
+        met = [running.log(peer).count(f"met {name}:") for peer in peers]
+        running.kill(name)
+        running.start(name)
+        await running.ready()
+        async with asyncio.timeout(10):
+            while [running.log(peer).count(f"met {name}:") - 1 for peer in peers] != met:
+                await asyncio.sleep(0.02)
+    await running.assert_as_at_start()
+    async with legato.AsyncClient(_routers(running), timeout_s=60) as client:
+        answer = await _answer(client, prompt_of("restarted"), OPTIONS[0])
+    assert answer.route.attempts == 1
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_with_nobody_left_a_request_ends_typed_within_its_deadline(at_rest: Setup, how: signal.Signals) -> None:
     running, workers = at_rest.processes, at_rest.processes.of("decode")
