@@ -12,14 +12,13 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from kvtransfer.grids import Grid
 from kvtransfer.transport import QUIET_TIMEOUT_S
 from legato.v1.transfer_pb2 import SocketsAddress, TransferFrame
 from spec.errors import TransferFailed
 
 FRAME_LIMIT_BYTES = 1 << 20
 SOCKET_BUFFER_BYTES = 4 << 20
-SCATTERED_BYTES = 8 << 10  # pieces of this size on average are cheaper gathered by the system call than by a copy
+GATHERED_VIEWS = 512  # of one system call; IOV_MAX is 1024
 BYTES_FOLLOW = getattr(socket, "MSG_MORE", 0)  # a flag of sending: no packet for this alone
 
 
@@ -103,13 +102,7 @@ def _receive_exactly(link: socket.socket, nbytes: int) -> bytes:
     return bytes(received)
 
 
-def goes_packed(part: Grid) -> bool:
-    """Each side decides for itself: the bytes on the link are the same."""
-    return part.nbytes < SCATTERED_BYTES * part.num_pieces
-
-
 def views_of(memory: memoryview, pieces: Iterable[tuple[int, int]]) -> list[memoryview]:
-    """For one system call: a part that does not go packed has fewer pieces than IOV_MAX."""
     return [memory[offset : offset + nbytes] for offset, nbytes in pieces]
 
 

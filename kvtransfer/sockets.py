@@ -27,9 +27,9 @@ from google.protobuf.message import DecodeError
 
 from kvtransfer.copying import scatter
 from kvtransfer.frames import (
+    GATHERED_VIEWS,
     advance,
     dial,
-    goes_packed,
     host_id,
     listen,
     receive_frame,
@@ -43,7 +43,7 @@ from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_memory, pages
 from kvtransfer.sockets_peer import SocketsPeer
 from kvtransfer.transport import Peer, Region, Transfer, Transport
-from kvtransfer.writes import GROUP_BYTES, address_of, landing_of
+from kvtransfer.writes import GROUP_BYTES, address_of, goes_packed, landing_of
 from legato.v1.transfer_pb2 import RegionDescriptor, SocketsAddress, TransferFrame
 from spec.errors import TransferFailed, TransportUnavailable
 
@@ -298,7 +298,7 @@ class _Link(threading.Thread):
     def _receive(self, views: list[memoryview]) -> bool:
         """Fills the views; False when this link ends first. Raises TransferFailed when the writer does."""
         while views and not self._ending:
-            got_bytes = self._connection.recvmsg_into(views)[0]
+            got_bytes = self._connection.recvmsg_into(views[:GATHERED_VIEWS])[0]
             if not got_bytes:
                 raise TransferFailed("the link ended within a write")
             advance(views, got_bytes)

@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 
 from kvtransfer.copying import gather
-from kvtransfer.frames import BYTES_FOLLOW, advance, dial, goes_packed, receive_frame, send_frame, spelled, views_of
+from kvtransfer.frames import BYTES_FOLLOW, GATHERED_VIEWS, advance, dial, receive_frame, send_frame, spelled, views_of
 from kvtransfer.grids import Grid, TransferPlan
 from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_pieces, planned
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
-from kvtransfer.writes import GROUP_BYTES, address_of, announced, parts
+from kvtransfer.writes import GROUP_BYTES, address_of, announced, goes_packed, parts
 from legato.v1.transfer_pb2 import SocketsAddress, TransferFrame
 from spec.errors import TransferFailed
 
@@ -138,7 +138,7 @@ class SocketsPeer(Peer):
                     return
                 transfer_id = self._queue.popleft()
                 outgoing = self._outgoing[transfer_id]
-            writes = parts(outgoing.plan)
+            writes = parts(outgoing.plan, scattering=True)
             try:
                 for number, part in enumerate(writes, 1):
                     write = announced(part, transfer_id, more=number < len(writes))
@@ -154,7 +154,7 @@ class SocketsPeer(Peer):
             views = views_of(source, ((offset, nbytes) for offset, _, nbytes in part.pieces(0, part.num_pieces)))
         send_frame(self._link, TransferFrame(write=write), BYTES_FOLLOW)
         while views:
-            advance(views, self._link.sendmsg(views))
+            advance(views, self._link.sendmsg(views[:GATHERED_VIEWS]))
 
     def _read(self) -> None:
         why = f"{self._named} ended the link"
