@@ -1,8 +1,8 @@
 """What each client sees when a prefill worker is killed (SIGKILL) while it computes.
 
-Clients send long prompts at once. When half of them have a first token the worker dies: some are decoding, one is being
-read, others wait; a moment later one more client comes. Whether the tokens are right is judged by the model itself in
-float32 (transformers): along the answer, how far below the likeliest token each drawn one lay.
+Clients send long prompts at once. When one of them has its second token, and so is decoding, the worker dies: others'
+prompts are being read or wait; a moment later one more client comes. Whether the tokens are right is judged by the
+model itself in float32 (transformers): along the answer, how far below the likeliest token each drawn one lay.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ async def kill_prefill_while_serving(
     """The last prompt is the late client's."""
     early = [Heard(prompt, num_tokens) for prompt in prompts[:-1]]
     tasks = [asyncio.create_task(hear(pools, heard, timeout_s)) for heard in early]
-    while sum(bool(heard.times_s) for heard in early) < len(early) / 2 and not all(task.done() for task in tasks):
+    while max(len(heard.times_s) for heard in early) < 2 and not all(task.done() for task in tasks):
         await asyncio.sleep(_POLL_S)
     before = [len(heard.token_ids) for heard in early]
     killed_at_s = time.perf_counter()
