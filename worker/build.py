@@ -239,7 +239,8 @@ class _Builder:
             )
             self._others.send(rank, rank_pb2.RankCommand(load=load))
         try:
-            return join(shards[0], address, self._options.torch_device(), self._config.engine.rank_timeout_s)
+            device, timeout_s = self._options.torch_device(), self._config.engine.rank_timeout_s
+            return self._others.unless_lost(lambda: join(shards[0], address, device, timeout_s))
         except LegatoError as error:
             raise self._others.cause(error) from None
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge, wait
+from typing import TypeVar
 
 import psutil
 
@@ -38,6 +39,7 @@ CAUSE_S = 1.0  # how long a rank that lost the others is no proof that it was th
 STOP_S = 3.0
 POLL_S = 0.05
 Report, Command = rank_pb2.RankReport, rank_pb2.RankCommand
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -123,6 +125,23 @@ class Ranks:
                     if self._ready.get(timeout=0.5) is None:
                         raise self.cause(WorkerLost("a rank of this worker has ended"))
                     break
+
+    def unless_lost(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns or raises, in a thread of its own: where it waits for a rank that ends meanwhile, as
+        those do who join, raises at once what the worker is lost for, and leaves it to wait."""
+        working: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                working.set_result(work())
+            except BaseException as error:
+                working.set_exception(error)
+
+        threading.Thread(target=run, name="ranks-join", daemon=True).start()
+        while self.lost is None:
+            with contextlib.suppress(TimeoutError):
+                return working.result(POLL_S)
+        raise self.lost
 
     def result(self, rank: int) -> rank_pb2.RankResult:
         """The next one of that rank. Raises what the worker is lost for."""

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from tiny_llama import Shape, make_llama
 
 from legato.errors import LegatoError
 from service.config import EngineConfig, WorkerConfig, save
+from spec.errors import OutOfBlocks, WorkerLost
+from worker.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks share memory as Linux alone does it")
 
@@ -168,6 +171,38 @@ async def test_whoever_is_killed_and_whenever(
             assert "Traceback" not in log
     finally:
         worker.kill_all()
+
+
+async def test_whoever_is_killed_while_the_others_wait_for_it_to_join(
+    tmp_path: Path, model: Path, redis_url: str
+) -> None:
+    worker = Worker(tmp_path, model, redis_url, "tp2", rank_timeout_s=120.0)
+    try:
+        await worker.until("KV memory:", 1)  # the ranks are told to join next
+        worker.ranks[0].suspend()
+        await asyncio.sleep(1.0)
+        worker.ranks[0].kill()
+        assert await worker.ended() == 1, worker.log.read_text()
+        assert f"rank 1 (pid {worker.ranks[0].pid}) ended" in worker.log.read_text()
+    finally:
+        worker.kill_all()
+
+
+def test_a_loss_ends_the_wait_for_what_goes_on_waiting() -> None:
+    ranks, may_end, lost = object.__new__(Ranks), threading.Event(), WorkerLost("rank 1 is gone")
+    ranks.lost = None
+    assert ranks.unless_lost(lambda: 7) == 7
+    with pytest.raises(OutOfBlocks):
+        ranks.unless_lost(lambda: raise_(OutOfBlocks("none is left")))
+    threading.Timer(0.2, lambda: setattr(ranks, "lost", lost)).start()
+    with pytest.raises(WorkerLost) as raised:
+        ranks.unless_lost(lambda: may_end.wait(60.0))
+    assert raised.value is lost
+    may_end.set()
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 async def test_a_rank_that_is_stopped(tmp_path: Path, model: Path, redis_url: str) -> None:
