@@ -40,7 +40,7 @@ class Case:
     point: str
     after: int
     strike: Callable[[Networks, str, str], None]
-    again: bool  # somebody's part has to be done again
+    again: bool | None  # whether somebody's part has to be done again; None: as chance, and a short lease, will have it
     for_s: float = 0.0  # the link stays as it is at least so long; otherwise until the answer is there
 
 
@@ -53,11 +53,11 @@ CASES = {
         "prefill", "post", 1, lambda n, p, d: n.cut(p, n.addresses[d]), True, for_s=18.0
     ),
     "moving, slow": Case("prefill", "post", 0, lambda n, p, d: n.slow(p, 10_000), False),
-    "moving, lossy": Case("prefill", "post", 0, lambda n, p, d: n.lose(p, 0.05), False),
+    "moving, lossy": Case("prefill", "post", 0, lambda n, p, d: n.lose(p, 0.05), None),
     "prefilling, prefill cut from the router": Case("prefill", "step", 1, lambda n, p, d: n.cut(p, n.gateway), True),
     "decoding, decode cut from all": Case("decode", "step", 7, lambda n, p, d: n.cut(d), True),
     "decoding, decode cut from prefill": Case("decode", "step", 7, lambda n, p, d: n.cut(d, n.addresses[p]), False),
-    "decoding, lossy": Case("decode", "step", 7, lambda n, p, d: n.lose(d, 0.05), False),
+    "decoding, lossy": Case("decode", "step", 7, lambda n, p, d: n.lose(d, 0.05), None),
 }
 COVERING = ["moving, prefill cut from decode", "moving, slow", "decoding, decode cut from all"]
 
@@ -145,7 +145,7 @@ async def test_link(at_rest: Setup, undisturbed: dict[str, tuple[int, ...]], tra
         struck_s = asyncio.get_running_loop().time()
         answer = await asked
         assert answer.token_ids == undisturbed[name]
-        assert (answer.route.attempts > 1) == case.again
+        assert case.again in (None, answer.route.attempts > 1)
         if "slow" in name:
             assert answer.route.transfer.moving_s > 0.5, "that was not slow"
         await asyncio.sleep(struck_s + case.for_s - asyncio.get_running_loop().time())
