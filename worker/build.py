@@ -45,7 +45,7 @@ from worker.core import Core, CoreRank
 from worker.draft import open_draft_model
 from worker.executor import AllRanks, OneRank, StepExecutor
 from worker.grammars import grammars_of
-from worker.kv_region import RankMemories, RankRoom, choose_num_blocks
+from worker.kv_region import RankMemories, RankRoom, choose_num_blocks, sized_from
 from worker.lanes import LaneReservations, Lanes
 from worker.meter import Meter
 from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
@@ -195,7 +195,8 @@ class _Builder:
         """Of one rank the first transport that opens allocates the memory; the others take it as it is."""
         spec, options = self._files.spec, self._options
         layouts = [shard.kv_layout(spec, options.block_tokens, options.kv_dtype_for(spec)) for shard in shards]
-        num_blocks = choose_num_blocks(self._config.engine, self._rooms(layouts), self._layout.dp)
+        rooms = self._rooms(layouts)
+        num_blocks = choose_num_blocks(self._config.engine, rooms, self._layout.dp)
         memory = RankMemories(layouts, num_blocks, shared=self._others is not None)
         opened, reasons = open_transports(self._config.handoff.transports, _transport_host(self._config))
         self._transports = {transport.name: transport for transport in opened}
@@ -208,7 +209,9 @@ class _Builder:
             self._regions[transport.name] = region = transport.register(memory.nbytes, memory.whole)
             memory.whole = region.buffer
         self._probe_offset = memory.probe_offset
-        logger.info("KV memory: %s", memory.said(self._layout.dp))
+        logger.info(
+            "KV memory: %s; sized from %s", memory.said(self._layout.dp), sized_from(self._config.engine, rooms)
+        )
         return memory
 
     def _rooms(self, layouts: Sequence[KVLayout]) -> list[RankRoom]:

@@ -63,6 +63,14 @@ def choose_num_blocks(config: EngineConfig, rooms: Sequence[RankRoom], groups: i
     return min(found)
 
 
+def sized_from(config: EngineConfig, rooms: Sequence[RankRoom]) -> str:
+    """What choose_num_blocks() went by, for a log."""
+    if config.kv_memory is not None:
+        return f"engine.kv_memory, {config.kv_memory / 2**20:.1f} MiB"
+    free = min(room.free_bytes for room in rooms) / 2**30
+    return f"{DEFAULT_KV_SHARE:.0%} of {free:.1f} GiB that are free, at most {DEFAULT_KV_TOKENS} tokens"
+
+
 def _memory(room: RankRoom) -> str:
     return room.memory
 

@@ -11,7 +11,7 @@ from service.config import EngineConfig
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, OutOfBlocks
 from spec.layout import KVLayout, ParallelLayout
-from worker.kv_region import RankMemories, RankRoom, choose_num_blocks
+from worker.kv_region import RankMemories, RankRoom, choose_num_blocks, sized_from
 from worker.rank_setup import Place, options_for, place_from
 
 LAUNCHED = {
@@ -82,3 +82,9 @@ def test_each_rank_has_a_part_of_the_region_that_begins_on_a_page() -> None:
         memory.landing(rank).fill_(rank + 1)
     assert [float(memory.landing(rank).min()) for rank in range(3)] == [1.0, 2.0, 3.0]
     assert memory.landing(1).shape == (9, 5, 2, 1, 7, 6)
+
+
+def test_what_the_memory_was_sized_from_is_said() -> None:
+    rooms = [RankRoom(NARROW, "a", 7 << 30), RankRoom(WIDE, "b", 5 << 29)]
+    assert sized_from(EngineConfig(), rooms) == "10% of 2.5 GiB that are free, at most 32768 tokens"
+    assert sized_from(EngineConfig(kv_memory="6MiB"), rooms) == "engine.kv_memory, 6.0 MiB"
