@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import worker.meeting
 from kvtransfer.probing import PROBE_BYTES
 from kvtransfer.sockets import SocketsTransport
 from legato.v1 import worker_pb2
@@ -94,7 +95,10 @@ def registered(core: Core, decode: Decode) -> Registrar:
     return Registrar(core.config.redis_url, core.config.cluster, decode.record)
 
 
-async def test_before_any_request_and_again_after_a_restart(core: Core, decode: Decode) -> None:
+async def test_before_any_request_and_again_after_a_restart(
+    core: Core, decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.meeting, "AGAIN_S", 1e6)  # a new life is no second try
     async with joined(core) as peers:
         async with registered(core, decode):
             await eventually(lambda: peers.is_connected("decode-0", 1))
@@ -137,13 +141,14 @@ async def test_tcp_between_two_that_have_rdma_is_a_warning_that_names_both(
     where = SocketsAddress.FromString(decode.record.endpoints[0].address)
     where.unix_path = ""  # as of another host
     decode.record.endpoints[0].address = where.SerializeToString()
-    core.record.rdma_devices.append("mlx5_0")
     with caplog.at_level(logging.WARNING):
-        async with joined(core), registered(core, decode):
-            await eventually(lambda: core.met == ["sockets tcp"])
-        assert "RDMA" not in caplog.text, "one side has none"
+        for one_has_none in (([], ["mlx5_0"]), (["mlx5_0"], [])):
+            core.record.rdma_devices[:], decode.record.rdma_devices[:] = one_has_none
+            core.met.clear()
+            async with joined(core), registered(core, decode):
+                await eventually(lambda: core.met == ["sockets tcp"])
+            assert "RDMA" not in caplog.text
         decode.record.rdma_devices.append("mlx5_3")
-        decode.record.epoch = 2
         core.met.clear()
         async with joined(core), registered(core, decode):
             await eventually(lambda: core.met and "RDMA" in caplog.text)
