@@ -12,9 +12,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 import xxhash
 
+from kernels.cpu.row_digest import RowDigest, shared_digests
+from kvtransfer.grids import Offsets
 from kvtransfer.plan import RankKV, common
 from kvtransfer.routes import RankMemory, Route
 from spec.errors import InvalidParameter
@@ -41,7 +44,9 @@ class ChunkHasher:
     """Takes the layers of a chunk as they come, from the first on; each by one thread at a time."""
 
     def __init__(self) -> None:
-        self._hasher = xxhash.xxh3_128()
+        native = shared_digests()
+        self._rows = None if native is None else RowDigest(native)
+        self._hasher = xxhash.xxh3_128()  # of copies, where rows cannot be digested where they lie
 
     def update(self, parts: Sequence[Part], block_ids: Sequence[int], first_token: int, num_tokens: int) -> None:
         """Tokens [first_token, first_token + num_tokens) of a sequence, in all layers and heads of `parts`.
@@ -59,8 +64,13 @@ class ChunkHasher:
         if min(used) < 0 or max(used) >= num_blocks:
             raise InvalidParameter(f"names a block outside [0, {num_blocks})", field="block_ids")
 
-        index = torch.tensor(used, dtype=torch.int64, device=parts[0].kv.device)
         skip = first_token - first_block * block_tokens
+        if self._rows is not None:
+            segments = _Segments.of(used, skip, num_tokens, block_tokens)
+            for beside in _by_layers(parts):
+                _add_rows(self._rows, beside, segments)
+            return
+        index = torch.tensor(used, dtype=torch.int64)
         for beside in _by_layers(parts):
             num_heads, row_bytes = sum(rows.shape[2] for rows in beside), beside[0].shape[-1]
             # Of layer · planes + plane.
@@ -74,7 +84,10 @@ class ChunkHasher:
 
     def digest(self) -> bytes:
         """16 bytes, over all that came."""
-        return self._hasher.digest()
+        if self._rows is None:
+            return self._hasher.digest()
+        few = self._rows.few()
+        return self._rows.digest() if few is None else xxhash.xxh3_128_digest(few)
 
 
 class HeldDigest:
@@ -159,6 +172,36 @@ def _by_layers(parts: Sequence[Part]) -> Iterator[list[torch.Tensor]]:
             part.kv[:, start - part.layers.start : stop - part.layers.start].view(torch.uint8).flatten(1, 2)
             for part in beside
         ]
+
+
+class _Segments(NamedTuple):
+    """The tokens of each block. int64 [S]."""
+
+    blocks: Offsets
+    slots: Offsets  # the first one's
+    num_tokens: Offsets
+
+    @classmethod
+    def of(cls, used: Sequence[int], skip: int, num_tokens: int, block_tokens: int) -> _Segments:
+        starts = numpy.maximum(numpy.arange(len(used), dtype=numpy.int64) * block_tokens, skip)
+        counts = numpy.diff(starts, append=skip + num_tokens)
+        return cls(numpy.asarray(used, numpy.int64), starts % block_tokens, counts)
+
+
+def _add_rows(digest: RowDigest, beside: Sequence[torch.Tensor], segments: _Segments) -> None:
+    """In (layer · planes + plane, head, token) order; where one part has all heads, in one call."""
+    num_planes = beside[0].shape[1]
+    step = num_planes if len(beside) == 1 else 1
+    for plane in range(0, num_planes, step):
+        for rows in beside:
+            block_stride, plane_stride, head_stride, slot_stride, _ = rows.stride()
+            planes = numpy.arange(plane, plane + step, dtype=numpy.int64) * plane_stride
+            heads = numpy.arange(rows.shape[2], dtype=numpy.int64) * head_stride
+            units = numpy.add.outer(planes, heads).reshape(-1)
+            places = segments.blocks * block_stride + segments.slots * slot_stride
+            sizes = segments.num_tokens * slot_stride
+            addresses = units.ctypes.data, len(units), places.ctypes.data, sizes.ctypes.data, len(places)
+            digest.add(rows.data_ptr(), *addresses)
 
 
 def _tokens(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

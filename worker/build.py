@@ -21,6 +21,7 @@ from engine.groups import Groups, join
 from engine.layer_costs import LayerCosts, measure_layer_costs
 from engine.model_files import open_model
 from engine.speculation import DraftModel
+from kernels.cpu.row_digest import shared_digests
 from kvtransfer.choose import open_transports
 from kvtransfer.plan import RankKV
 from kvtransfer.probing import rdma_devices
@@ -294,6 +295,7 @@ class _Builder:
         meter = Meter(telemetry)
         group = [rank for rank in ranks if rank.group == 0]
         tiers = open_tiers(self._config.kv_tiers, self._content_salt(record).decode(), group)
+        shared_digests()  # compiled where it must be, before anybody waits for it
         executor: StepExecutor = OneRank(engine, meter)
         if self._others is not None:
             stages = StageTimes(self._layout.pp, telemetry)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import xxhash
 
+from kernels.cpu.row_digest import RowDigest, shared_digests
 from kvtransfer import digest as digests
 from kvtransfer.digest import Part
 from kvtransfer.plan import RankKV, plan_transfer
@@ -19,9 +20,11 @@ from spec.layout import KVLayout
 DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT16: torch.float16}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
+@pytest.fixture(autouse=True, params=["where rows lie", "copies"])
+def _one_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    if request.param == "copies":
+        monkeypatch.setattr(digests, "shared_digests", lambda: None)
 
 
 def chunk_digest(kv: torch.Tensor, block_ids: list[int], first_token: int, num_tokens: int) -> bytes:
@@ -52,6 +55,25 @@ def test_it_equals_an_independent_one(dtype: Dtype, first_token: int, num_tokens
     digest = chunk_digest(kv, block_ids, first_token, num_tokens)
     assert len(digest) == 16
     assert digest == oracle(kv, block_ids, first_token, num_tokens)
+
+
+def test_rows_of_any_size_are_digested_as_xxhash_does() -> None:
+    if (native := shared_digests()) is None:
+        pytest.skip("no C++ compiler")
+    memory = numpy.random.default_rng(3).integers(0, 256, 1 << 17, dtype=numpy.uint8)
+    draw = random.Random(4)
+    for total in (*range(1, 400, 3), 1023, 1024, 1025, 1088, 2048, 2049, 4096, 10_007, 70_001):
+        ours, theirs = RowDigest(native), xxhash.xxh3_128()
+        while total:
+            sizes = numpy.array([min(total, draw.choice([1, 63, 64, 65, 300, 5000]))], numpy.int64)
+            total -= int(sizes[0])
+            units = numpy.array([draw.randrange(1 << 16)], numpy.int64)
+            segments = numpy.array([draw.randrange(50_000)], numpy.int64)
+            ours.add(memory.ctypes.data, units.ctypes.data, 1, segments.ctypes.data, sizes.ctypes.data, 1)
+            at = int(units[0] + segments[0])
+            theirs.update(memory[at : at + int(sizes[0])].tobytes())
+        few = ours.few()
+        assert (ours.digest() if few is None else xxhash.xxh3_128_digest(few)) == theirs.digest()
 
 
 def test_it_does_not_depend_on_how_much_is_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
