@@ -144,6 +144,8 @@ class Faults:
     async def _try_a_ticket(self, address: str, data: bytes) -> None:
         """One that has let a writer in already, as it is or with another's blocks, where it was used or elsewhere."""
         begin = worker_pb2.HandoffRequest.FromString(data)
+        if not begin.HasField("begin"):
+            return  # it was lost, and this came first
         if self._rng.random() < 0.5:
             ticket = worker_pb2.Ticket.FromString(begin.begin.ticket.ticket)
             ticket.reservation_id, _, number = ticket.reservation_id.rpartition("/")
