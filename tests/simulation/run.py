@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,8 @@ def play_share(seeds: range) -> tuple[list[Outcome], list[str]]:
             outcomes.append(play(seed))
         except Violation as violation:
             broken.append(str(violation))
+        except Exception:  # of the simulation itself, or of the product where nothing waits for it: no seed passes so
+            broken.append(f"seed {seed}\n{traceback.format_exc()}")
     return outcomes, broken
 
 
