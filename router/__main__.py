@@ -15,7 +15,7 @@ from router.inference import InferenceService
 from router.line import Line
 from router.meter import Meter
 from router.moves import Balancer
-from router.placement import Placer
+from router.placer import Placer
 from router.registry import Registry
 from service import logs
 from service.channel import channel

@@ -23,7 +23,7 @@ from router.constraints import Constraints
 from router.journey import Deadline, Journey
 from router.ledger import Ledger
 from router.meter import Meter
-from router.placement import Placer
+from router.placer import Placer
 from router.registry import Model, Registry
 from service import logs
 from service.tracing import Spans

@@ -25,7 +25,8 @@ import grpc
 from legato.v1 import common_pb2, worker_pb2
 from router.ledger import Ledger
 from router.moves import move_away
-from router.placement import Failure, Need, Placement, Placer
+from router.placement import Failure, Need, Placement
+from router.placer import Placer
 from router.registry import Model
 from router.worker import Worker
 from service import logs

@@ -19,7 +19,8 @@ import grpc
 
 from legato.v1 import worker_pb2
 from router import policy
-from router.placement import Need, Placement, Placer, start_of
+from router.placement import Need, Placement, start_of
+from router.placer import Placer
 from router.registry import Registry
 from router.worker import Worker
 from service import logs

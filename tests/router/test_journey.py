@@ -353,7 +353,7 @@ async def test_without_prefill_workers_decode_prefills(router: ToyRouter) -> Non
 
 
 async def test_an_empty_pool_is_said_after_its_grace(router: ToyRouter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.placement.EMPTY_POOL_GRACE_S", 0.3)
+    monkeypatch.setattr("router.placer.EMPTY_POOL_GRACE_S", 0.3)
     _, decodes = await two_pools(router, decodes=1)
     await decodes[0].kill()
     await router.until(lambda: not router.registry.workers["d0"].linked)

@@ -24,7 +24,7 @@ from router.constraints import Constraints
 from router.inference import InferenceService
 from router.line import Line
 from router.meter import Meter
-from router.placement import Placer
+from router.placer import Placer
 from router.registry import Registry
 from service.channel import Channel, channel
 from service.host import Host

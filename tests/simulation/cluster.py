@@ -22,7 +22,7 @@ from router.constraints import Constraints
 from router.inference import InferenceService
 from router.line import Line
 from router.meter import Meter as RouterMeter
-from router.placement import Placer
+from router.placer import Placer
 from router.registry import Registry
 from scheduler.batch import SchedulerConfig
 from scheduler.handoff import HandoffConfig
