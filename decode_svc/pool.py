@@ -16,9 +16,9 @@ from service.host import Host
 from service.registry import connect, registered_epoch
 from service.tracing import Spans
 from worker.core import Core
+from worker.handoffs import Handoffs
 from worker.peers import Peers
 from worker.prefix_sends import PrefixSends
-from worker.receiver import Handoffs
 
 
 class DecodePool:

@@ -14,10 +14,10 @@ from service.host import Host
 from service.registry import connect, registered_epoch
 from service.tracing import Spans
 from worker.core import Core
+from worker.handoffs import Handoffs
 from worker.meeting import Meetings
 from worker.peers import Peers
 from worker.prefix_sends import PrefixSends
-from worker.receiver import Handoffs
 from worker.watch import StepWatch
 
 

@@ -8,8 +8,8 @@ import grpc
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from worker.core import Core
+from worker.handoffs import Handoffs
 from worker.prefix_sends import PrefixSends
-from worker.receiver import Handoffs
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):

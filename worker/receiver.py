@@ -1,4 +1,4 @@
-"""The receiving end of hand-overs: legato.v1.Worker.Handoff, one stream each.
+"""The receiving end of one hand-over: a stream of legato.v1.Worker.Handoff.
 
     Begin   ticket verified, reservation opened for writing  ──▶ Accepted
     Alive   the lease is renewed
@@ -7,9 +7,7 @@
     Final   plan complete: what it was reserved for goes on  ──▶ Admitted
     Quiet   nothing is in flight any more: blocks are freed
 
-A stream that ends before Admitted or Quiet leaves memory that is not proven quiet. Then the writer is asked: a living
-one answers when it is quiet, one that restarted has another epoch, one that is gone refuses the connection. Until one
-of the three is known, the blocks stay out of use and are counted.
+A stream that ends before Admitted or Quiet leaves memory that is not proven quiet; worker/handoffs.py asks then.
 """
 
 from __future__ import annotations
@@ -19,12 +17,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol
 
-import grpc
-
 from kvtransfer import ticket as tickets
 from kvtransfer.digest import DigestPolicy
 from kvtransfer.routes import layout_id
-from legato.v1 import worker_pb2, worker_pb2_grpc
+from legato.v1 import worker_pb2
 from scheduler.handoff import Reservation
 from service import logs
 from service.messages import with_adapter
@@ -46,9 +42,6 @@ from worker.landing import LandingCheck
 logger = logs.get(__name__)
 
 GIVEN_UP = "given up"  # by the router, while the hand-over was on its way: no refusal to count
-ASK_AGAIN_S = 1.0
-ASK_TIMEOUT_S = 5.0
-LINGER_S = 1.0  # what a dead writer's machine had taken from it may land for so long
 
 Request = worker_pb2.HandoffRequest
 Reply = worker_pb2.HandoffReply
@@ -114,7 +107,7 @@ class Receiver:
                     case "alive":
                         await self._guarded(self._renew())
                     case "quiet":
-                        self._quiet(finished_without_handoff=message.quiet.finished_without_handoff)
+                        self.quiet(finished_without_handoff=message.quiet.finished_without_handoff)
                         return
         finally:
             self.replies.put_nowait(None)
@@ -243,7 +236,8 @@ class Receiver:
         self._core.loop.wake()
         self.replies.put_nowait(Reply(admitted=Reply.Admitted()))
 
-    def _quiet(self, *, finished_without_handoff: bool = False) -> None:
+    def quiet(self, *, finished_without_handoff: bool = False) -> None:
+        """Nothing is in flight any more."""
         if self.ticket is None or self.settled:
             return
         self.settled = True
@@ -260,77 +254,8 @@ class Receiver:
         """The stream was open for writing and said neither Final nor Quiet."""
         return self.ticket is not None and not self.settled
 
-    async def until_quiet(self, ask: Callable[[str, worker_pb2.Ticket], Awaitable[bool]]) -> None:
-        """After a broken stream: asks the writer until its memory is known to be quiet."""
-        assert self.ticket is not None and self.begin is not None
-        self._writer_gone()
-        while not await ask(self.begin.producer_address, self.ticket):
-            await asyncio.sleep(ASK_AGAIN_S)
-        await asyncio.sleep(LINGER_S)
-        self._quiet()
-
-    def _writer_gone(self) -> None:
+    def writer_gone(self) -> None:
+        """The stream broke: the request fails, and its blocks stay out of use until quiet()."""
         if (claim := self._ours()) is not None:
             claim.cancel_writer = None
             self._give_up(TransferFailed("the writer left during the hand-over"))
-
-
-class Handoffs:
-    """All open streams, and the memory of broken ones that is not proven quiet yet."""
-
-    def __init__(
-        self,
-        claims: Claims,
-        open_channel: Callable[[str], grpc.aio.Channel],
-        find_epoch: Callable[[str], Awaitable[int | None]],
-    ) -> None:
-        """`find_epoch`: of the start of a worker that is registered now; None where none is, or nobody can tell."""
-        self.open_streams = 0
-        self._find_epoch = find_epoch
-        self._claims = claims
-        self._open_channel = open_channel
-        self._quarantine: set[asyncio.Task[None]] = set()
-
-    @property
-    def quarantined(self) -> int:
-        return len(self._quarantine)
-
-    async def close(self) -> None:
-        """Memory that is still not proven quiet goes with the process, and with it every way to write into it."""
-        for task in self._quarantine:
-            task.cancel()
-
-    async def stream(self, requests: AsyncIterator[Request]) -> AsyncIterator[Reply]:
-        receiver = Receiver(self._claims)
-        reading = asyncio.create_task(receiver.receive(requests))
-        self.open_streams += 1
-        try:
-            while (reply := await receiver.replies.get()) is not None:
-                yield reply
-            await reading
-        finally:
-            self.open_streams -= 1
-            reading.cancel()
-            await asyncio.wait([reading])
-            if receiver.unproven:
-                task = asyncio.create_task(receiver.until_quiet(self._is_quiet))
-                self._quarantine.add(task)
-                task.add_done_callback(self._quarantine.discard)
-
-    async def _is_quiet(self, address: str, ticket: worker_pb2.Ticket) -> bool:
-        """Silence proves nothing; any of these does: a later start of the same worker is registered, the writer or its
-        successor on the same address says so, no process listens there, or one that is no worker of this cluster."""
-        epoch = await self._find_epoch(ticket.producer_id)
-        if epoch is not None and epoch != ticket.producer_epoch:
-            return True
-        channel = self._open_channel(address)
-        request = worker_pb2.ConfirmQuietRequest(reservation_id=ticket.reservation_id)
-        try:
-            await worker_pb2_grpc.WorkerStub(channel).ConfirmQuiet(request, timeout=ASK_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                return "refused" in (error.details() or "").lower()
-            return error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED)
-        finally:
-            await channel.close()
-        return True

@@ -29,11 +29,11 @@ from telemetry.setup import setup
 from worker.build import build_core
 from worker.control import WorkerService
 from worker.core import Core
+from worker.handoffs import Handoffs
 from worker.loop import EngineLoop
 from worker.prefix_sends import PrefixSends
 from worker.rank import run_rank
 from worker.rank_setup import Place, layout_of, place_from
-from worker.receiver import Handoffs
 from worker.warming import Warming
 from worker.watch import StepWatch
 

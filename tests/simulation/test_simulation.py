@@ -20,8 +20,9 @@ from scheduler.handoff import Reservations
 from scheduler.reservation import Entry, ReservationStage
 from tests.simulation.schedule import CLIENT_LEAVES, CUT_LINK, KINDS, MESSAGES, SLOW_LINK, TICKETS, WRITES
 from tests.simulation.world import Violation, play
+from worker.handoffs import Handoffs
 from worker.landing import LandingCheck
-from worker.receiver import Handoffs, Receiver
+from worker.receiver import Receiver
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 100  # of any number: `make simulate` plays 2,000 and more
