@@ -7,10 +7,6 @@ the model's description ──▶ the other ranks are started, layers are timed 
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import secrets
-import socket
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,39 +14,36 @@ import torch
 from engine.engine import Engine
 from engine.grammar import Grammars
 from engine.groups import Groups, join
-from engine.layer_costs import LayerCosts, measure_layer_costs
+from engine.layer_costs import LayerCosts
 from engine.model_files import open_model
 from engine.speculation import DraftModel
 from kernels.cpu.row_digest import shared_digests
-from kvtransfer.choose import open_transports
 from kvtransfer.plan import RankKV
-from kvtransfer.probing import rdma_devices
-from kvtransfer.routes import ranks_to_proto, whole_layout
-from kvtransfer.transport import Region, Transport
-from legato.v1 import common_pb2, rank_pb2, worker_pb2
+from legato.v1 import rank_pb2, worker_pb2
 from scheduler.batch import SchedulerConfig
 from scheduler.handoff import HandoffConfig
 from service import logs
 from service.config import WorkerConfig
-from service.messages import identity_text, layout_to_proto, model_identity
 from service.model_source import resolve_model
 from service.ports import free_port
 from service.tokenizer import load_tokenizer
-from service.wire import spoken
-from spec.errors import InvalidConfiguration, LegatoError, TransportUnavailable
+from spec.errors import InvalidConfiguration, LegatoError
 from spec.layout import KVLayout
-from spec.shard import RankShard, check_layout, shard_of, stage_layers
+from spec.shard import RankShard, check_layout
 from telemetry.setup import Telemetry
 from worker.adapters import by_id, open_adapters
 from worker.core import Core, CoreRank
 from worker.draft import open_draft_model
+from worker.endpoints import Endpoints
 from worker.executor import AllRanks, OneRank, StepExecutor
 from worker.grammars import grammars_of
 from worker.kv_region import RankMemories, RankRoom, choose_num_blocks, sized_from
 from worker.lanes import LaneReservations, Lanes
 from worker.meter import Meter
+from worker.partition import measured_costs, shards_of
 from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
 from worker.ranks import Ranks
+from worker.record import content_salt, record_of
 from worker.stage_times import StageTimes
 from worker.tiers import open_tiers
 
@@ -82,9 +75,7 @@ class _Builder:
         self._others: Ranks | None = None
         self._groups: Groups | None = None
         self._costs: LayerCosts | None = None
-        self._transports: dict[str, Transport] = {}
-        self._regions: dict[str, Region] = {}
-        self._probe_offset = 0
+        self._endpoints: Endpoints | None = None
         self._options = options_for(config.engine, place)
         if self._options.threads is not None:
             torch.set_num_threads(self._options.threads)
@@ -110,8 +101,8 @@ class _Builder:
             self._others.close()
         if self._groups is not None:
             self._groups.close()
-        for transport in self._transports.values():
-            transport.close()
+        if self._endpoints is not None:
+            self._endpoints.close()
 
     def build(self, telemetry: Telemetry) -> Core:
         if self._layout.num_ranks > 1:
@@ -119,8 +110,10 @@ class _Builder:
             self._others = Ranks(self._config, self._layout.num_ranks, self._place)
             self._others.accept()
             self._refuse_hosts()
-        self._costs = self._measured_costs()
-        shards = [self._shard(rank) for rank in range(self._layout.num_ranks)]
+        if self._layout.pp > 1:
+            self._report("measuring layers", 0.0)
+            self._costs = measured_costs(self._files, self._options, self._layout)
+        shards = shards_of(self._files.spec, self._layout, self._costs)
         memory = self._place_memory(shards)
         draft_model = open_draft_model(
             self._config,
@@ -149,27 +142,6 @@ class _Builder:
             memory.close()
         return self._core(telemetry, engine, grammars, shards, memory, draft_model)
 
-    def _measured_costs(self) -> LayerCosts | None:
-        """Stages are balanced by what layers take here; one stage needs no balance."""
-        if self._layout.pp == 1:
-            return None
-        self._report("measuring layers", 0.0)
-        costs = measure_layer_costs(self._files, self._options, self._layout.tp)
-        stages = stage_layers(self._files.spec, self._layout.pp, costs.layers, costs.head)
-        logger.info(
-            "stages of %s layers; a layer takes %s ms, the head %.2f ms",
-            ", ".join(str(len(layers)) for layers in stages),
-            " or ".join(f"{cost * 1e3:.2f}" for cost in sorted(set(costs.layers))),
-            costs.head * 1e3,
-        )
-        return costs
-
-    def _shard(self, rank: int) -> RankShard:
-        costs = self._costs
-        if costs is None:
-            return shard_of(self._files.spec, self._layout, rank)
-        return shard_of(self._files.spec, self._layout, rank, layer_costs=costs.layers, head_cost=costs.head)
-
     @property
     def _is_on_one_host(self) -> bool:
         here = host_name()
@@ -193,23 +165,13 @@ class _Builder:
         return self._options.torch_device().type == "cpu"
 
     def _place_memory(self, shards: Sequence[RankShard]) -> RankMemories:
-        """Of one rank the first transport that opens allocates the memory; the others take it as it is."""
         spec, options = self._files.spec, self._options
         layouts = [shard.kv_layout(spec, options.block_tokens, options.kv_dtype_for(spec)) for shard in shards]
         rooms = self._rooms(layouts)
         num_blocks = choose_num_blocks(self._config.engine, rooms, self._layout.dp)
         memory = RankMemories(layouts, num_blocks, shared=self._others is not None)
-        opened, reasons = open_transports(self._config.handoff.transports, _transport_host(self._config))
-        self._transports = {transport.name: transport for transport in opened}
-        for name, reason in reasons.items():
-            logger.warning("transport %s is not available: %s", name, reason)
-        if not opened:
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise TransportUnavailable(f"no transport could be opened: {why}")
-        for transport in opened:
-            self._regions[transport.name] = region = transport.register(memory.nbytes, memory.whole)
-            memory.whole = region.buffer
-        self._probe_offset = memory.probe_offset
+        self._endpoints = Endpoints(self._config)
+        self._endpoints.register(memory)
         logger.info(
             "KV memory: %s; sized from %s", memory.said(self._layout.dp), sized_from(self._config.engine, rooms)
         )
@@ -279,7 +241,8 @@ class _Builder:
         memory: RankMemories,
         draft_model: DraftModel | None,
     ) -> Core:
-        config, is_on_cpu = self._config, self._is_on_cpu
+        config, is_on_cpu, endpoints = self._config, self._is_on_cpu, self._endpoints
+        assert endpoints is not None
         ranks = tuple(
             CoreRank(
                 RankKV(memory.layouts[shard.rank], shard.layers, shard.kv_heads),
@@ -290,11 +253,20 @@ class _Builder:
             )
             for shard in shards
         )
-        record = self._record(engine, ranks, memory.num_blocks * self._layout.dp)
+        record = record_of(
+            config,
+            self._files,
+            self._adapters,
+            ranks,
+            endpoints.advertised() if self._is_on_one_host else (),
+            dtype=engine.dtype,
+            total_blocks=memory.num_blocks * self._layout.dp,
+            max_context_tokens=self._max_context_tokens,
+        )
         lanes = self._lanes(record, memory.num_blocks, draft_model is not None)
         meter = Meter(telemetry)
         group = [rank for rank in ranks if rank.group == 0]
-        tiers = open_tiers(self._config.kv_tiers, self._content_salt(record).decode(), group)
+        tiers = open_tiers(self._config.kv_tiers, content_salt(record, self._files).decode(), group)
         shared_digests()  # compiled where it must be, before anybody waits for it
         executor: StepExecutor = OneRank(engine, meter)
         if self._others is not None:
@@ -319,8 +291,8 @@ class _Builder:
             others=self._others,
             executor=executor,
             landings_are_kv=is_on_cpu,
-            transports=self._transports,
-            regions=self._regions,
+            transports=endpoints.transports,
+            regions=endpoints.regions,
             scheduler=lanes,
             reservations=LaneReservations(
                 lanes,
@@ -344,60 +316,10 @@ class _Builder:
                 max_sequences=engine.max_sequences,
                 max_context_tokens=self._max_context_tokens,
                 eos_token_ids=self._files.spec.eos_token_ids,
-                cache_salt=self._content_salt(record),
+                cache_salt=content_salt(record, self._files),
                 draft_model=has_draft_model,
                 group=group,
                 steps_out=self._steps_out,
             )
             for group in range(self._layout.dp)
         )
-
-    def _content_salt(self, record: worker_pb2.WorkerRecord) -> bytes:
-        return (identity_text(record.identity) + self._files.revision).encode()
-
-    def _record(self, engine: Engine, ranks: Sequence[CoreRank], total_blocks: int) -> worker_pb2.WorkerRecord:
-        """All but the address, which is known once the server listens."""
-        config, files = self._config, self._files
-        return worker_pb2.WorkerRecord(
-            worker_id=config.worker_id or f"{config.role}-{secrets.token_hex(4)}",
-            role=worker_pb2.PREFILL if config.role == "prefill" else worker_pb2.DECODE,
-            epoch=time.time_ns(),  # grows from one start to the next, as the registry wants it
-            identity=model_identity(config.engine.model, files.revision, engine.dtype, config.engine.quantisation),
-            kv_layout=layout_to_proto(whole_layout(ranks)),
-            ranks=ranks_to_proto(ranks),
-            total_blocks=total_blocks,
-            max_context_tokens=self._max_context_tokens,
-            max_step_tokens=config.engine.max_step_tokens,
-            endpoints=[
-                worker_pb2.TransportEndpoint(
-                    name=name,
-                    address=transport.address,
-                    region=self._regions[name].descriptor,
-                    probe_offset=self._probe_offset,
-                )
-                for name, transport in (self._transports.items() if self._is_on_one_host else ())
-            ],
-            model_path=str(files.path),
-            pid=os.getpid(),
-            vocab_size=files.spec.vocab_size,
-            eos_token_ids=files.spec.eos_token_ids,
-            wire=spoken(),
-            rdma_devices=rdma_devices(),
-            adapters=[common_pb2.Adapter(name=name, revision=a.revision) for name, a in self._adapters.items()],
-        )
-
-
-def host_of(address: str) -> str:
-    """Of "host", "host:port", "::1" or "[::1]:port"."""
-    if address.startswith("["):
-        return address[1:].partition("]")[0]
-    return address if address.count(":") > 1 else address.partition(":")[0]
-
-
-def _transport_host(config: WorkerConfig) -> str:
-    """The address of this host that peers write to: what is advertised, as a number."""
-    name = host_of(config.advertise or config.host)
-    try:
-        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise InvalidConfiguration(f"advertise names {name!r}, which has no address: {error.strerror}") from None

@@ -15,8 +15,8 @@ from cluster import KEY, Cluster, cluster
 from tiny_llama import SHAPES, make_llama
 
 import kvtransfer.memory
-import worker.build
 import worker.departures
+import worker.endpoints
 import worker.loop
 import worker.outgoing
 import worker.reserving
@@ -96,7 +96,7 @@ async def test_a_link_with_a_fault(
 ) -> None:
     """The reference transport plays each fault on the first chunk; a peer that is not proven quiet frees nothing."""
     opening = [MemoryTransport()]
-    monkeypatch.setattr(worker.build, "open_transports", lambda names, host: ([opening.pop(0)], {}))
+    monkeypatch.setattr(worker.endpoints, "open_transports", lambda names, host: ([opening.pop(0)], {}))
     asked, frees = 0, []
     release = kvtransfer.memory._MemoryPeer.release
 

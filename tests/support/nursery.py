@@ -37,7 +37,7 @@ from gates import Gate, injected
 import decode_svc.decode
 import kvtransfer.ucx
 import router.__main__
-import worker.build
+import worker.endpoints
 import worker.executor
 import worker.sender
 import worker.serving
@@ -91,7 +91,7 @@ def _put_gates_in(folder: Path, name: str) -> None:
     reserve_now = decode_svc.decode.DecodeService.Reserve
     open_now = worker.sender.Sender.open
     submit_now = worker.executor.OneRank.submit
-    open_transports_now = worker.build.open_transports
+    open_transports_now = worker.endpoints.open_transports
 
     async def gated_reserve(service: Any, request: Any, context: Any) -> Any:
         await reserve.wait_in_event_loop()
@@ -116,7 +116,7 @@ def _put_gates_in(folder: Path, name: str) -> None:
     decode_svc.decode.DecodeService.Reserve = gated_reserve  # type: ignore[method-assign]
     worker.sender.Sender.open = gated_open  # type: ignore[method-assign]
     worker.executor.OneRank.submit = gated_submit  # type: ignore[method-assign]
-    worker.build.open_transports = gated_transports
+    worker.endpoints.open_transports = gated_transports
 
 
 def _gated_connect(connect: Any, going: Any, *arguments: Any) -> Any:

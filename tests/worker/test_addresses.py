@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.build import host_of
+from worker.endpoints import host_of
 
 
 @pytest.mark.parametrize(
