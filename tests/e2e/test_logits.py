@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,9 @@ async def test_a_slow_chunk_does_not_cost_the_lease(
         engine = running.workers["prefill-0"].core.engine
         execute = engine.execute
 
-        def slowly(plan: StepPlan, hook: LayerHook | None) -> StepResult:
+        def slowly(plan: StepPlan, hook: LayerHook | None, meanwhile: Callable[[], None]) -> StepResult:
             time.sleep(2.5)
-            return execute(plan, hook)
+            return execute(plan, hook, meanwhile)
 
         monkeypatch.setattr(engine, "execute", slowly)
         answer = await running.client.generate(list(range(3, 303)), max_tokens=4, ignore_eos=True)

@@ -48,7 +48,9 @@ class Cluster:
     async def counts_at_rest(self) -> dict[str, dict[str, int]]:
         """When workers have met: they measure their links then, and those transfers end by themselves."""
         deadline_s = asyncio.get_running_loop().time() + SETTLE_S
-        decode = sum(name.startswith("decode") for name in self.workers)
+        decode = sum(
+            name.startswith("decode") and bool(worker.core.record.endpoints) for name, worker in self.workers.items()
+        )
         for name, worker in self.workers.items():
             while name.startswith("prefill") and len({link.worker_id for link in worker.pool.links()}) < decode:
                 assert asyncio.get_running_loop().time() < deadline_s, f"{name} has not met all decode workers"
