@@ -2,7 +2,8 @@
 
 Each side is a process of its own that computes only when it is its turn (A-B-C-D-A-B-C-D); prompts are token ids,
 answers greedy and of equal length. Shown: the median of rounds, and how many times as long as ours a side takes, round
-by round. The first table is of bfloat16 on all sides; the second sets llama.cpp's narrower weights beside it.
+by round. The first table is of bfloat16 on all sides; with llama.cpp a second one is of narrower weights: 8 bits on
+both sides, and the file's own.
 
 A round counts only if the machine held still: memory was read as fast as in the run's median before and after every
 turn (within 15 %), nobody else needed the cores, and the sides that were not asked used no CPU time.
@@ -19,7 +20,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,15 @@ def start(original: Path, temporary: Path, options: argparse.Namespace, stack: c
             add(f"llama.cpp {kind}", options.llama_cpp_python, "llama_cpp_side.py", temporary / f"{kind}.gguf")
         kind = LlamaFileType(read_header(original).metadata["general.file_type"]).name.removeprefix("MOSTLY_")
         add(f"llama.cpp {kind}", options.llama_cpp_python, "llama_cpp_side.py", original)
+        add("ours Q8_0", sys.executable, "legato_side.py", temporary / "Q8_0.gguf", PYTHONPATH=str(ROOT))
+        add(f"ours {kind}", sys.executable, "legato_side.py", original, PYTHONPATH=str(ROOT))
     return sides
+
+
+def base_of(name: str, names: Iterable[str]) -> str:
+    """The side of ours that has the same weights."""
+    ours = "ours " + name.removeprefix("llama.cpp ").removeprefix("ours ")
+    return ours if ours in names else "ours"
 
 
 def vllm_environment(python: Path, threads: int) -> dict[str, str]:
@@ -180,7 +189,7 @@ def report(rounds: list[Round], versions: dict[str, str], options: argparse.Name
     console.print(table(rows, bfloat16, f"{options.model}, bfloat16, {options.threads} threads, ms"))
     narrow = [name for name in versions if name not in bfloat16]
     if narrow:
-        console.print(table(rows, ["ours", *narrow], "the same beside fewer bits: ours is bfloat16, ms"))
+        console.print(table(rows, narrow, "fewer bits, ms; ratios to ours of the same weights"))
     for peer, argument in (("vLLM", options.vllm_python), ("llama.cpp", options.llama_cpp_python)):
         if argument is None:
             console.print(f"{peer} was left out: --{peer.lower().replace('.', '-')}-python was not given")
@@ -208,7 +217,8 @@ def figures(rounds: Sequence[tuple[Round, bool]]) -> dict[str, Any]:
     kept = [one for one, steady in rounds if steady] or [one for one, _ in rounds]
     found: dict[str, Any] = {"rounds": len(rounds), "steady": sum(steady for _, steady in rounds), "sides": {}}
     for name in kept[0].turns:
-        ratios = [one.turns[name].seconds / one.turns["ours"].seconds for one in kept]
+        base = base_of(name, kept[0].turns)
+        ratios = [one.turns[name].seconds / one.turns[base].seconds for one in kept]
         found["sides"][name] = {
             "median_s": statistics.median(one.turns[name].seconds for one in kept),
             "ratio": statistics.median(ratios),
@@ -226,7 +236,7 @@ def table(rows: dict[str, dict[str, Any]], names: Sequence[str], title: str) -> 
         for name in names:
             side = row["sides"][name]
             cell = f"{side['median_s'] * 1e3:.2f}"
-            if name != "ours":
+            if not name.startswith("ours"):
                 cell += f"\n× {side['ratio']:.2f} ({side['ratio_min']:.2f} to {side['ratio_max']:.2f})"
             cells.append(cell)
         made.add_row(workload, *cells, f"{row['steady']} of {row['rounds']}")

@@ -73,6 +73,11 @@ def test_without_a_steady_round_all_are_shown() -> None:
     assert (found["rounds"], found["steady"], found["sides"]["peer"]["ratio"]) == (1, 0, 1.0)
 
 
+def test_ratios_are_to_ours_of_the_same_weights() -> None:
+    names = ["ours", "llama.cpp BF16", "llama.cpp Q8_0", "ours Q8_0"]
+    assert [peers.base_of(name, names) for name in names] == ["ours", "ours", "ours Q8_0", "ours Q8_0"]
+
+
 def test_first_tokens_are_compared_prompt_by_prompt() -> None:
     ours = dataclasses.replace(QUIET, first_token_ids=[1, 2, 3])
     peer = dataclasses.replace(QUIET, first_token_ids=[1, 3, 3])
