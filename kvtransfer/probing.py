@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,17 +49,18 @@ def measure(peer: Peer, source: Region, source_offset: int, target_offset: int) 
     return Measured(latency_s, nbytes / max(took_s - latency_s, took_s / 10))
 
 
-def ranked(names: Sequence[str], measured: Mapping[str, Measured]) -> list[str]:
-    """`names` as configured, best first; but one that was measured to be clearly faster goes before those."""
+def ranked(names: Sequence[str], measured: Mapping[str, Measured], failed: Collection[str] = ()) -> list[str]:
+    """`names` as configured, best first; but one that was measured to be clearly faster goes before those, and those
+    whose measurement failed come last."""
     ranks: list[str] = []
-    for name in names:
+    for name in (name for name in names if name not in failed):
         place = len(ranks)
         while place and name in measured and (before := measured.get(ranks[place - 1])) is not None:
             if CLEARLY * measured[name].time_s(TYPICAL_BYTES) >= before.time_s(TYPICAL_BYTES):
                 break
             place -= 1
         ranks.insert(place, name)
-    return ranks
+    return ranks + [name for name in names if name in failed]
 
 
 def is_rdma(runs_over: str) -> bool:

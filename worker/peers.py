@@ -1,7 +1,8 @@
 """Connections to the workers that KV is sent to: a gRPC channel an address, a transport peer a life of a worker.
 
 Two workers meet once (meeting.py): every transport that both have is measured, into memory of the owner that means
-nothing, and hand-overs go by the best. Where they have not met yet, they go by the first in the configured order.
+nothing, and hand-overs go by the best. Where they have not met yet, they go by the first in the configured order. What
+connects and does not carry is taken only where no other gets through.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Peers:
         self._set_aside_until_s: dict[_Key, float] = {}
         self._links: dict[str, Link] = {}
         self._met: dict[_Key, Met] = {}
+        self._carries_nothing: set[_Key] = set()  # it connects, but the last measurement failed
         self._taken: set[_Key] = set()  # by hand-overs
 
     async def channel(self, consumer_id: str, address: str) -> grpc.aio.Channel:
@@ -87,9 +89,8 @@ class Peers:
             try:
                 peer = await self._connected(key, by_name[name])
             except TransferFailed as error:
-                self._set_aside_until_s[key] = time.monotonic() + SET_ASIDE_S
+                self._set_aside(key, error)
                 why = f"{name}: {error.message}"
-                logger.warning("no connection to %s by %s", consumer_id, why)
             else:
                 self._taken.add(key)
                 return name, peer
@@ -105,10 +106,20 @@ class Peers:
             key = (worker_id, epoch, name)
             try:
                 peer = await self._connected(key, endpoints[name])
+            except TransferFailed as error:
+                self._set_aside(key, error)
+                continue
+            try:
                 measured = await asyncio.to_thread(self._measured, name, peer, endpoints[name].probe_offset)
             except TransferFailed as error:
-                logger.warning("%s is not reached by %s: %s", worker_id, name, error)
+                self._carries_nothing.add(key)
+                self._met.pop(key, None)
+                self._set_aside(key, error)
+                if key not in self._taken and key in self._peers:
+                    self._drop(key)
             else:
+                self._carries_nothing.discard(key)
+                self._set_aside_until_s.pop(key, None)
                 self._met[key] = Met(name, peer.runs_over, measured)
         best, _ = await self.connect(worker_id, epoch, record.endpoints)
         for key in [key for key in self._peers if key[:2] == (worker_id, epoch) and key not in self._taken]:
@@ -132,10 +143,15 @@ class Peers:
             for key, met in sorted(self._met.items())
         ]
 
+    def _set_aside(self, key: _Key, error: TransferFailed) -> None:
+        self._set_aside_until_s[key] = time.monotonic() + SET_ASIDE_S
+        logger.warning("%s is not reached by %s: %s", key[0], key[2], error)
+
     def _best_first(self, worker_id: str, epoch: int, names: Iterable[str]) -> list[str]:
         both = [transport.name for transport in in_common(list(self._transports.values()), list(names))]
         known = {name: self._met.get((worker_id, epoch, name)) for name in both}
-        return ranked(both, {name: met.measured for name, met in known.items() if met and met.measured})
+        measured = {name: met.measured for name, met in known.items() if met and met.measured}
+        return ranked(both, measured, {name for name in both if (worker_id, epoch, name) in self._carries_nothing})
 
     def _measured(self, name: str, peer: Peer, probe_offset: int) -> Measured | None:
         if not probe_offset:
@@ -159,6 +175,7 @@ class Peers:
         for known in (self._set_aside_until_s, self._met):
             for key in [key for key in known if key[0] == consumer_id and key[1] != epoch]:
                 del known[key]
+        self._carries_nothing = {key for key in self._carries_nothing if key[0] != consumer_id or key[1] == epoch}
         for key in [key for key in self._peers if key[0] == consumer_id and key[1] != epoch]:
             self._drop(key)
 

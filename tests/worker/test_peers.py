@@ -10,7 +10,7 @@ import worker.peers
 from kvtransfer.memory import MemoryTransport
 from kvtransfer.probing import PROBE_BYTES, Measured
 from kvtransfer.sockets import SocketsTransport
-from kvtransfer.transport import Region, Transport
+from kvtransfer.transport import Peer, Region, Transport
 from legato.v1.worker_pb2 import TransportEndpoint, WorkerRecord
 from service.channel import channel
 from spec.errors import TransferFailed
@@ -133,4 +133,33 @@ async def test_what_was_measured_decides_and_not_the_order_alone(
     assert first.connected, "a hand-over may be under way on it"
     assert (await peers.meet(record(remote, "sockets", epoch=2))).transport == "memory", "what cannot be measured"
     assert [each.transport for each in peers.links()] == ["memory"]
+    await peers.close()
+
+
+async def test_one_that_connects_and_carries_nothing_comes_last(
+    remote: Remote, ours: dict[str, Transport], regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"shared memory"}
+
+    def measure(peer: Peer, *_: object) -> Measured:
+        if peer.runs_over in broken:
+            raise TransferFailed("1 bytes did not land in 5.0 s")
+        return Measured(1e-5, 1e9)
+
+    monkeypatch.setattr(worker.peers, "measure", measure)
+    peers = Peers(ours, channel, regions)
+    assert (await peers.meet(record(remote))).transport == "sockets"
+    assert [each.transport for each in peers.links()] == ["sockets"]
+    for _ in range(2):
+        name, peer = await peers.connect("decode-0", 1, remote.endpoints())
+        assert name == "sockets"
+        peer.release()  # as after a hand-over that ended badly
+        peers._set_aside_until_s.clear()  # its time has come again
+    assert (await peers.connect("decode-0", 1, remote.endpoints("sockets")))[0] == "memory", "better than none"
+    broken.clear()
+    assert (await peers.meet(record(remote))).transport == "memory", "it was mended"
+    broken.update({"shared memory", "unix socket"})
+    with pytest.raises(TransferFailed, match="no transport gets through"):
+        await peers.meet(WorkerRecord(worker_id="decode-1", epoch=1, endpoints=remote.endpoints()))
+    assert not peers.is_connected("decode-1", 1), "it will be met again"
     await peers.close()
