@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import copy
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -118,10 +119,12 @@ def late_message_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     admit = Placements.admit
 
     async def admitted(self: Placements, ticket: worker_pb2.Ticket, final: Any, claimed: Any) -> None:
-        self.placed.setdefault(ticket.sequence_id, claimed())
-        await admit(self, ticket, final, claimed)
+        taking = copy.copy(self)  # what was given up is taken, and stays given up for who looks at it elsewhere
+        taking.placed = cast(Any, collections.ChainMap(self.placed, {ticket.sequence_id: claimed()}))
+        await admit(taking, ticket, final, claimed)
 
     monkeypatch.setattr(Placements, "admit", admitted)
+    monkeypatch.setattr(Reservations, "_return_settled", lambda self, entry: None)  # it may still be admitted
     monkeypatch.setattr(Receiver, "_ours", placed)
     monkeypatch.setattr(Reservations, "_writing", writing)
 
@@ -145,11 +148,11 @@ def token_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PLANTED = [
-    (free_on_failure, (WRITES, CLIENT_LEAVES), "given away|not for it|not its own|come to rest"),
+    (free_on_failure, (WRITES, CLIENT_LEAVES), "given away|not for it|not its own"),
     (silence_is_quiet, (CUT_LINK, WRITES), "given away|not for it|not its own"),
     (ticket_unchecked, (TICKETS,), "used before, or forged"),
     (lease_never_expires, (MESSAGES,), "come to rest"),
-    (late_message_accepted, (SLOW_LINK, CLIENT_LEAVES), "given up|come to rest"),
+    (late_message_accepted, (SLOW_LINK, CLIENT_LEAVES), "runs on .*, which was given up"),
     (digest_unchecked, (WRITES,), "not its own|which it is not"),
     (token_repeated, (MESSAGES,), "begins no"),
 ]
@@ -159,11 +162,16 @@ PLANTED = [
 def test_a_planted_bug_is_found(
     monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None], faults: Sequence[str], found: str
 ) -> None:
-    plant(monkeypatch)
+    """By what it breaks, in a seed that breaks nothing without it."""
+    played: list[int] = []
 
     def play_all() -> None:
         for seed in range(400):
+            played.append(seed)
             play(seed, faults)
 
-    with pytest.raises(Violation, match=found):
-        play_all()
+    with monkeypatch.context() as planted:
+        plant(planted)
+        with pytest.raises(Violation, match=found):
+            play_all()
+    play(played[-1], faults)
