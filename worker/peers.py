@@ -173,10 +173,10 @@ class Peers:
     def _drop_older(self, consumer_id: str, epoch: int) -> None:
         """What was for an earlier life of the worker."""
         for known in (self._set_aside_until_s, self._met):
-            for key in [key for key in known if key[0] == consumer_id and key[1] != epoch]:
+            for key in [key for key in known if key[0] == consumer_id and key[1] < epoch]:
                 del known[key]
-        self._carries_nothing = {key for key in self._carries_nothing if key[0] != consumer_id or key[1] == epoch}
-        for key in [key for key in self._peers if key[0] == consumer_id and key[1] != epoch]:
+        self._carries_nothing = {key for key in self._carries_nothing if key[0] != consumer_id or key[1] >= epoch}
+        for key in [key for key in self._peers if key[0] == consumer_id and key[1] < epoch]:
             self._drop(key)
 
     def _drop(self, key: _Key) -> None:

@@ -94,6 +94,9 @@ async def test_a_worker_that_restarted_is_connected_anew(
     _, after = await peers.connect("decode-0", 2, remote.endpoints())
     assert not before.connected
     assert after.connected
+    await peers.connect("decode-0", 1, remote.endpoints())
+    assert after.connected, "by a ticket of its earlier life"
+    assert (await peers.connect("decode-0", 2, remote.endpoints()))[1] is after
     await peers.close()
 
 
