@@ -13,7 +13,7 @@ from scheduler.events import Event
 from scheduler.plan import StepPlan
 from service.channel import Channel, channel
 from service.host import Host
-from service.registry import connect, registered_epoch
+from service.registry import connect, registered
 from service.tracing import Spans
 from worker.core import Core
 from worker.handoffs import Handoffs
@@ -29,7 +29,7 @@ class DecodePool:
         self._redis = connect(core.config.redis_url)
         self._config = core.config
         self._peers = Peers(core.transports, self._open_channel, core.regions)
-        self.handoffs = Handoffs(self._placements, self._open_channel, self._find_epoch)
+        self.handoffs = Handoffs(self._placements, self._open_channel, self._find_record)
         self.prefix_sends = PrefixSends(core, self._peers)
         self._moves = Moves(self._placements, self._peers, spans)
         self._service = DecodeService(self._placements, self._moves)
@@ -67,8 +67,8 @@ class DecodePool:
     def _open_channel(self, address: str) -> Channel:
         return channel(address, self._config.cluster_key)
 
-    async def _find_epoch(self, worker_id: str) -> int | None:
-        return await registered_epoch(self._redis, self._config.cluster, worker_id)
+    async def _find_record(self, worker_id: str) -> worker_pb2.WorkerRecord | None:
+        return await registered(self._redis, self._config.cluster, worker_id)
 
     def links(self) -> list[worker_pb2.PeerLink]:
         return self._peers.links()

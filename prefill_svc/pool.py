@@ -11,7 +11,7 @@ from scheduler.events import Event
 from scheduler.plan import StepPlan
 from service.channel import Channel, channel
 from service.host import Host
-from service.registry import connect, registered_epoch
+from service.registry import connect, registered
 from service.tracing import Spans
 from worker.core import Core
 from worker.handoffs import Handoffs
@@ -30,7 +30,7 @@ class PrefillPool:
         self._peers = Peers(core.transports, self._open_channel, core.regions)
         self._meetings = Meetings(core, self._peers)
         self._fetches = Fetches(core, self._peers)
-        self.handoffs = Handoffs(self._fetches, self._open_channel, self._find_epoch)
+        self.handoffs = Handoffs(self._fetches, self._open_channel, self._find_record)
         self.prefix_sends = PrefixSends(core, self._peers)
         self._service = PrefillService(core, self._peers, self._fetches, spans)
 
@@ -64,8 +64,8 @@ class PrefillPool:
     def _open_channel(self, address: str) -> Channel:
         return channel(address, self._config.cluster_key)
 
-    async def _find_epoch(self, worker_id: str) -> int | None:
-        return await registered_epoch(self._redis, self._config.cluster, worker_id)
+    async def _find_record(self, worker_id: str) -> worker_pb2.WorkerRecord | None:
+        return await registered(self._redis, self._config.cluster, worker_id)
 
     def links(self) -> list[worker_pb2.PeerLink]:
         return self._peers.links()

@@ -90,13 +90,12 @@ async def read_workers(client: redis.asyncio.Redis, cluster: str) -> Workers:
     return workers
 
 
-async def registered_epoch(client: redis.asyncio.Redis, cluster: str, worker_id: str) -> int | None:
-    """Of the start of a worker that is registered now. None where none is, or Redis is away."""
+async def registered(client: redis.asyncio.Redis, cluster: str, worker_id: str) -> worker_pb2.WorkerRecord | None:
+    """Of that worker, as it is registered now. None where it is not, or Redis is away."""
     try:
-        record = (await read_workers(client, cluster)).get(worker_id)
+        return (await read_workers(client, cluster)).get(worker_id)
     except _TROUBLE:
         return None
-    return None if record is None else record.epoch
 
 
 class Registrar:

@@ -1,8 +1,8 @@
 """All hand-overs to a worker, and the quarantine of those whose stream broke.
 
 A stream that ends before Admitted or Quiet leaves memory that is not proven quiet. Then the writer is asked: a living
-one answers when it is quiet, one that restarted has another epoch, one that is gone refuses the connection. Until one
-of the three is known, the blocks stay out of use and are counted.
+one answers when it is quiet, one that restarted where it was has a later epoch, one that is gone refuses the
+connection. Until one of the three is known, the blocks stay out of use and are counted.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Handoffs:
         self,
         claims: Claims,
         open_channel: Callable[[str], grpc.aio.Channel],
-        find_epoch: Callable[[str], Awaitable[int | None]],
+        find_record: Callable[[str], Awaitable[worker_pb2.WorkerRecord | None]],
     ) -> None:
-        """`find_epoch`: of the start of a worker that is registered now; None where none is, or nobody can tell."""
+        """`find_record`: of a worker as it is registered now; None where it is not, or nobody can tell."""
         self.open_streams = 0
-        self._find_epoch = find_epoch
+        self._find_record = find_record
         self._claims = claims
         self._open_channel = open_channel
         self._quarantine: set[asyncio.Task[None]] = set()
@@ -72,10 +72,11 @@ class Handoffs:
         receiver.quiet()
 
     async def _is_quiet(self, address: str, ticket: worker_pb2.Ticket) -> bool:
-        """Silence proves nothing; any of these does: a later start of the same worker is registered, the writer or its
-        successor on the same address says so, no process listens there, or one that is no worker of this cluster."""
-        epoch = await self._find_epoch(ticket.producer_id)
-        if epoch is not None and epoch != ticket.producer_epoch:
+        """Silence proves nothing; any of these does: a later start of the same worker has the same address, the writer
+        or its successor there says so, no process listens there, or one that is no worker of this cluster. Another
+        start elsewhere may run beside the writer."""
+        record = await self._find_record(ticket.producer_id)
+        if record is not None and record.epoch > ticket.producer_epoch and record.address == address:
             return True
         channel = self._open_channel(address)
         request = worker_pb2.ConfirmQuietRequest(reservation_id=ticket.reservation_id)

@@ -253,7 +253,7 @@ async def test_a_ticket_that_is_wrong_costs_the_request_an_attempt_and_no_more(
 
 
 async def test_a_stream_touches_only_what_its_ticket_opened(model: Path, redis_url: str) -> None:
-    """A late word on an old stream, and a writer whose address no longer resolves but whose successor is registered."""
+    """A late word on an old stream, and a writer that was started again since where it was."""
     async with cluster(model, redis_url) as running:
         decode, prefill = running.workers["decode-0"].core, running.workers["prefill-0"].core.record
         async with channel(decode.record.address, KEY) as link:
@@ -265,11 +265,11 @@ async def test_a_stream_touches_only_what_its_ticket_opened(model: Path, redis_u
             earlier.epoch = prefill.epoch - 1  # as if prefill-0 had been started again since
             first = await stub.Reserve(_reserve(decode.record, earlier))
             old = worker_pb2_grpc.WorkerStub(link).Handoff()
-            await old.write(_begin(first.ticket, "gone.invalid:50051"))
+            await old.write(_begin(first.ticket, prefill.address))
             assert (await old.read()).HasField("accepted")
             await stub.Abort(worker_pb2.AbortRequest(sequence_id="test.0.1"))
             again = await stub.Reserve(_reserve(decode.record, prefill))
-            old.cancel()  # it never said Quiet; that its successor is registered proves that it is gone
+            old.cancel()  # it never said Quiet; that its successor has its address proves that it is gone
             while decode.live()["reservations.reservations_cancelling"]:
                 await asyncio.sleep(0.02)
             assert decode.live()["reservations.reservations_reserved"] == 1, "the second placement is untouched"
