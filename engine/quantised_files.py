@@ -4,8 +4,8 @@ GPTQ                  qweight int32 [K · bits / 32, N], qzeros int32 [groups, N
                       g_idx [K]; a stored zero point is one too low ("gptq"), or as it is ("gptq_v2")
 AWQ                   qweight int32 [K, N / 8], qzeros int32 [groups, N / 8], scales [groups, N]; the eight columns
                       of a word in the order 0 2 4 6 1 3 5 7
-FP8                   weight E4M3 [N, K], weight_scale_inv [N / 128, K / 128] (DeepSeek), or weight_scale [1] or
-                      [N, 1] (compressed-tensors)
+FP8                   weight E4M3 [N, K], weight_scale_inv (DeepSeek) or weight_scale (compressed-tensors): [1],
+                      [N, 1], or one per block, [N / 128, K / 128] where the configuration names no other block
 MXFP4                 blocks uint8 [E, N, K / 32, 16], scales uint8 [E, N, K / 32], E8M0 (gpt-oss)
 NVFP4                 weight_packed uint8 [N, K / 2], weight_scale E4M3 [N, K / 16], weight_global_scale [1], by
                       which is divided (compressed-tensors)
@@ -14,13 +14,13 @@ GGUF Q4_0 Q4_1 Q8_0   blocks of 32: a float16 scale (and minimum), then codes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.quantised import QuantisedWeight
+from kernels.quantised import GROUP_MULTIPLE, QuantisedWeight
 from spec.errors import InvalidModel, UnsupportedModel
 
 METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors")
@@ -54,6 +54,7 @@ class QuantisedTensors:
         if method == "compressed-tensors" and layout not in COMPRESSED_FORMATS:
             known = ", ".join(COMPRESSED_FORMATS)
             raise UnsupportedModel(f"compressed-tensors of the form {layout!r} is not known; known are {known}")
+        self._block = _block_of(config)
         self._stems = {name: self._stem_of(name) for name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,12 +80,9 @@ class QuantisedTensors:
         if f"{stem}.weight_packed" in self._stems:
             return self._nvfp4(stem)
         if f"{stem}.weight_scale_inv" in self._stems:
-            scales = self._read(f"{stem}.weight_scale_inv")
-            if scales.numel() == 1:
-                return scaled_fp8(self._read(name), scales)
-            return block_fp8(self._read(name), scales, self._block())
+            return self._fp8(name, f"{stem}.weight_scale_inv")
         if f"{stem}.weight_scale" in self._stems:
-            return scaled_fp8(self._read(name), self._read(f"{stem}.weight_scale"))
+            return self._fp8(name, f"{stem}.weight_scale")
         return None
 
     def num_experts(self, name: str) -> int:
@@ -147,9 +145,41 @@ class QuantisedTensors:
             output_scales=(1.0 / divisor).expand(codes.shape[0]).contiguous(),
         )
 
-    def _block(self) -> tuple[int, int]:
-        rows, columns = self._config.get("weight_block_size") or (128, 128)
-        return int(rows), int(columns)
+    def _fp8(self, name: str, scales_name: str) -> QuantisedWeight:
+        codes, scales = self._read(name), self._read(scales_name)
+        if scales.shape == _grid(codes.shape, self._block):
+            return block_fp8(codes, scales, self._block)
+        if scales.numel() != 1 and scales.shape not in ((codes.shape[0],), (codes.shape[0], 1)):
+            raise InvalidModel(
+                f"{scales_name} {tuple(scales.shape)} is neither one scale, nor one per output, nor one per block "
+                f"{self._block} of {tuple(codes.shape)}",
+                tensor=scales_name,
+            )
+        return scaled_fp8(codes, scales)
+
+
+def _block_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale of FP8: DeepSeek has one key for it, compressed-tensors a group of weights.
+
+    Raises InvalidModel where it is no two whole numbers, UnsupportedModel for columns that kernels do not group."""
+    block = config.get("weight_block_size")
+    groups = config.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("strategy") == "block":
+            block = weights.get("block_structure")
+    if block is None:
+        return 128, 128
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise InvalidModel(f"a block of FP8 must be two whole numbers above 0, is {block!r}")
+    if block[1] % GROUP_MULTIPLE:
+        raise UnsupportedModel(f"a block of FP8 must have a multiple of {GROUP_MULTIPLE} columns, has {block[1]}")
+    return block[0], block[1]
+
+
+def _grid(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, int]:
+    """Blocks of a weight [N, K] along its two sides."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 def unpacked(words: Tensor, bits: int, dimension: int) -> Tensor:
@@ -179,7 +209,7 @@ def nibbles(codes: Tensor) -> Tensor:
 def block_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> QuantisedWeight:
     """Raises InvalidModel where the blocks do not cover the weight."""
     outputs, inputs = codes.shape
-    if scales.shape != (-(-outputs // block[0]), -(-inputs // block[1])):
+    if scales.shape != _grid(codes.shape, block):
         raise InvalidModel(f"scales {tuple(scales.shape)} are not those of blocks {block} of {tuple(codes.shape)}")
     each = scales.float().repeat_interleave(block[0], dim=0)[:outputs].contiguous()
     return QuantisedWeight("fp8", codes, each, inputs, block[1])

@@ -157,3 +157,38 @@ def test_a_quantised_tensor_that_is_missing_is_said(plain: Path, tmp_path: Path)
     save_file(tensors, file)
     with pytest.raises(InvalidModel, match="up_proj"):
         open_model(tmp_path / "quantised")
+
+
+@pytest.mark.parametrize("scales", [(7, 1), (5,), (4, 4, 1), (2, 5)])
+@pytest.mark.parametrize("method", ["fp8-strategy-block", "fp8-channels", "fp8-blocks"])
+def test_scales_of_fp8_that_fit_nothing_are_said(
+    method: str, scales: tuple[int, ...], plain: Path, tmp_path: Path
+) -> None:
+    quantise_folder(plain, tmp_path / "quantised", method)
+    file = tmp_path / "quantised" / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if "up_proj.weight_scale" in name:
+            tensors[name] = torch.ones(scales)
+    save_file(tensors, file)
+    with pytest.raises(InvalidModel, match=r"up_proj\.weight_scale.*one per output"):
+        Engine(open_model(tmp_path / "quantised"), EngineOptions(device="cpu"), 20)
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ("x", InvalidModel),
+        ([16], InvalidModel),
+        ([0, 0], InvalidModel),
+        ([16, True], InvalidModel),
+        ([16, 4], UnsupportedModel),
+    ],
+)
+def test_a_block_that_is_none_is_said(block: Any, error: type[Exception], plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "fp8-blocks")
+    file = tmp_path / "quantised" / "config.json"
+    config = {"quant_method": "fp8", "weight_block_size": block}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+    with pytest.raises(error, match="a block of FP8"):
+        open_model(tmp_path / "quantised")

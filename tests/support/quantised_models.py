@@ -82,6 +82,11 @@ def channel_fp8(weight: Tensor) -> tuple[Stored, Tensor]:
     return {"weight": codes, "weight_scale": scales}, codes.float() * scales
 
 
+def strategy_block_fp8(weight: Tensor) -> tuple[Stored, Tensor]:
+    stored, values = block_fp8(weight, 16)
+    return {"weight": stored["weight"], "weight_scale": stored["weight_scale_inv"]}, values
+
+
 def nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
     n, k = weight.shape
     divisor = torch.tensor([2688.0]) / weight.abs().max()  # 6 · 448 by the greatest
@@ -115,6 +120,14 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Stored, Tensor
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "zero_point": True}, awq),
     "fp8-blocks": ({"quant_method": "fp8", "weight_block_size": [8, 8]}, block_fp8),
     "fp8-channels": ({"quant_method": "compressed-tensors", "format": "float-quantized"}, channel_fp8),
+    "fp8-strategy-block": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": {"weights": {"strategy": "block", "block_structure": [16, 16]}}},
+        },
+        strategy_block_fp8,
+    ),
     "nvfp4": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, nvfp4),
 }
 
