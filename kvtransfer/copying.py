@@ -4,6 +4,7 @@ other. Addresses are of memory of this process that the caller holds, and has fo
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 from kernels.cpu.copy_grid import BRIEF_BYTES, Addresses, shared_copy
 from kvtransfer.grids import Grid, Offsets
@@ -18,20 +19,20 @@ _PACKED: Addresses = (None, None)
 
 def copy(grid: Grid, source: int, target: int) -> None:
     if not _copied_natively(grid, source, target, _source_places(grid), _target_places(grid)):
-        for source_offset, target_offset, nbytes in grid.pieces(0, grid.num_pieces):
+        for source_offset, target_offset, nbytes in itertools.chain.from_iterable(grid.windows()):
             _memmove(target + target_offset, source + source_offset, nbytes)
 
 
 def gather(grid: Grid, source: int, packed: int) -> None:
     if not _copied_natively(grid, source, packed, _source_places(grid), _PACKED):
-        for source_offset, _, nbytes in grid.pieces(0, grid.num_pieces):
+        for source_offset, _, nbytes in itertools.chain.from_iterable(grid.windows()):
             _memmove(packed, source + source_offset, nbytes)
             packed += nbytes
 
 
 def scatter(grid: Grid, packed: int, target: int) -> None:
     if not _copied_natively(grid, packed, target, _PACKED, _target_places(grid)):
-        for _, target_offset, nbytes in grid.pieces(0, grid.num_pieces):
+        for _, target_offset, nbytes in itertools.chain.from_iterable(grid.windows()):
             _memmove(target + target_offset, packed, nbytes)
             packed += nbytes
 

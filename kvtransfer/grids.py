@@ -87,6 +87,11 @@ class Grid(NamedTuple):
         sizes = self.segment_bytes[segment] * self.unit_runs[unit]
         return list(map(Piece, sources.tolist(), targets.tolist(), sizes.tolist()))
 
+    def windows(self) -> Iterator[list[Piece]]:
+        """All pieces in order, WINDOW_PIECES at a time: what another process says in 64 KiB may be millions."""
+        for start in range(0, self.num_pieces, WINDOW_PIECES):
+            yield self.pieces(start, min(start + WINDOW_PIECES, self.num_pieces))
+
 
 def grid_of(pieces: Sequence[Piece]) -> Grid:
     """Pieces that do not repeat: a segment each, of one unit. At least one."""

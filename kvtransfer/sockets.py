@@ -285,7 +285,8 @@ class _Link(threading.Thread):
     def _write(self, buffer: memoryview, base: int, write: TransferFrame.Write) -> None:
         part = landing_of(write, buffer.nbytes)
         if not goes_packed(part):
-            self._receive(views_of(buffer, (piece[1:] for piece in part.pieces(0, part.num_pieces))))
+            for pieces in part.windows():
+                self._receive(views_of(buffer, (piece[1:] for piece in pieces)))
             return
         packed = self._packed[: part.nbytes]
         if self._receive([packed]):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import random
 import socket
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -160,6 +162,27 @@ def test_a_writer_that_lies_about_its_place_is_cut_off(owner: SocketsTransport, 
         link.sendall(b"\xaa" * 64)
         assert ends(link)
     assert bytes(region.buffer) == bytes(64)
+
+
+def test_a_small_frame_that_says_many_pieces_takes_little_memory(owner: SocketsTransport) -> None:
+    side, piece_bytes = 512, 3
+    data = random.Random(4).randbytes(side * side * piece_bytes)
+    region = owner.register(len(data))
+    units = [piece_bytes * number for number in range(side)]
+    write = write_of([side * unit for unit in units], [piece_bytes] * side, units, [1] * side)
+    with attached(owner, region.descriptor) as link:
+        tracemalloc.start()
+        try:
+            send_frame(link, TransferFrame(write=write))
+            link.sendall(data)
+            answer = receive_frame(link)
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert answer is not None
+    assert answer.HasField("written")
+    assert bytes(region.buffer) == data
+    assert peak_bytes < 8 << 20, "one view a piece would be some 60 MiB"
 
 
 @pytest.mark.parametrize("noise", [b"\xff\xff\xff\x7f", b"\x04\0\0\0\xff\xff\xff\xff", b"GET / HTTP/1.1\r\n\r\n"])
