@@ -171,7 +171,7 @@ def test_hot_experts_are_replicated_until_their_copies_are_even() -> None:
         ({"n_group": 7}, "equal groups"),
         ({"qk_rope_head_dim": 63}, "rotary"),
         ({"vocab_size": 0}, "vocab_size"),
-        ({"num_hidden_layers": "x"}, "does not fit"),
+        ({"num_hidden_layers": "x"}, "num_hidden_layers must be a whole number"),
     ],
 )
 def test_a_config_whose_sizes_do_not_fit(changes: dict, words: str) -> None:

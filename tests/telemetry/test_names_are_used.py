@@ -10,11 +10,7 @@ from telemetry import names
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("worker", "prefill_svc", "decode_svc", "router", "service", "legato")
-DECLARED = [
-    name
-    for name in vars(names)
-    if name.isupper() and name not in ("SECONDS", "METRICS", "HISTOGRAMS", "COUNTERS", "SPANS")
-]
+DECLARED = [name for name in vars(names) if name.isupper() and isinstance(getattr(names, name), str | names.Metric)]
 # The base install of the SDK has no telemetry room: its span, and what only that says, are named there by word.
 BY_WORD = {name: f'"{getattr(names, name)}"' for name in ("SPAN_CLIENT", "OUTPUT_TOKENS")}
 

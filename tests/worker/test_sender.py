@@ -20,6 +20,7 @@ from spec.dtype import Dtype
 from spec.errors import LegatoError, TicketRefused, TransferFailed, WorkerLost
 from spec.layout import KVLayout
 from worker.departures import Target
+from worker.link import Link
 from worker.sender import Sender
 
 KEY = "a key for tests"
@@ -38,7 +39,7 @@ class Unwilling(worker_pb2_grpc.WorkerServicer):
 async def opened(address: str) -> None:
     ranks = (RankMemory(RankKV.whole(KVLayout(1, 1, 2, 4, Dtype.FLOAT32))),)
     ticket, nobody = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None)
-    target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", 5.0)
+    target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", Link(), 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with channel(address, KEY) as link:
             stub = worker_pb2_grpc.WorkerStub(link)
