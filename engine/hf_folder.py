@@ -21,6 +21,7 @@ from kernels.quantised import QuantisedWeight, dequantise
 from spec.dtype import Dtype
 from spec.errors import InvalidModel, UnsupportedModel
 from spec.hf_config import model_from_hf
+from spec.hf_values import token_ids
 from spec.model import ModelSpec
 
 _STORED_DTYPES = {"F32": Dtype.FLOAT32, "BF16": Dtype.BFLOAT16, "F16": Dtype.FLOAT16}
@@ -62,9 +63,11 @@ class HuggingFaceFolder(ModelFiles):
             return spec
         raw, generation = _read_json(file, f"{self.path} is damaged")
         self._config_bytes += raw
-        more = generation.get("eos_token_id")
-        ids = () if more is None else (more,) if isinstance(more, int) else tuple(more)
-        return dataclasses.replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *ids))))
+        try:
+            more = token_ids(generation, "eos_token_id")
+        except InvalidModel as error:
+            raise InvalidModel(f"{file}: {error}", file=file) from None
+        return dataclasses.replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *more))))
 
     @property
     def names(self) -> frozenset[str]:

@@ -7,38 +7,45 @@ A row returns the fields of ModelSpec in which the family differs from a plain L
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spec.errors import InvalidModel, UnsupportedModel
 from spec.hf_rope import partial_rotary, rope_kind, rope_of, rope_parameters, yarn_magnitude
-from spec.hf_values import Config, whole
+from spec.hf_values import Config, token_ids, whole
 from spec.model import LatentSpec, LayerSpec, ModelSpec, MoeSpec
+
+MAX_LAYERS = 10_000  # each is an object here, before any file is asked whether it has them
 
 
 def model_from_hf(config: Config) -> ModelSpec:
     """Raises UnsupportedModel for a family or option no row knows, InvalidModel for a key that is missing or does not
     fit."""
     family = config.get("model_type")
-    if family not in HF_FAMILIES:
+    if not isinstance(family, str) or family not in HF_FAMILIES:
         known = ", ".join(sorted(HF_FAMILIES))
         raise UnsupportedModel(f"model_type {family!r} is not known; known are {known}", family=family)
     if "text_config" in config:  # of a model that sees images too: its text part is served
-        config = {**config, **config["text_config"], "model_type": family}
-    config = {**DEFAULTS.get(str(family), {}), **config}
+        text = config["text_config"]
+        if not isinstance(text, Mapping):
+            raise InvalidModel(f"config.json: text_config must be an object, is {text!r}")
+        config = {**config, **text, "model_type": family}
+    config = {**DEFAULTS.get(family, {}), **config}
     try:
-        spec = _read(str(family), config)
+        spec = _read(family, config)
+        spec.check()
     except KeyError as missing:
         raise InvalidModel(f"config.json has no {missing.args[0]!r}") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise InvalidModel(f"config.json holds a value that does not fit: {error}") from None
-    spec.check()
     return spec
 
 
 def _read(family: str, config: Config) -> ModelSpec:
     hidden_size, num_heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
     head_dim = whole(config, "head_dim", 0) or hidden_size // num_heads
+    if whole(config, "num_hidden_layers") > MAX_LAYERS:
+        raise InvalidModel(f"config.json: num_hidden_layers must be at most {MAX_LAYERS}")
     fields: dict[str, Any] = {
         "family": family,
         "hidden_size": hidden_size,
@@ -54,8 +61,8 @@ def _read(family: str, config: Config) -> ModelSpec:
         "rotary_dim": int(head_dim * partial_rotary(config)),
         "attention_scale": head_dim**-0.5,
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "bos_token_id": config.get("bos_token_id"),
-        "eos_token_ids": _as_ids(config.get("eos_token_id")),
+        "bos_token_id": next(iter(token_ids(config, "bos_token_id")), None),
+        "eos_token_ids": token_ids(config, "eos_token_id"),
     }
     fields |= HF_FAMILIES[family](config)
     if fields.get("activation", "silu") == "silu" and config.get("hidden_act", "silu") != "silu":
@@ -131,7 +138,7 @@ def _gemma(config: Config) -> dict[str, Any]:
         "norm_offset": 1.0,
         "post_norms": True,
         "embedding_scale": math.sqrt(whole(config, "hidden_size")),
-        "attention_scale": float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "attention_scale": math.pow(config.get("query_pre_attn_scalar", 256), -0.5),
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "qkv_bias": bias,
         "output_bias": bias,
@@ -279,6 +286,10 @@ def _sliding_layers(
 ) -> tuple[LayerSpec, ...]:
     """As `layer_types` says, or where it is not there, layers for whose index `slides` is true."""
     kinds, window = config.get("layer_types"), _window(config)
+    if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModel(
+            f"layer_types {sorted(map(repr, unknown))[0]} is not known to family {config['model_type']}"
+        )
     layers = []
     for index in range(whole(config, "num_hidden_layers")):
         sliding = kinds[index] == "sliding_attention" if kinds else slides(index)
@@ -298,9 +309,3 @@ def _qwen_layers(config: Config) -> tuple[LayerSpec, ...]:
 
 def _optional(value: Any) -> float | None:
     return None if value is None else float(value)
-
-
-def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)

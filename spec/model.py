@@ -182,6 +182,8 @@ class ModelSpec:
     def _check_moe(self, moe: MoeSpec) -> None:
         if min(moe.num_experts, moe.experts_per_token, moe.intermediate_size) < 1:
             raise InvalidModel("the number of experts, those per token and their size must be at least 1")
+        if min(moe.num_groups, moe.groups_per_token) < 1:
+            raise InvalidModel("groups of experts, and those per token, must be at least 1")
         if moe.num_experts % moe.num_groups:
             raise InvalidModel(f"{moe.num_experts} experts are no equal groups of {moe.num_groups}")
         choosable = moe.num_experts // moe.num_groups * moe.groups_per_token

@@ -78,6 +78,12 @@ def test_end_tokens_of_generation_config_count_too(folder: Path) -> None:
     assert open_model(folder).spec.eos_token_ids == (2,)
 
 
+@pytest.mark.parametrize("ids", [1.5, "abc", ["x"], [None], {"a": 1}, True, [-1]])
+def test_end_tokens_that_are_no_ids_are_refused(folder: Path, ids: object) -> None:
+    edit_json(folder / "generation_config.json", eos_token_id=ids)
+    refused(folder, InvalidModel, "generation_config.json", "eos_token_id")
+
+
 def test_revision_is_of_content_and_not_of_place(folder: Path, pristine: Path) -> None:
     assert open_model(folder).revision == open_model(pristine).revision
     assert len(open_model(folder).revision) == 32

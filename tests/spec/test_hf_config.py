@@ -1,11 +1,11 @@
-"""What published files leave out."""
+"""What published files leave out, and what damaged ones hold."""
 
 from __future__ import annotations
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import DeepseekV3Config, Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen2Config
 
-from spec.errors import InvalidModel
+from spec.errors import InvalidModel, UnsupportedModel
 from spec.hf_config import model_from_hf
 
 
@@ -39,3 +39,54 @@ def test_a_number_that_is_not_whole_is_named(key: str, value: object) -> None:
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     assert model_from_hf({**LlamaConfig().to_dict(), "hidden_size": 4096.0}).hidden_size == 4096
+
+
+@pytest.mark.parametrize("family", [[], {}, ["llama"], None, 1, "mamba"])
+def test_a_family_that_is_none_is_refused(family: object) -> None:
+    with pytest.raises(UnsupportedModel, match="model_type"):
+        model_from_hf({**LlamaConfig().to_dict(), "model_type": family})
+
+
+ODD_VALUES = [None, "abc", 0, -1, 1.5, [], {}, [1], ["x"], [None], True, 10**12, 10**400, 1e-300, float("inf")]
+ODD_VALUES += [float("nan"), {"rope_type": "yarn"}]
+
+
+@pytest.mark.parametrize(
+    "family", [LlamaConfig, Gemma2Config, Gemma3TextConfig, Qwen2Config, DeepseekV3Config, GptOssConfig]
+)
+def test_no_value_of_any_key_is_more_than_a_refusal(family: type) -> None:
+    config = family().to_dict()
+    for key in sorted({*config, "text_config", "layer_types", "partial_rotary_factor", "rope_scaling", "n_group"}):
+        for value in ODD_VALUES:
+            try:
+                model_from_hf({**config, key: value})
+            except (InvalidModel, UnsupportedModel):
+                pass
+            except Exception as error:
+                pytest.fail(f"{key} = {value!r}: {error!r}")
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "words"),
+    [
+        (LlamaConfig, "text_config", None, "text_config must be an object"),
+        (LlamaConfig, "num_hidden_layers", 10**12, "num_hidden_layers must be at most"),
+        (Gemma3TextConfig, "layer_types", ["sliding_attention"], "does not fit"),
+        (Gemma3TextConfig, "query_pre_attn_scalar", -1, "does not fit"),
+        (DeepseekV3Config, "n_group", 0, "groups of experts"),
+        (LlamaConfig, "partial_rotary_factor", float("inf"), "does not fit"),
+        *(
+            (LlamaConfig, "eos_token_id", value, "eos_token_id must be")
+            for value in (1.5, ["x"], [None], "a", True, -1)
+        ),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(family: type, key: str, value: object, words: str) -> None:
+    with pytest.raises(InvalidModel, match=words):
+        model_from_hf({**family().to_dict(), key: value})
+
+
+def test_a_kind_of_layer_that_is_not_known_is_refused() -> None:
+    config = Gemma2Config(num_hidden_layers=2).to_dict() | {"layer_types": ["full_attention", "chunked_attention"]}
+    with pytest.raises(UnsupportedModel, match="chunked_attention"):
+        model_from_hf(config)
