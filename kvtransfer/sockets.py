@@ -276,21 +276,23 @@ class _Link(threading.Thread):
         while not self._ending and (frame := receive_frame(self._connection)):
             if not frame.HasField("write"):
                 return
-            self._write(buffer, base, frame.write)
+            if not self._write(buffer, base, frame.write):
+                break
             if not frame.write.more:
                 written = TransferFrame.Written(write_id=frame.write.write_id)
                 send_frame(self._connection, TransferFrame(written=written))
         send_frame(self._connection, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
 
-    def _write(self, buffer: memoryview, base: int, write: TransferFrame.Write) -> None:
+    def _write(self, buffer: memoryview, base: int, write: TransferFrame.Write) -> bool:
+        """False when this link ends before all of it has landed."""
         part = landing_of(write, buffer.nbytes)
         if not goes_packed(part):
-            for pieces in part.windows():
-                self._receive(views_of(buffer, (piece[1:] for piece in pieces)))
-            return
+            return all(self._receive(views_of(buffer, (piece[1:] for piece in pieces))) for pieces in part.windows())
         packed = self._packed[: part.nbytes]
-        if self._receive([packed]):
+        is_whole = self._receive([packed])
+        if is_whole:
             scatter(part, address_of(packed)[0], base)
+        return is_whole
 
     @functools.cached_property
     def _packed(self) -> memoryview:

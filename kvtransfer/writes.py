@@ -54,7 +54,8 @@ def landing_of(write: TransferFrame.Write, region_bytes: int) -> Grid:
     if not is_grid or len(bases) + len(units) > GROUP_NUMBERS or (len(set(sizes)) > 1 and len(set(runs)) > 1):
         raise TransferFailed("a write that is none")
     is_one = len(bases) == len(units) == 1
-    if max(*bases, *units) > region_bytes or sum(sizes) * sum(runs) > (region_bytes if is_one else PIECE_BYTES):
+    limit_bytes = region_bytes if is_one else min(region_bytes, PIECE_BYTES)
+    if max(*bases, *units) > region_bytes or sum(sizes) * sum(runs) > limit_bytes:
         raise TransferFailed("a write outside the region, or of too much at once")
     segments = numpy.array((bases, sizes), dtype=numpy.int64)
     places = numpy.array((units, runs), dtype=numpy.int64)
