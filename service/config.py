@@ -119,7 +119,7 @@ class HandoffConfig(Section):
         "sockets",
     )  # best first
     lease_s: Seconds = 5.0  # a reservation ends this long after the last sign of progress
-    digest: Literal["always", "sampled", "off"] = "always"  # the same in both pools
+    digest: Literal["always", "sampled", "off"] = "always"  # of what comes in here
     digest_sample: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the chunks, where digest is sampled
     # While a chunk is computed its layers leave in groups of so many bytes, or in fewer and larger ones.
     layer_group_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(1024 * 1024)

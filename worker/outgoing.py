@@ -56,6 +56,9 @@ async def sender_for(
         )
     if not reservation.lease_s > 0:
         raise InvalidParameter(f"must be above 0, is {reservation.lease_s}", field="lease_s")
+    share = reservation.digest_share if reservation.HasField("digest_share") else core.config.handoff.digest_share
+    if not 0 <= share <= 1:
+        raise InvalidParameter(f"must be in [0, 1], is {share}", field="digest_share")
     name, peer = await peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
     link = peers.link(ticket.consumer_id)
     return Sender(
@@ -64,7 +67,7 @@ async def sender_for(
         Target(ticket, reservation.ticket, target_ranks, peer, name, link, reservation.lease_s),
         core.record.address,
         core.digest_pool,
-        DigestPolicy(core.config.handoff.digest_share),
+        DigestPolicy(share),
     )
 
 

@@ -23,6 +23,7 @@ def reservation_to_proto(
         lease_s=core.config.handoff.lease_s,
         ranks=ranks_to_proto(core.ranks_of(reservation.group)),
         wire=core.record.wire,
+        digest_share=core.config.handoff.digest_share,
     )
 
 

@@ -363,20 +363,22 @@ class SignedTicket(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s", "ranks", "wire")
+    __slots__ = ("ticket", "kv_layout", "endpoints", "lease_s", "ranks", "wire", "digest_share")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_SHARE_FIELD_NUMBER: _ClassVar[int]
     ticket: SignedTicket
     kv_layout: KVLayout
     endpoints: _containers.RepeatedCompositeFieldContainer[TransportEndpoint]
     lease_s: float
     ranks: _containers.RepeatedCompositeFieldContainer[RankKV]
     wire: WireVersions
-    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ...) -> None: ...
+    digest_share: float
+    def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., lease_s: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ..., digest_share: _Optional[float] = ...) -> None: ...
 
 class AdmitRequest(_message.Message):
     __slots__ = ("router_id", "sequence")

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,28 @@ async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch
         assert wrong == 1
         assert answer.token_ids == expected
         assert running.workers["decode-0"].core.meter.refused_handoffs == 1
+        await running.assert_as_at_start()
+
+
+@pytest.mark.parametrize(("here", "there"), [("off", "always"), ("sampled", "always"), ("always", "off")])
+async def test_who_receives_says_which_chunks_have_digests(
+    model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, here: str, there: str
+) -> None:
+    compare, came = LandingCheck.compare, []
+
+    async def count(check: LandingCheck, sent: Sequence[bytes]) -> None:
+        came.append(check.num_tokens)
+        await compare(check, sent)
+
+    monkeypatch.setattr(LandingCheck, "compare", count)
+    async with cluster(
+        model, redis_url, handoff={"digest": here, "digest_sample": 0.01}, decode_handoff={"digest": there}
+    ) as running:
+        answer = await greedy(running, PROMPT)
+        assert answer.route.attempts == 1
+        sent_tokens = answer.route.transfer.sent_tokens
+        assert sent_tokens >= len(PROMPT)
+        assert sum(came) == (sent_tokens if there == "always" else 0)
         await running.assert_as_at_start()
 
 

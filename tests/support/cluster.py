@@ -99,6 +99,7 @@ async def cluster(
     prefill_engine: Mapping[str, Any] | None = None,
     decode_engine: Mapping[str, Any] | None = None,
     handoff: Mapping[str, Any] | None = None,
+    decode_handoff: Mapping[str, Any] | None = None,
     kv_tiers: Mapping[str, Any] | None = None,
     telemetry: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
@@ -112,16 +113,16 @@ async def cluster(
     }
     workers: dict[str, Running] = {}
     async with contextlib.AsyncExitStack() as stack:
-        for role, count, own, pool in (
-            ("prefill", prefill, prefill_engine, PrefillPool),
-            ("decode", decode, decode_engine, DecodePool),
+        for role, count, own, own_handoff, pool in (
+            ("prefill", prefill, prefill_engine, None, PrefillPool),
+            ("decode", decode, decode_engine, decode_handoff, DecodePool),
         ):
             for index in range(count):
                 config = WorkerConfig(
                     role=role,
                     worker_id=f"{role}-{index}",
                     engine=_engine(model, {**(engine or {}), **(own or {})}),
-                    handoff=HandoffConfig(**(handoff or {})),
+                    handoff=HandoffConfig(**{**(handoff or {}), **(own_handoff or {})}),
                     kv_tiers=KVTiersConfig(**(kv_tiers or {})),
                     drain_s=0.5,
                     **shared,
