@@ -6,7 +6,7 @@ run ── check the ticket, open the hand-over (sender.open)
     │                          Tokens: the first token is answered at once
     │                          Failed, or the hand-over failed: the call ends typed
     ── finish the hand-over (sender.finish) ──▶ HandedOver
-    ── whatever happened: first nothing is in flight (sender.close), then blocks are given back
+    ── whatever happened: it is answered; then nothing is in flight (sender.close); then blocks are given back
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from worker.sequences import identity_of, sequence_from_proto
 
 
 class PrefillCall:
-    """`events` come from the engine loop, `answers` go to the router; None ends them."""
+    """`events` come from the engine loop, `answers` go to the router; the failure that ended the call ends them, or
+    None."""
 
     def __init__(
         self, request: worker_pb2.PrefillRequest, core: Core, peers: Peers, fetches: Fetches, spans: Spans
@@ -38,7 +39,7 @@ class PrefillCall:
         self.sequence_id: str = request.sequence.sequence_id
         self.reservation_id = ""
         self.events: asyncio.Queue[Event | LegatoError] = asyncio.Queue()
-        self.answers: asyncio.Queue[worker_pb2.PrefillEvent | None] = asyncio.Queue()
+        self.answers: asyncio.Queue[worker_pb2.PrefillEvent | Exception | None] = asyncio.Queue()
         self.closed = asyncio.Event()
         self._request = request
         self._core = core
@@ -51,7 +52,7 @@ class PrefillCall:
         self._ended_here = False  # with its first token: nothing is handed over
 
     async def run(self) -> None:
-        """Raises the LegatoError with which the call ends."""
+        """Before close(): to the decode worker a failure here is no more than a writer that stopped."""
         attributes = {names.SEQUENCE_ID: self.sequence_id, names.WORKER_ID: self._core.record.worker_id}
         try:
             with self._spans.span(names.SPAN_PREFILL, attributes):
@@ -62,7 +63,9 @@ class PrefillCall:
                 self.answers.put_nowait(worker_pb2.PrefillEvent(first_token=first))
                 if self.sender is not None and not self._ended_here:
                     await self._finish_handoff(self.sender, first)
-        finally:
+        except Exception as failure:
+            self.answers.put_nowait(failure)
+        else:
             self.answers.put_nowait(None)
 
     async def _open_handoff(self) -> None:

@@ -100,10 +100,12 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         task.add_done_callback(self._tasks.discard)
         try:
             while (answer := await call.answers.get()) is not None:
+                if isinstance(answer, Exception):
+                    raise answer
                 yield answer
             await task
         finally:
-            task.cancel()  # the client left; quiet and release follow
+            task.cancel()  # the call failed or the client left; quiet and release follow
 
     async def _run(self, call: PrefillCall) -> None:
         try:

@@ -24,10 +24,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from scheduler.batch import Event
+from scheduler.events import Event, Failed
 from scheduler.plan import StepPlan
 from service import logs
-from spec.errors import WorkerLost
+from spec.errors import InternalError, WorkerLost
 from worker.executor import StepExecutor
 from worker.lanes import Lanes
 from worker.watch import StepWatch
@@ -152,6 +152,9 @@ class EngineLoop:
                 self._calls.put(functools.partial(self._deliver_to_end, events, told))
 
     def _deliver_to_end(self, events: Sequence[Event], told: threading.Event) -> None:
+        for event in events:
+            if isinstance(event, Failed) and isinstance(event.error, InternalError):
+                logger.error("sequence %s failed: %s", event.sequence_id, event.error.message)
         try:
             self._deliver(events)
         finally:
