@@ -6,7 +6,8 @@
 
 The header says format, model and layout (`owner`), prefix hash, size, and the XXH3-128 of all of that and the content.
 Nothing is synced: what a crash of the host left half written is found wrong when it is read. What is wrong is removed,
-counted, and never handed out.
+counted, and never handed out. Files of other names are somebody else's, and so are folders that hold something and
+whose lock names no owner: they are left as they are.
 """
 
 from __future__ import annotations
@@ -58,13 +59,14 @@ class DiskTier:
     def _find_files(self) -> None:
         found: list[tuple[float, bytes, int]] = []
         for entry in os.scandir(self._folder):
-            if entry.name == _LOCK:
+            content_hash = _hash_of(entry.name.removesuffix(_UNFINISHED))
+            if content_hash is None or not entry.is_file(follow_symlinks=False):
                 continue
             if entry.name.endswith(_UNFINISHED):
                 os.unlink(entry.path)
                 continue
-            status, content_hash = entry.stat(), _hash_of(entry.name)
-            if content_hash is not None and self._is_ours(Path(entry.path), content_hash, status.st_size):
+            status = entry.stat()
+            if self._is_ours(Path(entry.path), content_hash, status.st_size):
                 found.append((status.st_mtime, content_hash, status.st_size))
             else:
                 os.unlink(entry.path)
@@ -167,20 +169,34 @@ def _hash_of(name: str) -> bytes | None:
 
 
 def _claim(folder: Path, owner: bytes) -> tuple[Path, int]:
-    """A folder in `folder` that no other process has: one with files of this owner, or any, or a new one; and the
+    """A folder in `folder` that no other process has: one with files of this owner, or of any, or a new one; and the
     descriptor whose lock makes it ours."""
     folder.mkdir(parents=True, exist_ok=True)
     for own_only in (True, False):
         number = 0
         while (mine := folder / str(number)).is_dir() or not own_only:
             mine.mkdir(exist_ok=True)
-            descriptor = os.open(mine / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if _is_locked(descriptor) and (not own_only or os.pread(descriptor, len(owner), 0) == owner):
-                os.pwrite(descriptor, owner, 0)
-                return mine, descriptor
-            os.close(descriptor)
+            descriptor = _locked(mine)
+            if descriptor is not None:
+                before = os.pread(descriptor, len(owner) + 1, 0)
+                if before == owner or (not own_only and (len(before) == len(owner) or os.listdir(mine) == [_LOCK])):
+                    os.pwrite(descriptor, owner, 0)
+                    return mine, descriptor
+                os.close(descriptor)
             number += 1
     raise AssertionError("there is always a next number")
+
+
+def _locked(mine: Path) -> int | None:
+    """None: it is another's, who has it now, or who never made a lock there."""
+    names = os.listdir(mine)
+    if names and _LOCK not in names:
+        return None
+    descriptor = os.open(mine / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if _is_locked(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _is_locked(descriptor: int) -> bool:

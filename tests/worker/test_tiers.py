@@ -133,16 +133,35 @@ def test_a_file_that_is_wrong_is_removed_counted_and_never_handed_out(
     tier.close()
 
 
-def test_what_is_no_file_of_ours_is_removed_at_start(tmp_path: Path) -> None:
+def test_a_file_of_our_name_that_is_none_of_ours_is_removed_at_start_and_no_other(tmp_path: Path) -> None:
     tier = disk(tmp_path)
     tier.store(key(1), content(1))
     tier.close()
     path_of(tmp_path, 1).rename(path_of(tmp_path, 2))  # the content of another prefix
-    (tmp_path / "0" / "note.txt").write_text("hello")
+    kept = ["note.txt", "notes.unfinished", key(3).hex().upper(), key(3).hex()[:-2]]
+    for name in kept:
+        (tmp_path / "0" / name).write_text("mine")
+    (tmp_path / "0" / key(4).hex()).mkdir()
     tier = disk(tmp_path)
-    assert tier.dropped == 2
+    assert tier.dropped == 1
     assert not tier.use(key(2))
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == sorted(["lock", key(4).hex(), *kept])
     tier.close()
+
+
+@pytest.mark.parametrize("lock", [None, b"", b"o" * 31, b"o" * 33])
+def test_a_folder_that_never_was_ours_is_left_as_it_is(tmp_path: Path, lock: bytes | None) -> None:
+    theirs = {key(5).hex(): b"mine", "thesis.txt": b"too"} | ({} if lock is None else {"lock": lock})
+    (tmp_path / "0").mkdir()
+    for name, data in theirs.items():
+        (tmp_path / "0" / name).write_bytes(data)
+    for _ in range(2):
+        tier = disk(tmp_path)
+        tier.store(key(1), content(1))
+        assert tier.dropped == 0
+        tier.close()
+        assert path_of(tmp_path, 1, slot=1).exists()
+        assert {path.name: path.read_bytes() for path in (tmp_path / "0").iterdir()} == theirs
 
 
 def test_a_file_that_went_away_is_not_here(tmp_path: Path) -> None:
