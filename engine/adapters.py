@@ -33,6 +33,7 @@ _REFUSED = {  # key of adapter_config.json -> the one value of a plain adapter
     "fan_in_fan_out": False,
     "modules_to_save": None,
 }
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class AdapterFiles:
@@ -49,7 +50,7 @@ class AdapterFiles:
             raise UnsupportedModel(f"{path} has ranks of its own for single layers; one rank for all is known")
         if spec.latent is not None:
             raise UnsupportedModel(f"adapters are not known to family {spec.family}, which has latent attention")
-        rank, alpha = int(config["r"]), float(config.get("lora_alpha", config["r"]))
+        rank, alpha = config["r"], config.get("lora_alpha", config["r"])
         self.rank, self.scale = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self._file = path / "adapter_model.safetensors"
         self._shapes = _shapes(self._file)
@@ -135,18 +136,33 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "adapter_config.json"
     try:
         config = json.loads(file.read_bytes())
-        if not isinstance(config, dict) or int(config["r"]) < 1 or float(config.get("lora_alpha", 1)) <= 0:
-            raise ValueError("r and lora_alpha must be above 0")
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+        rank, alpha = config["r"], config.get("lora_alpha", 1)
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"r must be a whole number above 0, is {rank!r}")
+        if type(alpha) not in (int, float) or not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"lora_alpha must be a finite number above 0, is {alpha!r}")
+        float(rank)
     except OSError as error:
         raise InvalidModel(f"{path} is no adapter: {file.name} cannot be read ({error.strerror})", file=file) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise InvalidModel(f"{file} does not fit: {error}", file=file) from None
     return config
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of tensors that are all of finite numbers."""
+    found = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            for name in opened.keys():  # noqa: SIM118
+                described = opened.get_slice(name)
+                if described.get_dtype() not in _DTYPES:
+                    raise UnsupportedModel(f"tensor {name} in {file} is {described.get_dtype()}; known are {_DTYPES}")
+                if not opened.get_tensor(name).isfinite().all():
+                    raise InvalidModel(f"tensor {name} in {file} holds numbers that are not finite", file=file)
+                found[name] = tuple(described.get_shape())
     except (SafetensorError, OSError) as error:
         raise InvalidModel(f"{file} cannot be read, or is cut short: {error}", file=file) from None
+    return found

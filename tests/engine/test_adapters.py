@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import ranked_engine
 from safetensors.torch import load_file, save_file
 from stepper import Stepper, rows_of, worst_difference
@@ -87,6 +89,13 @@ def test_a_revision_is_of_every_byte(world: tuple[Path, dict[str, Path]], tmp_pa
         ({"modules_to_save": ["lm_head"]}, UnsupportedModel, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, UnsupportedModel, "single layers"),
         ({"r": 0}, InvalidModel, "above 0"),
+        ({"r": 3.7}, InvalidModel, "whole number"),
+        ({"r": float("inf")}, InvalidModel, "whole number"),
+        ({"r": 10**400}, InvalidModel, "does not fit"),
+        ({"lora_alpha": float("nan")}, InvalidModel, "finite"),
+        ({"lora_alpha": float("inf")}, InvalidModel, "finite"),
+        ({"lora_alpha": 10**400}, InvalidModel, "does not fit"),
+        ({"lora_alpha": "6"}, InvalidModel, "finite"),
         ({"r": 4}, InvalidModel, "expected"),
         ({"peft_type": "LOHA"}, UnsupportedModel, "LOHA"),
     ],
@@ -99,6 +108,30 @@ def test_what_is_no_plain_adapter_is_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     tensors = adapters["few"] / "adapter_model.safetensors"
     (tmp_path / tensors.name).write_bytes(tensors.read_bytes())
+    with pytest.raises(error, match=words):
+        AdapterFiles(tmp_path, open_model(base).spec)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (lambda weight: weight.index_fill(0, torch.tensor(1), torch.nan), InvalidModel, "not finite"),
+        (lambda weight: weight.to(torch.int8), UnsupportedModel, "I8"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), UnsupportedModel, "F8_E4M3"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    world: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    spoil: Callable[[torch.Tensor], torch.Tensor],
+    error: type,
+    words: str,
+) -> None:
+    base, adapters = world
+    (tmp_path / "adapter_config.json").write_bytes((adapters["few"] / "adapter_config.json").read_bytes())
+    tensors = load_file(adapters["few"] / "adapter_model.safetensors")
+    name = sorted(tensors)[-1]
+    save_file(tensors | {name: spoil(tensors[name])}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(error, match=words):
         AdapterFiles(tmp_path, open_model(base).spec)
 
