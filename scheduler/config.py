@@ -47,7 +47,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HandoffConfig:
-    max_reservations: int
+    max_reservations: int  # on their way; those that wait for a lost writer cost their blocks alone
     max_context_tokens: int  # a sequence must have room for one more token than is handed over
     lease_s: float = 5.0
     tombstones: int = 4096  # ended reservations of which it is remembered how they ended

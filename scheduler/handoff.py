@@ -101,8 +101,8 @@ class Reservations(ReservationBook):
         if num_tokens + 1 > limit:
             message = f"and answer so far are {num_tokens} tokens, and with one more they must fit into {limit}"
             raise ContextTooLong(message, field="prompt")
-        if len(self._live) >= self.config.max_reservations:
-            raise OutOfBlocks(f"{len(self._live)} hand-overs are on their way already")
+        if (on_their_way := len(self._clocked())) >= self.config.max_reservations:
+            raise OutOfBlocks(f"{on_their_way} hand-overs are on their way already")
 
     def fail(self, reservation_id: str, reason: str, now_s: float) -> bool:
         """The request failed. Without a writer the blocks are free at once, otherwise those that are settled, and the

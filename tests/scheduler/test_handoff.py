@@ -73,6 +73,20 @@ def consumer() -> Consumer:
     return Consumer()
 
 
+def test_writers_that_are_lost_cost_their_blocks_and_not_the_others_their_turn() -> None:
+    consumer = Consumer(max_reservations=2)
+    for name in "ab":
+        lost = consumer.reserve(name, tuple(range(4)))
+        consumer.begin(lost)
+        consumer.reservations.fail(lost.reservation_id, "its host lost power", 2.0)
+    assert consumer.reservations.counts()["reservations_cancelling"] == 2
+    for name in "cd":
+        consumer.reserve(name, now_s=3.0)
+    with pytest.raises(OutOfBlocks, match="2 hand-overs"):
+        consumer.reserve("e", tuple(range(4)), now_s=3.0)
+    consumer.check()
+
+
 def test_a_hand_over_from_reserve_to_the_running_batch(consumer: Consumer, fake: SimpleNamespace) -> None:
     reservations, scheduler = consumer.reservations, consumer.scheduler
     engine = fake.Engine(12, 4)
