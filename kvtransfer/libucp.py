@@ -21,7 +21,7 @@ from typing import Any
 from spec.errors import TransferFailed, TransportUnavailable
 
 OK, IN_PROGRESS = 0, 1
-ERR_BUSY = -15
+ERR_BUSY, ERR_EXCEEDS_LIMIT = -15, -21
 _FIRST_ERROR_POINTER = ctypes.c_size_t(-100).value  # UCS_PTR_IS_ERR: a status disguised as a request
 
 FEATURE_RMA, FEATURE_WAKEUP, FEATURE_AM = 1 << 1, 1 << 4, 1 << 6  # RMA: remote keys

@@ -37,6 +37,8 @@ from kvtransfer.writes import landing_of
 from legato.v1.transfer_pb2 import RegionDescriptor, TransferFrame, UcxAddress
 from spec.errors import TransferFailed
 
+TOKEN_BYTES = 16  # by which a region is named
+
 
 def default_options(host: str) -> dict[str, str]:
     """What libucp is told: loopback stays on loopback; without GPU and RDMA device the transports of a plain host."""
@@ -91,10 +93,7 @@ class UcxTransport(Transport, Ledger):
     def connect(self, address: bytes, descriptor: bytes, timeout_s: float = 5.0) -> Peer:
         self._refuse_when_closed()
         theirs = self._opened(address)
-        try:
-            token = RegionDescriptor.FromString(descriptor).token
-        except DecodeError:
-            raise TransferFailed("not a descriptor of ucx", descriptor=descriptor.hex()) from None
+        token = _token_of(descriptor)
         peer = UcxPeer(self, self._worker)
         with self._lock:
             self._peers[peer.link_id] = peer
@@ -262,7 +261,7 @@ class _UcxRegion(Region):
         self._worker = worker = transport._worker
         self.nbytes = nbytes
         self.released = False
-        self.token = secrets.token_bytes(16)
+        self.token = secrets.token_bytes(TOKEN_BYTES)
         self.descriptor = RegionDescriptor(token=self.token).SerializeToString()
         self._given = None if memory is None else ctypes.c_ubyte.from_buffer(memory.cast("B"))
         given_address = None if self._given is None else ctypes.addressof(self._given)
@@ -293,6 +292,17 @@ class _UcxRegion(Region):
 def _sealed(worker_address: bytes, version: str) -> UcxAddress:
     checksum = hashlib.blake2b(worker_address, digest_size=16).digest()
     return UcxAddress(worker_address=worker_address, checksum=checksum, version=version)
+
+
+def _token_of(descriptor: bytes) -> bytes:
+    """Raises TransferFailed for what no owner says: what is longer would not fit into a message."""
+    try:
+        token = RegionDescriptor.FromString(descriptor).token
+    except DecodeError:
+        token = b""
+    if len(token) != TOKEN_BYTES:
+        raise TransferFailed("not a descriptor of ucx", descriptor=descriptor[:64].hex())
+    return token
 
 
 def _short(address: UcxAddress) -> str:

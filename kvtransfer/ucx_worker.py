@@ -176,10 +176,15 @@ class UcxWorker:
         return endpoint
 
     def send(self, endpoint: Endpoint, frame: TransferFrame) -> None:
-        """Sends, unless the endpoint is lost, which its links learn anyway."""
+        """Sends, unless the endpoint is lost, which its links learn anyway; what libucp cannot send loses it."""
         if endpoint.lost:
             return
         encoded = frame.SerializeToString()
+        if len(encoded) > self.max_header_bytes:
+            self.lose(
+                endpoint, f"{len(encoded)} bytes of one message, libucp takes {self.max_header_bytes}", dead=False
+            )
+            return
         request = self.library.briefly.ucp_am_send_nbx(
             endpoint.handle, MESSAGE_ID, encoded, len(encoded), None, 0, ctypes.byref(libucp.EAGER)
         )
@@ -190,7 +195,9 @@ class UcxWorker:
     ) -> None:
         """Sends `nbytes` at address `payload` as that of `write`. done(status): they may be changed again."""
         header = write.SerializeToString()
-        assert len(header) <= self.max_header_bytes, "parts are cut so that it fits"
+        if len(header) > self.max_header_bytes:
+            done(libucp.ERR_EXCEEDS_LIMIT)
+            return
         request = self.library.ucp_am_send_nbx(
             endpoint.handle, DATA_ID, header, len(header), payload, nbytes, ctypes.byref(libucp.EAGER)
         )
@@ -265,8 +272,12 @@ class UcxWorker:
                 self.lose(lost, f"the peer is lost: {self.library.text_of(status)}", dead=True)
         inbox, self._inbox = self._inbox, []
         for encoded in inbox:
-            with contextlib.suppress(DecodeError):  # whoever sent that waits in vain, and says so
+            try:
                 self._on_frame(TransferFrame.FromString(encoded))
+            except DecodeError:
+                continue  # whoever sent that waits in vain, and says so
+            except Exception:  # of one peer's message: the others' links live on
+                _log.exception("a message to the transport failed")
         return self._check_waiting() or happened or bool(inbox or errors)
 
     def _check_waiting(self) -> bool:
