@@ -50,7 +50,7 @@ class HuggingFaceFolder(ModelFiles):
         self._quantised: QuantisedTensors | None = None
         self._quantised_shapes: dict[str, tuple[int, ...]] = {}
         if quantisation := config.get("quantization_config"):
-            self._quantised = QuantisedTensors(quantisation, self._entries, self.shape, self._stored)
+            self._quantised = QuantisedTensors(quantisation, self._entries, self._stored)
             self._quantised_shapes = self._quantised.shapes()
         embedding = self._entries.get(next(iter(tensor_shapes(self.spec))))
         if embedding is not None and embedding.stored is not None:
@@ -68,6 +68,12 @@ class HuggingFaceFolder(ModelFiles):
         except InvalidModel as error:
             raise InvalidModel(f"{file}: {error}", file=file) from None
         return dataclasses.replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *more))))
+
+    def check(self) -> None:
+        if self._quantised is not None:
+            for name in tensor_shapes(self.spec):
+                self._quantised.check(name)
+        super().check()
 
     @property
     def names(self) -> frozenset[str]:

@@ -14,13 +14,22 @@ GGUF Q4_0 Q4_1 Q8_0   blocks of 32: a float16 scale (and minimum), then codes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from kernels.quantised import GROUP_MULTIPLE, QuantisedWeight
+from engine.quantised_heads import (
+    Heads,
+    check_fp8,
+    check_grouped,
+    check_mxfp4,
+    check_nvfp4,
+    fp8_block,
+    fp8_grid,
+    is_fp8,
+)
+from kernels.quantised import QuantisedWeight
 from spec.errors import InvalidModel, UnsupportedModel
 
 METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors")
@@ -31,62 +40,68 @@ _AWQ_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # where the columns of a word lie in it
 class QuantisedTensors:
     """Finds and reads the quantised weights of a Hugging Face folder; `read(name)` gives a tensor as it is stored.
 
-    Raises UnsupportedModel for a method or option that is not known."""
+    config: the object `quantization_config`. Raises UnsupportedModel for a method or option that is not known,
+    InvalidModel for a value that does not fit."""
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        names: Collection[str],
-        shape: Callable[[str], tuple[int, ...]],
-        read: Callable[[str], Tensor],
-    ) -> None:
-        self._config, self._shape, self._read = config, shape, read
+    def __init__(self, config: object, heads: Heads, read: Callable[[str], Tensor]) -> None:
+        if not isinstance(config, Mapping):
+            raise InvalidModel(f"config.json: quantization_config must be an object, is {config!r}")
+        self._config, self._heads, self._read = config, heads, read
         method = config.get("quant_method")
         if method not in METHODS:
             raise UnsupportedModel(f"quant_method {method!r} is not known; known are {', '.join(METHODS)}")
-        self._bits = int(config.get("bits") or config.get("w_bit") or 4)
-        if method == "gptq" and self._bits not in (4, 8):
-            raise UnsupportedModel(f"GPTQ of {self._bits} bits is not known; 4 and 8 are")
-        if method == "awq" and (self._bits != 4 or config.get("version", "gemm").lower() != "gemm"):
+        bits = config.get("bits") or config.get("w_bit") or 4
+        if method == "gptq" and bits not in (4, 8):
+            raise UnsupportedModel(f"GPTQ of {bits} bits is not known; 4 and 8 are")
+        if method == "awq" and (bits != 4 or str(config.get("version", "gemm")).lower() != "gemm"):
             raise UnsupportedModel("of AWQ, 4 bits in the form 'gemm' are known")
+        self._bits = 8 if bits == 8 else 4
         self._method = str(method)
         layout = config.get("format")
         if method == "compressed-tensors" and layout not in COMPRESSED_FORMATS:
             known = ", ".join(COMPRESSED_FORMATS)
             raise UnsupportedModel(f"compressed-tensors of the form {layout!r} is not known; known are {known}")
-        self._block = _block_of(config)
-        self._stems = {name: self._stem_of(name) for name in names}
+        self._block = fp8_block(config)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names that the weights would have, were they not quantised, and their shapes. Where a weight is only scaled,
         its name is in the files as well."""
         found = {}
-        for name, stem in self._stems.items():
-            if stem is not None:
-                found[stem] = self._whole_shape(name)
+        for name in self._heads:
+            stem, shape = self._stem_of(name), self._whole_shape(name)
+            if stem is not None and shape is not None:
+                found[stem] = shape
         return found
+
+    def check(self, name: str) -> None:
+        """Raises InvalidModel naming the first tensor of those that the weight `name` is of which is missing, or of
+        another shape or type than it must have; nothing is read."""
+        heads, stem = self._heads, name.removesuffix(".weight")
+        if self._method in ("gptq", "awq") and f"{stem}.qweight" in heads:
+            size = self._config.get("group_size", self._config.get("q_group_size"))
+            check_grouped(heads, stem, self._bits, packed_inputs=self._method == "gptq", group_size=size)
+        elif self._method == "mxfp4" and f"{name}_blocks" in heads:
+            check_mxfp4(heads, name)
+        elif f"{stem}.weight_packed" in heads:
+            check_nvfp4(heads, stem)
+        elif (scales := self._fp8_scales(stem)) is not None or is_fp8(heads, name):
+            check_fp8(heads, name, scales, self._block)
 
     def weight(self, name: str, expert: int | None = None) -> QuantisedWeight | None:
         """The weight that would be `name` ("...q_proj.weight"), or one expert of a stacked one; None: it is not
         quantised, or in an order that only `dense` reads."""
         stem = name.removesuffix(".weight")
-        if self._method == "gptq" and f"{stem}.qweight" in self._stems:
+        if self._method == "gptq" and f"{stem}.qweight" in self._heads:
             return self._gptq(stem)
-        if self._method == "awq" and f"{stem}.qweight" in self._stems:
+        if self._method == "awq" and f"{stem}.qweight" in self._heads:
             return self._awq(stem)
-        if self._method == "mxfp4" and f"{name}_blocks" in self._stems:
+        if self._method == "mxfp4" and f"{name}_blocks" in self._heads:
             assert expert is not None
             return mxfp4(self._read(f"{name}_blocks")[expert], self._read(f"{name}_scales")[expert])
-        if f"{stem}.weight_packed" in self._stems:
+        if f"{stem}.weight_packed" in self._heads:
             return self._nvfp4(stem)
-        if f"{stem}.weight_scale_inv" in self._stems:
-            return self._fp8(name, f"{stem}.weight_scale_inv")
-        if f"{stem}.weight_scale" in self._stems:
-            return self._fp8(name, f"{stem}.weight_scale")
-        return None
-
-    def num_experts(self, name: str) -> int:
-        return self._shape(f"{name}_blocks")[0]
+        scales = self._fp8_scales(stem)
+        return None if scales is None else self._fp8(name, scales)
 
     # ---- names and shapes --------------------------------------------------------------------------------------------
 
@@ -97,24 +112,30 @@ class QuantisedTensors:
                 return name.removesuffix(suffix) + plain
         return None
 
-    def _whole_shape(self, name: str) -> tuple[int, ...]:
-        shape = self._shape(name)
+    def _whole_shape(self, name: str) -> tuple[int, ...] | None:
+        """None: no codes have such a shape."""
+        shape = self._heads[name].shape
         if name.endswith("_blocks"):
-            experts, outputs, groups, half = shape
-            return experts, groups * half * 2, outputs
+            return (shape[0], shape[2] * shape[3] * 2, shape[1]) if len(shape) == 4 else None
+        if len(shape) != 2:
+            return None
         if name.endswith(".weight_packed"):
             return shape[0], shape[1] * 2
         if self._method == "awq":
             return shape[1] * 8, shape[0]
         return shape[1], shape[0] * (32 // self._bits)
 
+    def _fp8_scales(self, stem: str) -> str | None:
+        names = (f"{stem}.weight_scale_inv", f"{stem}.weight_scale")
+        return next((name for name in names if name in self._heads), None)
+
     # ---- methods -----------------------------------------------------------------------------------------------------
 
     def _gptq(self, stem: str) -> QuantisedWeight | None:
         scales = self._read(f"{stem}.scales")
-        num_inputs = self._shape(f"{stem}.qweight")[0] * (32 // self._bits)
+        num_inputs = self._heads[f"{stem}.qweight"].shape[0] * (32 // self._bits)
         group = num_inputs // scales.shape[0]
-        if f"{stem}.g_idx" in self._stems:
+        if f"{stem}.g_idx" in self._heads:
             in_order = torch.arange(num_inputs) // group
             if not torch.equal(self._read(f"{stem}.g_idx").long(), in_order):
                 raise UnsupportedModel(f"{stem} is GPTQ in the order of activations (desc_act), which is not known")
@@ -147,39 +168,9 @@ class QuantisedTensors:
 
     def _fp8(self, name: str, scales_name: str) -> QuantisedWeight:
         codes, scales = self._read(name), self._read(scales_name)
-        if scales.shape == _grid(codes.shape, self._block):
+        if scales.shape == fp8_grid(codes.shape, self._block):
             return block_fp8(codes, scales, self._block)
-        if scales.numel() != 1 and scales.shape not in ((codes.shape[0],), (codes.shape[0], 1)):
-            raise InvalidModel(
-                f"{scales_name} {tuple(scales.shape)} is neither one scale, nor one per output, nor one per block "
-                f"{self._block} of {tuple(codes.shape)}",
-                tensor=scales_name,
-            )
         return scaled_fp8(codes, scales)
-
-
-def _block_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale of FP8: DeepSeek has one key for it, compressed-tensors a group of weights.
-
-    Raises InvalidModel where it is no two whole numbers, UnsupportedModel for columns that kernels do not group."""
-    block = config.get("weight_block_size")
-    groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and weights.get("strategy") == "block":
-            block = weights.get("block_structure")
-    if block is None:
-        return 128, 128
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise InvalidModel(f"a block of FP8 must be two whole numbers above 0, is {block!r}")
-    if block[1] % GROUP_MULTIPLE:
-        raise UnsupportedModel(f"a block of FP8 must have a multiple of {GROUP_MULTIPLE} columns, has {block[1]}")
-    return block[0], block[1]
-
-
-def _grid(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, int]:
-    """Blocks of a weight [N, K] along its two sides."""
-    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 def unpacked(words: Tensor, bits: int, dimension: int) -> Tensor:
@@ -209,7 +200,7 @@ def nibbles(codes: Tensor) -> Tensor:
 def block_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> QuantisedWeight:
     """Raises InvalidModel where the blocks do not cover the weight."""
     outputs, inputs = codes.shape
-    if scales.shape != _grid(codes.shape, block):
+    if scales.shape != fp8_grid(codes.shape, block):
         raise InvalidModel(f"scales {tuple(scales.shape)} are not those of blocks {block} of {tuple(codes.shape)}")
     each = scales.float().repeat_interleave(block[0], dim=0)[:outputs].contiguous()
     return QuantisedWeight("fp8", codes, each, inputs, block[1])

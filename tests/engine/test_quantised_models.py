@@ -123,13 +123,18 @@ def test_a_plain_model_becomes_the_same_in_every_layout(kind: str, tmp_path: Pat
     [
         ({"quant_method": "eetq"}, UnsupportedModel, "eetq.*gptq"),
         ({"quant_method": "gptq", "bits": 3}, UnsupportedModel, "3 bits"),
+        ({"quant_method": "gptq", "bits": "four"}, UnsupportedModel, "four bits"),
+        ({"quant_method": "gptq", "bits": [4]}, UnsupportedModel, "bits"),
+        ({"quant_method": "awq", "version": 3}, UnsupportedModel, "gemm"),
+        ({"quant_method": "awq", "group_size": "x"}, InvalidModel, "group_size"),
+        ({"quant_method": ["awq"]}, UnsupportedModel, "quant_method"),
+        ("awq", InvalidModel, "quantization_config must be an object"),
+        ([1], InvalidModel, "quantization_config must be an object"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, UnsupportedModel, "gemm"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, UnsupportedModel, "pack-quantized"),
     ],
 )
-def test_what_is_not_known_is_refused(
-    config: dict[str, Any], error: type, words: str, plain: Path, tmp_path: Path
-) -> None:
+def test_what_is_not_known_is_refused(config: object, error: type, words: str, plain: Path, tmp_path: Path) -> None:
     quantise_folder(plain, tmp_path / "quantised", "awq")
     file = tmp_path / "quantised" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
@@ -172,7 +177,7 @@ def test_scales_of_fp8_that_fit_nothing_are_said(
             tensors[name] = torch.ones(scales)
     save_file(tensors, file)
     with pytest.raises(InvalidModel, match=r"up_proj\.weight_scale.*one per output"):
-        Engine(open_model(tmp_path / "quantised"), EngineOptions(device="cpu"), 20)
+        open_model(tmp_path / "quantised")
 
 
 @pytest.mark.parametrize(
@@ -191,4 +196,66 @@ def test_a_block_that_is_none_is_said(block: Any, error: type[Exception], plain:
     config = {"quant_method": "fp8", "weight_block_size": block}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
     with pytest.raises(error, match="a block of FP8"):
+        open_model(tmp_path / "quantised")
+
+
+GPTQ_PARTS, AWQ_PARTS = ("qweight", "qzeros", "scales", "g_idx"), ("qweight", "qzeros", "scales")
+MXFP4_PARTS = ("down_proj_blocks", "down_proj_scales")
+PARTS = {
+    "gptq-int4": GPTQ_PARTS,
+    "gptq-int8": GPTQ_PARTS,
+    "awq": AWQ_PARTS,
+    "fp8-blocks": ("weight", "weight_scale_inv"),
+    "fp8-channels": ("weight", "weight_scale"),
+    "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "mxfp4": MXFP4_PARTS,
+}
+DAMAGES = {
+    "missing": lambda tensor: None,
+    "short": lambda tensor: tensor[:-1] if len(tensor) > 1 else torch.ones(3),
+    "narrow": lambda tensor: tensor[..., :-1] if tensor.shape[-1] > 1 else torch.ones(5, 5),
+    "of one more dimension": lambda tensor: tensor[None],
+    "empty": lambda tensor: tensor[:0],
+    "of another type": lambda tensor: tensor.view(torch.uint8).int() if tensor.dtype != torch.int32 else tensor.float(),
+}
+
+
+@pytest.fixture(scope="module")
+def undamaged(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("undamaged")
+    gpt_oss = make_model(base / "gpt-oss", "gpt-oss", hidden_size=64, intermediate_size=64)
+    for method in PARTS:
+        quantise_folder(gpt_oss if method == "mxfp4" else plain, base / method, method)
+    return {method: base / method for method in PARTS}
+
+
+@pytest.mark.parametrize(("method", "part"), [(method, part) for method, parts in PARTS.items() for part in parts])
+def test_damage_is_found_when_the_folder_is_opened(
+    method: str, part: str, undamaged: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = load_file(undamaged[method] / "model.safetensors")
+    stem = "model.layers.1.mlp.experts." if method == "mxfp4" else "model.layers.1.mlp.up_proj."
+    (tmp_path / "config.json").write_bytes((undamaged[method] / "config.json").read_bytes())
+    for damage, change in DAMAGES.items():
+        if (damage, part) == ("missing", "g_idx"):  # without it the groups are in order
+            continue
+        damaged = {name: tensor for name, tensor in tensors.items() if name != stem + part}
+        if (tensor := change(tensors[stem + part])) is not None:
+            damaged[stem + part] = tensor.contiguous()
+        save_file(damaged, tmp_path / "model.safetensors")
+        print(damage)
+        with pytest.raises(InvalidModel, match=stem.split(".")[-2]):
+            open_model(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 100])
+def test_groups_are_those_of_the_configuration(rows: int, plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "awq")
+    file = tmp_path / "quantised" / "model.safetensors"
+    tensors = load_file(file)
+    for part in ("scales", "qzeros"):
+        name = f"model.layers.0.mlp.up_proj.{part}"
+        tensors[name] = tensors[name][:1].expand(rows, -1).contiguous()
+    save_file(tensors, file)
+    with pytest.raises(InvalidModel, match="up_proj"):
         open_model(tmp_path / "quantised")
