@@ -60,16 +60,21 @@ class Answer:
         """Reads the tokens the client has. They may hold the end already: then only Finished was lost on the way."""
         for token_id in self._resume:
             self._usage.completion_tokens += 1
-            self._text.push(token_id)
+            self._push(token_id)
             if self._text.stop_string:
                 return common_pb2.FINISH_REASON_STOP
-        if self._resume:
-            ends_it = self._resume[-1] in self._sampling.stop_token_ids
-            if ends_it or (self._resume[-1] in self._model.eos_token_ids and not self._sampling.ignore_eos):
-                return common_pb2.FINISH_REASON_STOP
+        if self._resume and (self._resume[-1] in self._sampling.stop_token_ids or self._ends(self._resume[-1])):
+            return common_pb2.FINISH_REASON_STOP
         if len(self._resume) >= self._sampling.max_tokens:
             return common_pb2.FINISH_REASON_LENGTH
         return common_pb2.FINISH_REASON_UNSPECIFIED
+
+    def _ends(self, token_id: int) -> bool:
+        return token_id in self._model.eos_token_ids and not self._sampling.ignore_eos
+
+    def _push(self, token_id: int) -> str:
+        """The end token is no part of the text, whether or not the tokenizer flags it special."""
+        return "" if self._ends(token_id) else self._text.push(token_id)
 
     def _piece(self, drawn: Drawn) -> Response.Piece:
         self._measure()
@@ -79,7 +84,7 @@ class Answer:
         text = []
         for token in drawn.tokens:
             piece.tokens.append(token)
-            text.append(self._text.push(token.token_id))
+            text.append(self._push(token.token_id))
             if self._text.stop_string:
                 break
         piece.text = "".join(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 import threading
@@ -12,6 +13,7 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
 from legato.v1 import common_pb2, inference_pb2
 from router.meter import quantiles
@@ -60,6 +62,24 @@ def text_of(read: list[Response]) -> str:
 
 def tokens_of(read: list[Response]) -> list[int]:
     return [token.token_id for response in read for token in response.piece.tokens]
+
+
+async def test_the_end_token_is_no_text_even_where_the_tokenizer_says_nothing_of_it(tokenizer: Tokenizer) -> None:
+    definition = json.loads(tokenizer.definition)
+    definition["added_tokens"][0]["special"] = False
+    plain = Tokenizer(Backend.from_str(json.dumps(definition)), {})
+    asked = [generate(ids=[7], seed=seed) for seed in range(40)]
+    answers = [whole_answer([7], each.options.sampling) for each in asked]
+    asked, answer = next(pair for pair in zip(asked, answers, strict=True) if pair[1][-1] == EOS and len(pair[1]) > 3)
+    async with ToyRouter(plain) as router:
+        await pools(router)
+        read = await responses(router, asked)
+        asked.options.sampling.ignore_eos = True
+        going_on = await responses(router, asked)
+    assert tokens_of(read) == answer
+    assert text_of(read) == plain.decode(answer[:-1])
+    assert text_of(going_on) == plain.decode(tokens_of(going_on))
+    assert "<eos>" in text_of(going_on)
 
 
 async def pools(router: ToyRouter) -> None:
