@@ -40,14 +40,23 @@ class TierIndex:
         assert content not in self._sizes
         if num_bytes > self.capacity_bytes:
             return None
-        evicted = []
-        while self.used_bytes + num_bytes > self.capacity_bytes:
-            oldest, size = self._sizes.popitem(last=False)
-            self.used_bytes -= size
-            evicted.append(oldest)
+        evicted = self.in_the_way_of(num_bytes)
+        for oldest in evicted:
+            self.drop(oldest)
         self._sizes[content] = num_bytes
         self.used_bytes += num_bytes
         return evicted
+
+    def in_the_way_of(self, num_bytes: int) -> list[bytes]:
+        """Those that have to go for so many bytes more, in that order; nothing changes."""
+        over_bytes = self.used_bytes + num_bytes - self.capacity_bytes
+        found = []
+        for content, size in self._sizes.items():
+            if over_bytes <= 0:
+                break
+            found.append(content)
+            over_bytes -= size
+        return found
 
     def drop(self, content: bytes) -> bool:
         """False: it is not here."""

@@ -72,7 +72,11 @@ class DiskTier:
                 os.unlink(entry.path)
                 self.dropped += 1
         for _, content_hash, num_bytes in sorted(found):
-            self._make_room(content_hash, num_bytes)
+            if num_bytes > self._index.capacity_bytes:
+                self._path(content_hash).unlink()
+                continue
+            self._make_room(num_bytes)
+            self._index.admit(content_hash, num_bytes)
 
     def _is_ours(self, path: Path, content_hash: bytes, num_bytes: int) -> bool:
         """Its content is looked at when it is read."""
@@ -85,12 +89,14 @@ class DiskTier:
     def _fields(self, content_hash: bytes, content_bytes: int) -> bytes:
         return _FIELDS.pack(MAGIC, VERSION, self._owner, content_hash, content_bytes)
 
-    def _make_room(self, content_hash: bytes, num_bytes: int) -> None:
-        """For a file that is there; one that does not fit at all goes itself."""
+    def _make_room(self, num_bytes: int) -> None:
+        """Raises OSError where a file does not go: it stays counted."""
         with self._guard:
-            evicted = self._index.admit(content_hash, num_bytes)
-        for gone in [content_hash] if evicted is None else evicted:
-            self._path(gone).unlink(missing_ok=True)
+            leaving = self._index.in_the_way_of(num_bytes)
+        for content_hash in leaving:
+            self._path(content_hash).unlink(missing_ok=True)
+            with self._guard:
+                self._index.drop(content_hash)
 
     def _path(self, content_hash: bytes) -> Path:
         return self._folder / content_hash.hex()
@@ -109,11 +115,11 @@ class DiskTier:
                 return False
         unfinished = path.with_suffix(_UNFINISHED)
         try:
+            self._make_room(num_bytes)
             with unfinished.open("wb") as file:
                 file.write(fields + _checksum(fields, data))
                 file.write(data)
             unfinished.replace(path)
-            self._make_room(content_hash, num_bytes)
         except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
@@ -122,6 +128,8 @@ class DiskTier:
             self._is_failing = True
             return False
         self._is_failing = False
+        with self._guard:
+            self._index.admit(content_hash, num_bytes)
         return True
 
     def load(self, content_hash: bytes) -> torch.Tensor | None:
@@ -135,17 +143,24 @@ class DiskTier:
                 header = file.read(HEADER_BYTES)
                 data = bytearray(os.fstat(file.fileno()).st_size - len(header))
                 is_whole = file.readinto(data) == len(data)
-        except OSError:  # evicted meanwhile, or the disk is broken
+        except FileNotFoundError:  # evicted meanwhile
             with self._guard:
                 self._index.drop(content_hash)
+            return None
+        except OSError as error:  # the file is there, and counts
+            logger.warning("%s cannot be read: %s", path, error.strerror)
             return None
         fields = self._fields(content_hash, len(data))
         if is_whole and data and header == fields + _checksum(fields, memoryview(data)):
             return torch.frombuffer(data, dtype=torch.uint8)
         logger.warning("%s is not what was written, and is removed", path)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # it counts, and is never handed out
+            logger.warning("%s cannot be removed: %s", path, error.strerror)
+            return None
         with self._guard:
             self._index.drop(content_hash)
-            path.unlink(missing_ok=True)
             self.dropped += 1
         return None
 

@@ -185,6 +185,50 @@ def test_a_disk_that_takes_nothing_stops_nobody(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_a_file_that_cannot_be_removed_stays_counted_and_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = disk(tmp_path, blocks=2)
+    for number in (1, 2):
+        assert tier.store(key(number), content(number))
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "0").iterdir())
+
+    files = sorted(["lock", key(1).hex(), key(2).hex()])
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        assert not tier.store(key(3), content(3))
+        assert not tier.use(key(3)), "as store() said"
+        for number in (1, 2):
+            assert torch.equal(tier.load(key(number)), content(number))  # type: ignore[arg-type]
+        assert kept() == files
+        path_of(tmp_path, 1).write_bytes(b"wrong")
+        assert tier.load(key(1)) is None
+        assert (tier.dropped, kept()) == (0, files)
+    assert tier.store(key(3), content(3))
+    assert torch.equal(tier.load(key(3)), content(3))  # type: ignore[arg-type]
+    assert kept() == sorted(["lock", key(2).hex(), key(3).hex()])
+    tier.close()
+
+
+def test_a_file_that_cannot_be_read_now_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = disk(tmp_path)
+    tier.store(key(1), content(1))
+
+    def refuse(path: Path, mode: str) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        assert tier.load(key(1)) is None
+    assert torch.equal(tier.load(key(1)), content(1))  # type: ignore[arg-type]
+    tier.close()
+
+
 def test_a_folder_that_cannot_be_used_is_said_at_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidConfiguration, match=r"disk_folder .*file"):
