@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -51,14 +52,15 @@ REDIS_URL = "redis://redis"
 PORT = 1
 TELEMETRY = setup("simulated")
 CONFIGS = {
-    (role, lease_s): WorkerConfig(
+    (role, lease_s, digest): WorkerConfig(
         role=role,  # type: ignore[arg-type]
         redis_url=REDIS_URL,
         cluster_key=SecretStr(KEY),
-        handoff={"lease_s": lease_s},  # type: ignore[arg-type]
+        handoff={"lease_s": lease_s, "digest": digest, "digest_sample": 0.5},  # type: ignore[arg-type]
     )
     for role in ("prefill", "decode")
     for lease_s in (0.5, 1.0, 3.0)
+    for digest in ("always", "sampled")
 }
 
 
@@ -72,6 +74,7 @@ class Surroundings:
     store: Store
     truths: dict[str, Truth]  # by request
     violated: Callable[[str], None]
+    digest: str  # as handoff.digest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,12 +98,12 @@ class Executor:
 
     def __init__(self, engine: Engine, num_ranks: int, meter: Meter, look: Callable[[StepPlan], None]) -> None:
         self._engine, self._num_ranks, self._meter, self._look = engine, num_ranks, meter, look
-        self._out: deque[tuple[StepPlan, StepResult]] = deque()
+        self._out: deque[tuple[StepPlan, StepResult, float]] = deque()
 
     def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None, meanwhile: Callable[[], None]) -> None:
         (plan,) = plans
         self._look(plan)
-        self._out.append((plan, self._engine.execute(plan)))
+        self._out.append((plan, self._engine.execute(plan), time.monotonic()))
         if watch is not None:
             for rank in range(self._num_ranks):
                 if watch.hook(rank) is not None:
@@ -108,9 +111,9 @@ class Executor:
         meanwhile()
 
     def result(self) -> tuple[StepResult, ...]:
-        plan, result = self._out.popleft()
+        plan, result, submitted_s = self._out.popleft()
         self._engine.finish(plan)
-        self._meter.step((plan,), (result,), 0.0)
+        self._meter.step((plan,), (result,), time.monotonic() - submitted_s)
         return (result,)
 
     def totals(self) -> dict[str, int]:
@@ -270,7 +273,7 @@ class Worker:
         meter = Meter(TELEMETRY)
         nothing = cast(Any, None)
         return Core(
-            config=CONFIGS[plan.role, plan.lease_s],
+            config=CONFIGS[plan.role, plan.lease_s, around.digest],
             cluster_key=KEY.encode(),
             record=record,
             ranks=ranks,

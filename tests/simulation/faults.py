@@ -71,7 +71,7 @@ class Faults:
         if not process.is_alive:
             return False
         if name in self._world.workers:
-            self._world.witness.count_refused(self._world.workers[name])
+            self._world.witness.count(self._world.workers[name])
         self._network.crash(process)
         self._fabric.crash(process)
         return True

@@ -55,7 +55,7 @@ def play_all(seeds: range, jobs: int) -> int:
     hits: collections.Counter[tuple[str, str]] = collections.Counter()
     refused: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
-    virtual_s = 0.0
+    virtual_s, fetched_tokens = 0.0, 0
     shares = [seeds[at : at + SHARE] for at in range(0, len(seeds), SHARE)]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for outcomes, broken in pool.imap_unordered(play_share, shares):
@@ -64,6 +64,7 @@ def play_all(seeds: range, jobs: int) -> int:
                 hits += outcome.hits
                 refused += outcome.refused
                 virtual_s += outcome.lasted_s
+                fetched_tokens += outcome.fetched_tokens
             for message in broken:
                 print(f"\n{message}", flush=True)
             failures += broken
@@ -78,6 +79,7 @@ def play_all(seeds: range, jobs: int) -> int:
     table(hits)
     print("\nrequests:", ", ".join(f"{count} {end}" for end, count in ends.most_common()))
     print("refused hand-over messages:", ", ".join(f"{count} {why}" for why, count in refused.most_common()))
+    print(f"tokens of prefixes fetched: {fetched_tokens}")
     print(f"broken promises: {len(failures)}")
     return 1 if failures else 0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tests.simulation.cluster import WorkerPlan
-from tests.simulation.model import VOCAB
+from tests.simulation.model import VOCAB, truth_of
 
+LONGEST_PROMPT = 36  # with the longest answer it fits into the smallest memory
 FAULTS_END_S = 6.0  # after the first request may come; then everything heals
 
 PREFILL_DIES = "prefill dies"
@@ -60,6 +61,7 @@ class Schedule:
     routers: tuple[str, ...]
     decode_prefills_tokens: int
     latency_s: float
+    digest: str  # as handoff.digest; where not every chunk has one, no write is spoilt
     requests: tuple[RequestPlan, ...]
     faults: tuple[Fault, ...]
 
@@ -84,15 +86,17 @@ def schedule_of(seed: int, kinds: Sequence[str] = KINDS) -> Schedule:
     )
     routers = tuple(f"router-{index}" for index in range(rng.choice((1, 1, 2))))
     requests = _requests(rng)
-    return Schedule(
+    schedule = Schedule(
         seed=seed,
         workers=workers,
         routers=routers,
         decode_prefills_tokens=rng.choice((0, 0, 8)),
         latency_s=rng.choice((0.0003, 0.003, 0.02)),
+        digest="always",
         requests=requests,
         faults=_faults(rng, kinds, [worker.worker_id for worker in workers], list(routers), requests),
     )
+    return dataclasses.replace(schedule, digest=rng.choice(("always", "always", "sampled")))
 
 
 def _requests(rng: random.Random) -> tuple[RequestPlan, ...]:
@@ -111,7 +115,23 @@ def _requests(rng: random.Random) -> tuple[RequestPlan, ...]:
                 timeout_s=rng.choice((0.4, 2.0, 6.0, 12.0)),
             )
         )
-    return tuple(found)
+    return (*found, *_conversations(rng, found))
+
+
+def _conversations(rng: random.Random, begun: Sequence[RequestPlan]) -> Iterator[RequestPlan]:
+    """Of some requests the next turn, perhaps before the answer is there: a decode worker holds what no prefill worker
+    has computed."""
+    for earlier in begun:
+        prompt = truth_of(earlier.prompt, earlier.seed, earlier.max_tokens).tokens
+        prompt += tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 4)))
+        if rng.random() < 0.5 and len(prompt) <= LONGEST_PROMPT:
+            yield dataclasses.replace(
+                earlier,
+                name=f"{earlier.name}then",
+                at_s=earlier.at_s + rng.uniform(0.2, 2.0),
+                prompt=prompt,
+                seed=rng.randrange(1 << 32),
+            )
 
 
 def _faults(

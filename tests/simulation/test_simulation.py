@@ -32,11 +32,14 @@ SEEDS = 100  # of any number: `make simulate` plays 2,000 and more
 def test_no_schedule_of_faults_breaks_a_promise() -> None:
     ends: collections.Counter[str] = collections.Counter()
     found: set[str] = set()
+    fetched_tokens = 0
     for seed in range(SEEDS):
         outcome = play(seed)
         ends += outcome.ends
+        fetched_tokens += outcome.fetched_tokens
         found |= {kind for kind, _ in outcome.hits}
     assert found == set(KINDS)
+    assert fetched_tokens > SEEDS
     assert ends["finished"] > 3 * SEEDS
     assert ends["DEADLINE_EXCEEDED"] > SEEDS // 10
     assert set(ends) <= {"finished", "left", "DEADLINE_EXCEEDED", "UNREACHABLE", "NO_WORKERS", *HAND_OVER, *LOST}, ends

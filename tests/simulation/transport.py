@@ -45,6 +45,7 @@ class Fabric:
         self.network = network
         self.rng = rng
         self.faults = 0.0  # the share of writes that go wrong
+        self.is_digested = True  # all that lands: only then may it land wrong
         self.by_address: dict[bytes, SimulatedTransport] = {}
         self.posting: Callable[[SimulatedTransport, Write], Any] = lambda owner, write: None
         self.landing: Landing = lambda owner, write, pieces: None
@@ -154,7 +155,8 @@ class SimulatedPeer(Peer):
         transfer.set_running_or_notify_cancel()
         write = Write(self, source.buffer, list(pieces), transfer)
         if fabric.faults and rng.random() < fabric.faults:
-            write.fault = rng.choice(("fail", "truncate", "corrupt", "late", "late", "lose the peer"))
+            spoilt = ("truncate", "corrupt") if fabric.is_digested else ()
+            write.fault = rng.choice(("fail", *spoilt, "late", "late", "lose the peer"))
         write.mark = fabric.posting(self.owner, write)
         self.writes = [earlier for earlier in self.writes if not earlier.is_over]
         self.writes.append(write)

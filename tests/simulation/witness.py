@@ -95,13 +95,15 @@ class Witness:
                 if piece.sequence_id not in worker.pool._placements.placed:  # type: ignore[attr-defined]
                     self._world.violated(f"{piece.sequence_id} runs on {worker.plan.worker_id}, which was given up")
 
-    def count_refused(self, worker: Worker) -> None:
+    def count(self, worker: Worker) -> None:
+        """At the end of its life."""
+        self._world.fetched_tokens += worker.core.meter.fetched_tokens
         self._world.refused.update(worker.core.reservations._each[0].refused)
 
     def audit(self, worker: Worker) -> None:
         """What the prefix cache names is what the blocks hold."""
         worker.core.check()
-        self.count_refused(worker)
+        self.count(worker)
         scheduler = worker.core.scheduler.schedulers[0]
         for name, truth in self._world.around.truths.items():
             hashes, size = scheduler.prefix.hashes(truth.tokens), scheduler.config.block_tokens

@@ -62,6 +62,7 @@ class Outcome:
     ends: collections.Counter[str]  # of requests: "finished", or the error's reason
     hits: collections.Counter[tuple[str, str]]  # (fault, phase): requests that it found in that phase
     refused: collections.Counter[str]  # hand-overs, by reason
+    fetched_tokens: int  # of prefixes, by prefill workers from decode workers
     callbacks: int
     lasted_s: float
     fingerprint: str
@@ -84,7 +85,9 @@ class World:
         self.loop = loop = SimulatedLoop(rng)
         network = Network(loop, rng)
         network.latency_s = schedule.latency_s
-        self.around = Surroundings(loop, network, Fabric(network, rng), Store(loop, network), {}, self.violated)
+        fabric = Fabric(network, rng)
+        fabric.is_digested = schedule.digest == "always"
+        self.around = Surroundings(loop, network, fabric, Store(loop, network), {}, self.violated, schedule.digest)
         self.rng = rng
         self.violations: list[str] = []
         self.is_over = False
@@ -93,6 +96,7 @@ class World:
         self.clients: dict[str, Client] = {}
         self.hits: collections.Counter[tuple[str, str]] = collections.Counter()
         self.refused: collections.Counter[str] = collections.Counter()
+        self.fetched_tokens = 0
         self.witness = Witness(self)
         self.around.fabric.posting, self.around.fabric.landing = self.witness.posting, self.witness.landing
 
@@ -297,5 +301,12 @@ def play(seed: int, faults: Sequence[str] = kinds.KINDS) -> Outcome:
     said = f"{story} {loop.callbacks} {loop.now_s!r} {world.around.fabric.writes} {sorted(world.refused.items())}"
     fingerprint = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
     return Outcome(
-        seed, ends, world.hits, world.refused, loop.callbacks, loop.now_s - MONOTONIC_AT_START_S, fingerprint
+        seed=seed,
+        ends=ends,
+        hits=world.hits,
+        refused=world.refused,
+        fetched_tokens=world.fetched_tokens,
+        callbacks=loop.callbacks,
+        lasted_s=loop.now_s - MONOTONIC_AT_START_S,
+        fingerprint=fingerprint,
     )
