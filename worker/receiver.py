@@ -86,7 +86,28 @@ class Receiver:
         self._core = claims.core
 
     async def receive(self, requests: AsyncIterator[Request]) -> None:
-        """Reads the stream to its end. Raises TicketRefused for a ticket that opens nothing here."""
+        """Takes the stream to its end. Raises TicketRefused for a ticket that opens nothing here."""
+        steps: asyncio.Queue[Request | None] = asyncio.Queue()
+        reading = asyncio.create_task(self._read(requests, steps))
+        try:
+            while (message := await steps.get()) is not None:
+                match message.WhichOneof("event"):
+                    case "chunk":
+                        await self._guarded(self._landed(message.chunk))
+                    case "landed":
+                        await self._guarded(self._layers_landed(message.landed))
+                    case "final":
+                        await self._guarded(self._admit(message.final))
+                    case "quiet":
+                        self.quiet(finished_without_handoff=message.quiet.finished_without_handoff)
+            await reading
+        finally:
+            reading.cancel()
+            self.replies.put_nowait(None)
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _read(self, requests: AsyncIterator[Request], steps: asyncio.Queue[Request | None]) -> None:
+        """Steps wait in line. Signs of life do not: a step may outlast the lease."""
         try:
             async for message in requests:
                 event = message.WhichOneof("event")
@@ -98,19 +119,14 @@ class Receiver:
                     case "begin":
                         self._open(message.begin)
                         self.replies.put_nowait(Reply(accepted=Reply.Accepted()))
-                    case "chunk":
-                        await self._guarded(self._landed(message.chunk))
-                    case "landed":
-                        await self._guarded(self._layers_landed(message.landed))
-                    case "final":
-                        await self._guarded(self._admit(message.final))
                     case "alive":
                         await self._guarded(self._renew())
-                    case "quiet":
-                        self.quiet(finished_without_handoff=message.quiet.finished_without_handoff)
-                        return
+                    case _:
+                        steps.put_nowait(message)
+                if event == "quiet":
+                    return
         finally:
-            self.replies.put_nowait(None)
+            steps.put_nowait(None)
 
     async def _guarded(self, step: Awaitable[None]) -> None:
         """A hand-over that goes wrong ends the request and asks the writer to stop; the stream goes on until Quiet."""
