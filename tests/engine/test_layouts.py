@@ -2,7 +2,7 @@
 
     python -m pytest tests/engine/test_layouts.py --whole-grid     every family × {tp 1,2,4} × {pp 1,2} × {ep 1,2,4}
 
-Without it a subset that covers every family, every layout that the field's articles name, and every pair of the two.
+Without it COVERING: every family at tp2-pp2, and each further layout with one or two families.
 """
 
 from __future__ import annotations
