@@ -41,7 +41,8 @@ class EngineOptions:
     """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantised ones included.
     kv_dtype "auto": the same. quantisation: of the weights, see load_weights. device "auto": the GPU where there is
     one. threads: of the CPU; None leaves torch's number. graph_rows: most sequences of a decode step that a GPU replays
-    from a CUDA graph; 0: none. Raises InvalidConfiguration for a quantisation that is none.
+    from a CUDA graph; 0: none. max_context_tokens: no sequence is longer; None or more than the model's own: the
+    model's own. Raises InvalidConfiguration for a quantisation that is none.
     """
 
     dtype: str = "auto"
@@ -51,6 +52,7 @@ class EngineOptions:
     kv_dtype: str = "auto"
     quantisation: Quantisation = "auto"
     graph_rows: int = 64
+    max_context_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.quantisation not in (known := get_args(Quantisation)):
@@ -68,6 +70,9 @@ class EngineOptions:
     def kv_dtype_for(self, spec: ModelSpec) -> Dtype:
         """Raises InvalidConfiguration for a name that is no dtype."""
         return self.dtype_for(spec) if self.kv_dtype == "auto" else Dtype.parse(self.kv_dtype)
+
+    def context_of(self, spec: ModelSpec) -> int:
+        return min(self.max_context_tokens or spec.max_context_tokens, spec.max_context_tokens)
 
     def torch_device(self) -> torch.device:
         """Raises InvalidConfiguration for a device that is unknown or not in this machine."""
@@ -115,7 +120,8 @@ class Engine:
         draft_model: DraftModel | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        self.spec, self.device, self.dtype = files.spec, options.torch_device(), options.dtype_for(files.spec)
+        self.spec = dataclasses.replace(files.spec, max_context_tokens=options.context_of(files.spec))
+        self.device, self.dtype = options.torch_device(), options.dtype_for(files.spec)
         if options.threads is not None:
             if options.threads < 1:
                 raise InvalidConfiguration(f"threads must be at least 1, is {options.threads}")

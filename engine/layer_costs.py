@@ -58,7 +58,7 @@ def _measure(files: ModelFiles, options: EngineOptions, tp: int, layer: int) -> 
     """Seconds of (that layer, the head)."""
     whole = shard_of(files.spec, ParallelLayout(tp=tp), 0)
     shard = dataclasses.replace(whole, layers=range(layer, layer + 1), experts=whole.experts[layer : layer + 1])
-    context_tokens = min(CONTEXT_TOKENS, files.spec.max_context_tokens)
+    context_tokens = min(CONTEXT_TOKENS, options.context_of(files.spec))
     blocks_each = -(-context_tokens // options.block_tokens)
     engine = Engine(files, options, ROWS * blocks_each, groups=Groups(shard, options.torch_device()))
     engine.kv.tensor.view(torch.uint8).zero_()  # numbers that are none would be slow

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spec.errors import InvalidModel
+from spec.errors import InvalidConfiguration, InvalidModel
 from spec.model import RopeSpec
 
 _POSITIONS_AT_ONCE = 8192  # bounds the float64 intermediates of long contexts
@@ -63,10 +63,16 @@ def _yarn_multipliers(rope: RopeSpec, rotary_dim: int) -> NDArray[np.float64]:
 
 
 def tables(rope: RopeSpec, rotary_dim: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each [num_positions, rotary_dim / 2] float32 on the CPU."""
+    """cos and sin, each [num_positions, rotary_dim / 2] float32 on the CPU.
+
+    Raises InvalidConfiguration where there is no memory for them."""
     per_position = frequencies(rope, rotary_dim)
-    cos = torch.empty(num_positions, rotary_dim // 2)
-    sin = torch.empty(num_positions, rotary_dim // 2)
+    try:
+        cos, sin = (torch.empty(num_positions, rotary_dim // 2) for _ in range(2))
+    except RuntimeError:
+        raise InvalidConfiguration(
+            f"there is no memory for rotary tables of {num_positions} positions; set engine.max_context_tokens"
+        ) from None
     for start in range(0, num_positions, _POSITIONS_AT_ONCE):
         end = min(start + _POSITIONS_AT_ONCE, num_positions)
         angles = np.outer(np.arange(start, end, dtype=np.float64), per_position)

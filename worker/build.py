@@ -93,8 +93,7 @@ class _Builder:
             raise InvalidConfiguration(
                 f"engine.expert_replicas is for layouts with ep above 1; engine.layout is {self._layout}"
             )
-        limit = self._files.spec.max_context_tokens
-        self._max_context_tokens = min(config.engine.max_context_tokens or limit, limit)
+        self._max_context_tokens = self._options.context_of(self._files.spec)
 
     def close(self) -> None:
         if self._others is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stepper import Stepper, rows_of
-from tiny_llama import SHAPES, Shape, load_reference, make_llama
+from stepper import Stepper, rows_of, worst_difference
+from tiny_llama import SHAPES, Shape, load_reference, make_llama, reference_of
 
 from engine.engine import Engine, EngineOptions, kv_layout_for
 from engine.kv_memory import KVMemory, default_num_blocks
@@ -227,3 +228,22 @@ def test_weights_are_held_once(tmp_path: Path) -> None:
 def test_an_unknown_quantisation_is_refused() -> None:
     with pytest.raises(InvalidConfiguration, match="'int3' is none; known are auto, none, int8"):
         EngineOptions(quantisation="int3")  # type: ignore[arg-type]
+
+
+def test_no_table_is_longer_than_the_context_that_is_asked_for(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model", SHAPES[0])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**12}))
+    files = open_model(folder)
+    with pytest.raises(InvalidConfiguration, match=r"engine\.max_context_tokens"):
+        Engine(files, EngineOptions(device="cpu"), 8)
+    engine = Engine(files, EngineOptions(device="cpu", max_context_tokens=77), 8)
+    assert engine.spec.max_context_tokens == 77
+    assert [tuple(cos.shape) for cos, _ in engine.decoder.rope_tables] == [(77, 6)]
+    token_ids = [(7 * i + 3) % 431 for i in range(77)]
+    assert worst_difference(Stepper(engine).run(token_ids), reference_of(load_reference(folder), token_ids)) < 1e-4
+
+
+def test_a_context_beyond_the_models_own_is_the_models_own(folder: Path) -> None:
+    spec = open_model(folder).spec
+    assert [EngineOptions(max_context_tokens=asked).context_of(spec) for asked in (None, 5, 9999)] == [512, 5, 512]
