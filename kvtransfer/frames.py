@@ -6,6 +6,7 @@ A frame is a 4-byte little-endian length and a TransferFrame of protos/legato/v1
 from __future__ import annotations
 
 import socket
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,24 +76,30 @@ def send_frame(link: socket.socket, frame: TransferFrame, flags: int = 0) -> Non
     link.sendall(len(encoded).to_bytes(4, "little") + encoded, flags)
 
 
-def receive_frame(link: socket.socket) -> TransferFrame | None:
-    """None when the other side ended the link between two frames. Raises TransferFailed for what is no frame."""
-    header = _receive_exactly(link, 4)
+def receive_frame(link: socket.socket, until_s: float | None = None) -> TransferFrame | None:
+    """None when the other side ended the link between two frames. Raises TransferFailed for what is no frame, and for
+    one that is not whole at `until_s` of time.monotonic()."""
+    header = _receive_exactly(link, 4, until_s)
     if not header:
         return None
     size_bytes = int.from_bytes(header, "little")
     if size_bytes > FRAME_LIMIT_BYTES:
         raise TransferFailed(f"a frame of {size_bytes} bytes is no frame")
     try:
-        return TransferFrame.FromString(_receive_exactly(link, size_bytes))
+        return TransferFrame.FromString(_receive_exactly(link, size_bytes, until_s))
     except DecodeError:
         raise TransferFailed("a frame that cannot be read") from None
 
 
-def _receive_exactly(link: socket.socket, nbytes: int) -> bytes:
-    """`nbytes`, or nothing at the end of the link. Raises TransferFailed when it ends in the middle."""
+def _receive_exactly(link: socket.socket, nbytes: int, until_s: float | None) -> bytes:
+    """`nbytes`, or nothing at the end of the link. Raises TransferFailed when it ends in the middle, or it is late."""
     received = bytearray()
     while len(received) < nbytes:
+        if until_s is not None:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise TransferFailed("a frame that does not come to its end")
+            link.settimeout(left_s)
         part = link.recv(nbytes - len(received))
         if not part:
             if received:

@@ -22,6 +22,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 
 from google.protobuf.message import DecodeError
 
@@ -255,14 +256,14 @@ class _Link(threading.Thread):
             self._connection.close()
 
     def _welcome(self) -> None:
-        self._connection.settimeout(ATTACH_TIMEOUT_S)
         tune(self._connection)
-        frame = receive_frame(self._connection)
+        frame = receive_frame(self._connection, time.monotonic() + ATTACH_TIMEOUT_S)
         if frame is not None and frame.HasField("detach"):
             self._transport.end_link(frame.detach.link_id)
             send_frame(self._connection, frame)
         if frame is None or not frame.HasField("attach"):
             return
+        self._connection.settimeout(ATTACH_TIMEOUT_S)
         self._transport.admit(self, frame.attach)
         if self.region is None:
             answer = TransferFrame.Attached(refused="no region of this descriptor")

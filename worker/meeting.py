@@ -44,6 +44,8 @@ class Meetings:
         config = self._core.config
         async with Watcher(config.redis_url, config.cluster) as watcher:
             while True:
+                for worker_id in self._not_before_s.keys() - watcher.workers.keys():
+                    del self._not_before_s[worker_id]
                 for record in watcher.workers.values():
                     self._look_at(record)
                 await asyncio.sleep(LOOK_S)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class Peers:
         self._peers: dict[_Key, asyncio.Future[Peer]] = {}
         self._releasing: set[asyncio.Task[None]] = set()
         self._set_aside_until_s: dict[_Key, float] = {}
-        self._links: dict[str, Link] = {}
+        self._links: weakref.WeakValueDictionary[str, Link] = weakref.WeakValueDictionary()  # hand-overs hold them
         self._met: dict[_Key, Met] = {}
         self._carries_nothing: set[_Key] = set()  # it connects, but the last measurement failed
         self._taken: set[_Key] = set()  # by hand-overs
@@ -72,7 +73,10 @@ class Peers:
 
     def link(self, consumer_id: str) -> Link:
         """What hand-overs to that worker share, whatever carries them."""
-        return self._links.setdefault(consumer_id, Link())
+        link = self._links.get(consumer_id)
+        if link is None:
+            link = self._links[consumer_id] = Link()
+        return link
 
     async def connect(
         self, consumer_id: str, epoch: int, endpoints: Iterable[worker_pb2.TransportEndpoint]

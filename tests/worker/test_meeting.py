@@ -76,7 +76,7 @@ async def joined(core: Core) -> AsyncIterator[Peers]:
     transport = SocketsTransport()
     region = transport.register(4096 + PROBE_BYTES)
     peers = Peers({"sockets": transport}, channel, {"sockets": region})
-    meetings = Meetings(core, peers)  # type: ignore[arg-type]
+    core.meetings = meetings = Meetings(core, peers)  # type: ignore[arg-type]
     try:
         yield peers
     finally:
@@ -162,3 +162,10 @@ async def test_one_that_cannot_be_reached_harms_nobody(core: Core, decode: Decod
     async with joined(core) as peers, registered(core, gone), registered(core, decode):
         await eventually(lambda: peers.is_connected("decode-0", 1))
         assert not peers.is_connected("decode-9", 1)
+
+
+async def test_one_that_left_is_forgotten(core: Core, decode: Decode) -> None:
+    async with joined(core):
+        async with registered(core, decode):
+            await eventually(lambda: core.met)
+        await eventually(lambda: not core.meetings._not_before_s)

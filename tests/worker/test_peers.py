@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -165,4 +166,17 @@ async def test_one_that_connects_and_carries_nothing_comes_last(
     with pytest.raises(TransferFailed, match="no transport gets through"):
         await peers.meet(WorkerRecord(worker_id="decode-1", epoch=1, endpoints=remote.endpoints()))
     assert not peers.is_connected("decode-1", 1), "it will be met again"
+    await peers.close()
+
+
+async def test_a_link_is_shared_while_a_hand_over_holds_it_and_kept_no_longer(
+    ours: dict[str, Transport], regions: dict[str, Region]
+) -> None:
+    peers = Peers(ours, channel, regions)
+    first = peers.link("decode-0")
+    assert peers.link("decode-0") is first
+    assert peers.link("decode-1") is not first
+    del first
+    gc.collect()
+    assert not peers._links
     await peers.close()
