@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spec.errors import InvalidModel, UnsupportedModel
+from spec.hf_defaults import DEFAULTS
 from spec.hf_rope import partial_rotary, rope_kind, rope_of, rope_parameters, yarn_magnitude
 from spec.hf_values import Config, token_ids, whole
 from spec.model import LatentSpec, LayerSpec, ModelSpec, MoeSpec
@@ -68,20 +69,6 @@ def _read(family: str, config: Config) -> ModelSpec:
     if fields.get("activation", "silu") == "silu" and config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not known to family {family}, only silu")
     return ModelSpec(**fields)
-
-
-GEMMA3_DEFAULTS = {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "vocab_size": 262208,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-}
-# What published files leave to the family, as transformers has it.
-DEFAULTS: dict[str, Config] = {"gemma3": GEMMA3_DEFAULTS, "gemma3_text": GEMMA3_DEFAULTS}
 
 
 # ---- families --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from transformers import DeepseekV3Config, Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen2Config
 
 from spec.errors import InvalidModel, UnsupportedModel
@@ -90,3 +91,37 @@ def test_a_kind_of_layer_that_is_not_known_is_refused() -> None:
     config = Gemma2Config(num_hidden_layers=2).to_dict() | {"layer_types": ["full_attention", "chunked_attention"]}
     with pytest.raises(UnsupportedModel, match="chunked_attention"):
         model_from_hf(config)
+
+
+WINDOWS = {"use_sliding_window": True}
+DEFAULTS_OF = [
+    ("Llama", {}),
+    ("Mistral", {}),
+    ("Mixtral", {}),
+    ("Qwen2", WINDOWS),
+    ("Qwen3", WINDOWS),
+    ("Qwen3Moe", WINDOWS),
+    ("Gemma2", {}),
+    ("Gemma3Text", {}),
+    ("Phi3", {}),
+    ("DeepseekV2", {"num_experts_per_tok": 6}),
+    ("DeepseekV3", {}),
+    ("GptOss", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), DEFAULTS_OF, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_key_that_is_left_out_is_as_transformers_has_it_or_asked_for(name: str, options: dict[str, object]) -> None:
+    whole = getattr(transformers, f"{name}Config")(**options).to_dict()
+    expected = model_from_hf(whole)
+    checked = 0
+    ropes = {"rope_parameters", "rope_scaling"}  # what published files always have where it is not plain
+    for key in whole.keys() - options.keys() - ropes - {"model_type", "bos_token_id", "eos_token_id"}:
+        left = {other: value for other, value in whole.items() if other not in (key, "layer_types")}
+        try:
+            found = model_from_hf(left)
+        except InvalidModel:  # asked for
+            continue
+        assert found == expected, key
+        checked += 1
+    assert checked
