@@ -119,6 +119,8 @@ def _gemma(config: Config) -> dict[str, Any]:
     """What Gemma 2 and 3 have in common."""
     if config.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise UnsupportedModel(f"hidden_activation {config['hidden_activation']!r} is not known to Gemma")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel("use_bidirectional_attention is not known to Gemma")
     bias = bool(config.get("attention_bias", False))
     return {
         "activation": "gelu_tanh",

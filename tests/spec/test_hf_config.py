@@ -93,6 +93,11 @@ def test_a_kind_of_layer_that_is_not_known_is_refused() -> None:
         model_from_hf(config)
 
 
+def test_gemma_that_sees_what_comes_after_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="use_bidirectional_attention"):
+        model_from_hf(Gemma3TextConfig().to_dict() | {"use_bidirectional_attention": True})
+
+
 WINDOWS = {"use_sliding_window": True}
 DEFAULTS_OF = [
     ("Llama", {}),
