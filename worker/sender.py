@@ -147,7 +147,7 @@ class Sender:
             task.cancel()
         while self._departures.is_unproven:
             try:
-                await asyncio.to_thread(self._target.peer.release)
+                await self._target.link.release(self._target.peer)
                 self._departures.is_unproven = False
             except TransferFailed as error:
                 logger.warning("the hand-over to %s is not proven quiet: %s", self._target.ticket.consumer_id, error)
