@@ -152,7 +152,7 @@ class Sender:
             except TransferFailed as error:
                 logger.warning("the hand-over to %s is not proven quiet: %s", self._target.ticket.consumer_id, error)
                 await asyncio.sleep(ASK_AGAIN_S)
-        self._staging.release()
+        await asyncio.to_thread(self._staging.release)  # a transport may have to wait
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with self._writing:
                 if not self._admitted.is_set():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
+import types
 import typing
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,6 +26,7 @@ from worker.link import Link
 from worker.sender import Sender
 
 KEY = "a key for tests"
+LAYOUT = KVLayout(1, 1, 2, 4, Dtype.FLOAT32)
 
 
 class Unwilling(worker_pb2_grpc.WorkerServicer):
@@ -37,13 +40,40 @@ class Unwilling(worker_pb2_grpc.WorkerServicer):
 
 
 async def opened(address: str) -> None:
-    ranks = (RankMemory(RankKV.whole(KVLayout(1, 1, 2, 4, Dtype.FLOAT32))),)
+    ranks = (RankMemory(RankKV.whole(LAYOUT)),)
     ticket, nobody = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None)
     target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", Link(), 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with channel(address, KEY) as link:
             stub = worker_pb2_grpc.WorkerStub(link)
             await Sender(stub, nobody, target, "127.0.0.1:1", pool, DigestPolicy(0.0)).open(timeout_s=10.0)
+
+
+class Willing(worker_pb2_grpc.WorkerServicer):
+    async def Handoff(self, request_iterator: Any, context: Any) -> AsyncIterator[worker_pb2.HandoffReply]:
+        yield worker_pb2.HandoffReply(accepted=worker_pb2.HandoffReply.Accepted())
+        async for _ in request_iterator:
+            pass
+
+
+async def test_scratch_memory_is_given_back_beside_the_event_loop() -> None:
+    """A transport may have to wait before it lets go of memory."""
+    ticket, nobody, threads = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None), list[int]()
+    target = Target(
+        ticket, worker_pb2.SignedTicket(), (RankMemory(RankKV.whole(LAYOUT)),), nobody, "sockets", Link(), 5.0
+    )
+    async with Host("127.0.0.1", 0, internal_key=KEY) as host:
+        host.add(worker_pb2_grpc.add_WorkerServicer_to_server, Willing(), "legato.v1.Worker", internal=True)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            async with channel(host.address, KEY) as link:
+                stub = worker_pb2_grpc.WorkerStub(link)
+                sender = Sender(stub, nobody, target, "127.0.0.1:1", pool, DigestPolicy(0.0))
+                await sender.open(timeout_s=10.0)
+                scratch = types.SimpleNamespace(release=lambda: threads.append(threading.get_ident()))
+                sender._staging._scratch = typing.cast("Any", scratch)
+                await sender.close()
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 async def test_nobody_is_there() -> None:
