@@ -69,6 +69,7 @@ GPT_MOE_1_8T = {
     "hidden_size": 10752,
     "intermediate_size": 28672,
     "num_attention_heads": 84,
+    "num_key_value_heads": 84,
     "num_hidden_layers": 120,
     "vocab_size": 100352,
     "max_position_embeddings": 32768,
@@ -98,7 +99,7 @@ def test_a_token_of_deepseek_caches_70_kilobytes() -> None:
 @pytest.mark.parametrize("text", ["pp8-tp8", "pp16-tp4", "tp8-dp8-ep64", "ep16-tp4-dp16", "pp4-tp4-dp4", "ep8-pp8-tp8"])
 def test_layouts_of_64_ranks_hold_every_part_once(text: str) -> None:
     spec, layout = (
-        model_from_hf(GPT_MOE_1_8T | {"num_local_experts": 64, "num_attention_heads": 96}),
+        model_from_hf(GPT_MOE_1_8T | {"num_local_experts": 64, "num_attention_heads": 96, "num_key_value_heads": 96}),
         ParallelLayout.parse(text),
     )
     shards = [shard_of(spec, layout, rank) for rank in range(layout.num_ranks)]
