@@ -10,7 +10,7 @@ from spec.errors import InvalidConfiguration
 _NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # IPv6 is off on this machine, say
 
 
-def free_port(host: str, port: int) -> int:
+def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
     """`port`, or for 0 one that is free, on every address of `host` that this machine has.
 
     Raises InvalidConfiguration where it is taken or cannot be had, and for a host that is none."""

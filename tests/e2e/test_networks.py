@@ -93,7 +93,7 @@ def undisturbed(model: Path, transport: str) -> dict[str, tuple[int, ...]]:
                 name: (await running.client.generate(prompt, **OPTIONS)).token_ids for name, prompt in prompts.items()
             }
 
-    with ValkeyServer(port=free_port("127.0.0.1", 0)) as redis:
+    with ValkeyServer(port=free_port()) as redis:
         return asyncio.run(run(f"redis://127.0.0.1:{redis.port}"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tiny_llama import SHAPES, make_llama
 
 from spec.errors import TransferFailed
 from worker.departures import Departures
+from worker.receiver import Receiver
 
 PROMPT = random.Random(8).choices(range(3, 400), k=150)
 CHUNKS_SENT = 3  # of 32 tokens, before it breaks
@@ -24,18 +26,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The first hand-over breaks before its fourth chunk is sent."""
+    """The first hand-over breaks before its fourth chunk is sent, once those before are checked by the receiver."""
     send, sent = Departures._send, []
+    landed, checked = Receiver._landed, asyncio.Semaphore(0)
 
     async def break_once(departures: Departures, chunk: Any) -> None:
         if len(sent) == CHUNKS_SENT:
-            await departures._until(lambda: departures._unsettled == 1)  # those before are told
+            for _ in range(CHUNKS_SENT):
+                await checked.acquire()
             sent.append(-1)
             raise TransferFailed("planted")
         await send(departures, chunk)
         sent.append(chunk.end)
 
+    async def counted(receiver: Receiver, chunk: Any) -> None:
+        await landed(receiver, chunk)
+        checked.release()
+
     monkeypatch.setattr(Departures, "_send", break_once)
+    monkeypatch.setattr(Receiver, "_landed", counted)
     return sent
 
 

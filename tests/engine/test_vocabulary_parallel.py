@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import _CONTEXT, free_port
+from ranks import _CONTEXT
 
 from engine.groups import join
 from engine.sampling import draw, token_logprobs
 from engine.vocabulary_parallel import Sampler
 from scheduler.plan import NO_TOKEN, Draw, Drawn
+from service.ports import free_port
 from spec.constraint import Constraint
 from spec.layout import ParallelLayout
 from spec.sampling import SamplingParams

