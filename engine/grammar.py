@@ -205,7 +205,7 @@ class Grammars:
     def _settle(self, sequence_id: str, first: Draw, found: tuple[Drawn, ...], refusal: str) -> tuple[Drawn, ...]:
         if found[0].token_id == NO_TOKEN:
             self._states.pop(sequence_id, None)
-            return (dataclasses.replace(found[0], refusal=refusal),)
+            return (found[0]._replace(refusal=refusal),)
         state, tokens = self._states.get(sequence_id), list(first.history[first.prompt_tokens :])
         for place, each in enumerate(found):
             tokens.append(each.token_id)
@@ -213,7 +213,7 @@ class Grammars:
                 break
             if state.matcher.is_stopped() and not state.matcher.is_error():
                 del self._states[sequence_id]
-                return (*found[:place], dataclasses.replace(each, completes=True))
+                return (*found[:place], each._replace(completes=True))
         return found
 
     def close(self) -> None:

@@ -28,24 +28,28 @@ def draws_of(piece: Slice) -> list[Draw]:
     if first is None:
         return []
     guesses = piece.guessed_token_ids
+    if not guesses:
+        return [first]
     return [first] + [_later(first, guesses[:count]) for count in range(1, len(guesses) + 1)]
 
 
 def _later(first: Draw, guesses: tuple[int, ...]) -> Draw:
     history = (*first.history, *guesses) if first.params.needs_history else ()
-    return dataclasses.replace(first, position=first.position + len(guesses), history=history)
+    return first._replace(position=first.position + len(guesses), history=history)
 
 
 def verified(guesses: Sequence[int], drawn: Sequence[Drawn]) -> tuple[Drawn, ...]:
     """Of what draws_of() drew, what follows from known tokens: as far as the guesses are right, and the token behind.
 
     NO_TOKEN stands alone: behind right guesses it is left to the next step, which finds it first."""
+    if not guesses:
+        return tuple(drawn)
     for count, (guess, each) in enumerate(zip(guesses, drawn, strict=False)):
         if each.token_id == NO_TOKEN:
             return tuple(drawn[: max(count, 1)])
         if each.token_id != guess:
             return tuple(drawn[: count + 1])
-    return tuple(drawn[:-1] if guesses and drawn[-1].token_id == NO_TOKEN else drawn)
+    return tuple(drawn[:-1] if drawn[-1].token_id == NO_TOKEN else drawn)
 
 
 class DraftModel:
@@ -77,9 +81,7 @@ class DraftModel:
                     following[place] = (drawn[0].token_id,), start + len(token_ids)
             pending = following
         return tuple(
-            dataclasses.replace(piece, guessed_token_ids=tuple(guesses[place]), proposal=None)
-            if place in guesses
-            else piece
+            piece._replace(guessed_token_ids=tuple(guesses[place]), proposal=None) if place in guesses else piece
             for place, piece in enumerate(slices)
         )
 
@@ -90,7 +92,7 @@ def _share(piece: Slice, guesses: list[int], token_ids: tuple[int, ...], start: 
     if piece.num_guesses == 0 or draw is None:
         return Slice(piece.sequence_id, token_ids, start, piece.block_table, None)
     params = dataclasses.replace(draw.params, logprobs=None, prompt_logprobs=None, speculation=None, constraint=None)
-    draw = _later(dataclasses.replace(draw, params=params), tuple(guesses))
+    draw = _later(draw._replace(params=params), tuple(guesses))
     return Slice(piece.sequence_id, token_ids, start, piece.block_table, draw)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from scheduler.plan import Drawn, TokenLogprobs
 from spec.errors import LegatoError
@@ -11,8 +11,7 @@ from spec.errors import LegatoError
 Finish = Literal["stop", "length"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """KV of positions [0, first_token + num_tokens) is in `block_table`; [first_token, ...) since the last one.
 
     The blocks stay while the sequence lives. Who reads them for longer takes references: `pool.hold(block_table)`."""
@@ -24,8 +23,7 @@ class Computed:
     group: int = 0  # the one of the worker's groups whose blocks they are
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Tokens of the answer, from index `first_index` on. `finish` set: the sequence has ended. `held`: it has drawn
     what it should here, and its blocks wait for `release()`. Times are on the scheduler's clock."""
 

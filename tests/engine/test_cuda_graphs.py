@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def test_sizes() -> None:
 )
 def test_what_is_no_plain_decode(change: dict[str, object]) -> None:
     assert is_plain_decode(DECODE)
-    assert not is_plain_decode(dataclasses.replace(DECODE, **change))
+    assert not is_plain_decode(DECODE._replace(**change))
 
 
 def test_who_captures(tmp_path: Path) -> None:
@@ -130,7 +129,7 @@ def test_padding_rows_write_apart(engine: Engine) -> None:
     first_spare = NUM_BLOCKS - spare_blocks(engine.kv.layout)
     inputs = DecodeInputs(engine.kv.layout, first_spare, 16, engine.spec.max_context_tokens, torch.device("cpu"))
     block_tokens = engine.kv.layout.block_tokens
-    slices = tuple(dataclasses.replace(DECODE, start=0, block_table=(row,)) for row in range(9))
+    slices = tuple(DECODE._replace(start=0, block_table=(row,)) for row in range(9))
     inputs.fill(slices, 16)
     slots = inputs.step(16).slots
     assert inputs.step(16).block_tables[:, 0].tolist() == [*range(9), *[first_spare] * 7]

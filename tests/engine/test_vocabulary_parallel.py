@@ -153,7 +153,7 @@ def test_a_constraint_is_each_ranks_part_of_it(ranks: Ranks) -> None:
         generator, chance = random.Random(seed), np.random.default_rng(seed)
         logits = logits_of(seed, 24, vocab, 3.0)
         draws = [Draw(any_params(generator, vocab), 9 + row, 5, (1,) * (9 + row)) for row in range(24)]
-        draws = [dataclasses.replace(each, params=unforced(each.params)) for each in draws]
+        draws = [each._replace(params=unforced(each.params)) for each in draws]
         allowed = [chance.random(vocab) < generator.choice([0.5, 2.5 / vocab]) for _ in draws]
         allowed[3][:], allowed[4][: ranks.runs[-1].start], allowed[5][ranks.runs[0].stop :] = False, False, False
         found = ranks.draw(logits, draws, allowed)

@@ -37,9 +37,12 @@ SLICE = Slice("a/0", (4, 5), 6, (9, 0, 123), DRAW, 0, (11, 12), "an adapter", gu
 
 
 def assert_nothing_is_a_default(value: Any, but: tuple[str, ...] = ()) -> None:
-    for field in dataclasses.fields(value):
-        if field.name not in but and field.default is not dataclasses.MISSING:
-            assert getattr(value, field.name) != field.default, f"{field.name} is not tried"
+    defaults = (
+        {field.name: field.default for field in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else {}
+    )
+    for name, default in (defaults or value._field_defaults).items():
+        if name not in but and default is not dataclasses.MISSING:
+            assert getattr(value, name) != default, f"{name} is not tried"
 
 
 def through_the_wire(plan: StepPlan, writer: PlanWriter) -> StepPlan:
