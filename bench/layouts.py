@@ -63,6 +63,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="a folder, a .gguf file or smollm2 (default: %(default)s)")
     parser.add_argument("--layout", default="pp2", help="with pp of 2 or more (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument(
+        "--quantisation",
+        default="auto",
+        choices=("auto", "none", "int8", "int4", "fp8"),
+        help="of the weights; auto: as they are stored (default: %(default)s)",
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="sequences (default: 8 16 32)")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4], help="out at once (default: 1 2 4)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
@@ -77,6 +83,7 @@ def core_of(layout: str, options: argparse.Namespace) -> Core:
     engine = EngineConfig(
         model=options.model,
         dtype=options.dtype,
+        quantisation=options.quantisation,
         device="cpu",
         threads=1,
         layout=layout,
@@ -148,7 +155,7 @@ def bubbles(before: dict[str, int], after: dict[str, int]) -> tuple[float, ...]:
 
 def report(turns: dict[tuple[int, int], list[Turn]], options: argparse.Namespace) -> None:
     table = Table(
-        title=f"{options.model} {options.dtype}, decode, one thread a process; medians of {options.rounds} rounds"
+        title=f"{options.model} {options.dtype}, weights {options.quantisation}, decode, one thread a process; medians of {options.rounds} rounds"
     )
     for name in ("batch", "processes", "steps out", "tokens/s", "to one process", "bubble of each stage"):
         table.add_column(name, justify="right")
