@@ -154,9 +154,8 @@ def bubbles(before: dict[str, int], after: dict[str, int]) -> tuple[float, ...]:
 
 
 def report(turns: dict[tuple[int, int], list[Turn]], options: argparse.Namespace) -> None:
-    table = Table(
-        title=f"{options.model} {options.dtype}, weights {options.quantisation}, decode, one thread a process; medians of {options.rounds} rounds"
-    )
+    of = f"{options.model} {options.dtype}, weights {options.quantisation}"
+    table = Table(title=f"{of}: decode, one thread a process; medians of {options.rounds} rounds")
     for name in ("batch", "processes", "steps out", "tokens/s", "to one process", "bubble of each stage"):
         table.add_column(name, justify="right")
     results = []
