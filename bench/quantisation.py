@@ -1,5 +1,8 @@
 """What quantisation costs and gains: quality on a real text, and speed, of one model in each form.
 
+Forms of other makers' checkpoints (GPTQ, AWQ, FP8, MXFP4, NVFP4) are written from the model and loaded as any folder of
+theirs. Their weights are rounded to nearest; makers calibrate them on data, which does better.
+
 Quality: perplexity of the text, and the mean Kullback-Leibler divergence of the next-token distribution from that of
 the reference, the same weights in bfloat16, in nats a token. Speed: decode at batch 1 and 8 and prefill, all forms
 interleaved A-B-C-A-B-C; the ratio is to the reference in the same round. Bytes are those of all weights in memory.
@@ -10,8 +13,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import shutil
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine import Ours
+from bench.quantised_folder import (
+    FP8_CHANNELS,
+    FP8_TENSOR,
+    MODELOPT_NVFP4,
+    MXFP4,
+    Checkpoint,
+    awq,
+    block_fp8,
+    gptq,
+    write_folder,
+)
 from bench.record import append_line
+from engine.convert import convert_gguf
 from engine.engine import Engine
 from engine.projection import Projection
 from engine.step import StepTensors
@@ -34,15 +51,33 @@ EXAMPLES = """examples:
   python -m bench.quantisation --text book.txt --tokens 4096
   python -m bench.quantisation --model ./Llama-3.2-1B --forms bfloat16 int8 int4
 """
-# name -> options of the engine; the first is the reference
-FORMS: dict[str, dict[str, str]] = {
-    "bfloat16": {"quantisation": "none"},
-    "int8": {"quantisation": "int8"},
-    "fp8": {"quantisation": "fp8"},
-    "int4": {"quantisation": "int4"},
-    "as stored": {"quantisation": "auto"},
-    "KV int8": {"quantisation": "none", "kv_dtype": "int8"},
-    "KV fp8": {"quantisation": "none", "kv_dtype": "float8_e4m3"},
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """options: of the engine. checkpoint: what the model is first written as, by rounding to nearest."""
+
+    options: dict[str, str]
+    checkpoint: Checkpoint | None = None
+
+
+AS_STORED = {"quantisation": "auto"}
+FORMS = {  # the first is the reference
+    "bfloat16": Form({"quantisation": "none"}),
+    "int8": Form({"quantisation": "int8"}),
+    "fp8": Form({"quantisation": "fp8"}),
+    "int4": Form({"quantisation": "int4"}),
+    "as stored": Form(AS_STORED),
+    "GPTQ int8": Form(AS_STORED, gptq(128, bits=8)),
+    "GPTQ int4": Form(AS_STORED, gptq(128)),
+    "AWQ int4": Form(AS_STORED, awq(64)),  # in groups that SmolLM2's 576 inputs are whole numbers of
+    "FP8 tensor": Form(AS_STORED, FP8_TENSOR),
+    "FP8 channel": Form(AS_STORED, FP8_CHANNELS),
+    "FP8 blocks": Form(AS_STORED, block_fp8(128)),
+    "MXFP4": Form(AS_STORED, MXFP4),
+    "NVFP4": Form(AS_STORED, MODELOPT_NVFP4),
+    "KV int8": Form({"quantisation": "none", "kv_dtype": "int8"}),
+    "KV fp8": Form({"quantisation": "none", "kv_dtype": "float8_e4m3"}),
 }
 WINDOW_TOKENS = 512  # the text is cut into windows that are read alone
 
@@ -53,7 +88,7 @@ def main() -> None:
     path = resolve_model(options.model)
     forms = {name: FORMS[name] for name in dict.fromkeys(["bfloat16", *options.forms])}
     windows = read_windows(path, options)
-    sides = {name: side_of(path, chosen, options) for name, chosen in forms.items()}
+    sides = sides_of(path, forms, options)
     quality = measure_quality(sides, windows)
     speed = measure_speed(sides, options)
     report(sides, quality, speed, options)
@@ -71,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="of the text at most (default: %(default)s)")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), help="(default: all)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: quality alone (default: %(default)s)")
     parser.add_argument(
         "--results", type=Path, default=Path("results/quantisation.jsonl"), help="gets one JSON line more"
     )
@@ -87,8 +122,28 @@ def read_windows(path: Path, options: argparse.Namespace) -> list[list[int]]:
     return found
 
 
+def sides_of(path: Path, forms: dict[str, Form], options: argparse.Namespace) -> dict[str, Ours]:
+    """bench.engine's own side, with an engine in each form. A checkpoint is written, loaded and thrown away."""
+    sides = {}
+    with tempfile.TemporaryDirectory(prefix="legato-quantisation-") as scratch:
+        plain = path
+        if path.suffix == ".gguf" and any(form.checkpoint is not None for form in forms.values()):
+            plain = Path(scratch, "plain")
+            convert_gguf(path, plain)
+        for number, (name, form) in enumerate(forms.items()):
+            print(f"\rloading {number + 1}/{len(forms)}", end="", file=sys.stderr, flush=True)
+            folder = path
+            if form.checkpoint is not None:
+                folder = Path(scratch, str(number))
+                write_folder(plain, folder, form.checkpoint)
+            sides[name] = side_of(folder, form.options, options)
+            if folder != path:
+                shutil.rmtree(folder)
+    print(file=sys.stderr)
+    return sides
+
+
 def side_of(path: Path, chosen: dict[str, str], options: argparse.Namespace) -> Ours:
-    """bench.engine's own side, with an engine in another form."""
     settings = argparse.Namespace(
         prefill_tokens=1024,
         context_tokens=128,
@@ -138,7 +193,7 @@ def measure_quality(sides: dict[str, Ours], windows: list[list[int]]) -> dict[st
 
 def measure_speed(sides: dict[str, Ours], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     times: dict[str, dict[str, list[float]]] = {name: {"b1": [], "b8": [], "prefill": []} for name in sides}
-    for number in range(options.rounds + 1):
+    for number in range(options.rounds + 1 if options.rounds else 0):  # the first warms up
         print(f"\rround {number}/{options.rounds}", end="", file=sys.stderr, flush=True)
         for name, side in sides.items():
             vocab = side.engine.spec.vocab_size
@@ -184,6 +239,7 @@ def report(
         ratios = {
             key: statistics.median(a / b for a, b in zip(reference[key], values, strict=True))
             for key, values in speed[name].items()
+            if values
         }
         held = weight_bytes(side.engine.decoder.weights)
         kv = side.engine.kv.layout.token_bytes
@@ -200,7 +256,7 @@ def report(
             str(kv),
             f"{quality[name]['perplexity']:.2f}",
             f"{quality[name]['kl']:.4f}",
-            *(f"{ratios[key]:.2f}×" for key in ("b1", "b8", "prefill")),
+            *(f"{ratios[key]:.2f}×" if ratios else "" for key in ("b1", "b8", "prefill")),
         )
     Console().print(table)
     append_line(options.results, "quantisation", options, rows)

@@ -7,8 +7,10 @@ AWQ                   qweight int32 [K, N / 8], qzeros int32 [groups, N / 8], sc
 FP8                   weight E4M3 [N, K], weight_scale_inv (DeepSeek) or weight_scale (compressed-tensors): [1],
                       [N, 1], or one per block, [N / 128, K / 128] where the configuration names no other block
 MXFP4                 blocks uint8 [E, N, K / 32, 16], scales uint8 [E, N, K / 32], E8M0 (gpt-oss)
+                      or weight_packed uint8 [N, K / 2], weight_scale uint8 [N, K / 32] (compressed-tensors)
 NVFP4                 weight_packed uint8 [N, K / 2], weight_scale E4M3 [N, K / 16], weight_global_scale [1], by
-                      which is divided (compressed-tensors)
+                      which is divided (compressed-tensors); or weight, weight_scale, weight_scale_2 (), by which is
+                      multiplied (ModelOpt)
 GGUF Q4_0 Q4_1 Q8_0   blocks of 32: a float16 scale (and minimum), then codes
 """
 
@@ -24,16 +26,20 @@ from engine.quantised_heads import (
     check_fp8,
     check_grouped,
     check_mxfp4,
-    check_nvfp4,
+    check_packed_fp4,
     fp8_block,
     fp8_grid,
+    global_scale,
+    group_inputs,
     is_fp8,
+    packed_fp4,
 )
 from kernels.quantised import QuantisedWeight
 from spec.errors import InvalidModel, UnsupportedModel
 
-METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors")
-COMPRESSED_FORMATS = ("float-quantized", "nvfp4-pack-quantized")
+METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "modelopt")
+COMPRESSED_FORMATS = ("float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+MODELOPT_ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4")
 _AWQ_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # where the columns of a word lie in it
 
 
@@ -61,6 +67,12 @@ class QuantisedTensors:
         if method == "compressed-tensors" and layout not in COMPRESSED_FORMATS:
             known = ", ".join(COMPRESSED_FORMATS)
             raise UnsupportedModel(f"compressed-tensors of the form {layout!r} is not known; known are {known}")
+        algorithm = config.get("quant_algo")
+        if method == "modelopt" and algorithm not in MODELOPT_ALGORITHMS:
+            known = ", ".join(MODELOPT_ALGORITHMS)
+            raise UnsupportedModel(f"ModelOpt's {algorithm!r} is not known; known are {known}")
+        self._fp4_group = 32 if layout == "mxfp4-pack-quantized" else 16
+        self._group_size = config.get("group_size", config.get("q_group_size"))
         self._block = fp8_block(config)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,12 +90,12 @@ class QuantisedTensors:
         another shape or type than it must have; nothing is read."""
         heads, stem = self._heads, name.removesuffix(".weight")
         if self._method in ("gptq", "awq") and f"{stem}.qweight" in heads:
-            size = self._config.get("group_size", self._config.get("q_group_size"))
-            check_grouped(heads, stem, self._bits, packed_inputs=self._method == "gptq", group_size=size)
+            packed_inputs = self._method == "gptq"
+            check_grouped(heads, stem, self._bits, packed_inputs=packed_inputs, group_size=self._group_size)
         elif self._method == "mxfp4" and f"{name}_blocks" in heads:
             check_mxfp4(heads, name)
-        elif f"{stem}.weight_packed" in heads:
-            check_nvfp4(heads, stem)
+        elif (codes := packed_fp4(heads, stem)) is not None:
+            check_packed_fp4(heads, stem, codes, self._fp4_group)
         elif (scales := self._fp8_scales(stem)) is not None or is_fp8(heads, name):
             check_fp8(heads, name, scales, self._block)
 
@@ -98,8 +110,8 @@ class QuantisedTensors:
         if self._method == "mxfp4" and f"{name}_blocks" in self._heads:
             assert expert is not None
             return mxfp4(self._read(f"{name}_blocks")[expert], self._read(f"{name}_scales")[expert])
-        if f"{stem}.weight_packed" in self._heads:
-            return self._nvfp4(stem)
+        if (codes := packed_fp4(self._heads, stem)) is not None:
+            return self._packed_fp4(stem, codes)
         scales = self._fp8_scales(stem)
         return None if scales is None else self._fp8(name, scales)
 
@@ -110,7 +122,7 @@ class QuantisedTensors:
         for suffix, plain in ((".qweight", ".weight"), ("_blocks", ""), (".weight_packed", ".weight")):
             if name.endswith(suffix):
                 return name.removesuffix(suffix) + plain
-        return None
+        return name if packed_fp4(self._heads, name.removesuffix(".weight")) == name else None
 
     def _whole_shape(self, name: str) -> tuple[int, ...] | None:
         """None: no codes have such a shape."""
@@ -119,7 +131,7 @@ class QuantisedTensors:
             return (shape[0], shape[2] * shape[3] * 2, shape[1]) if len(shape) == 4 else None
         if len(shape) != 2:
             return None
-        if name.endswith(".weight_packed"):
+        if name.endswith((".weight_packed", ".weight")):
             return shape[0], shape[1] * 2
         if self._method == "awq":
             return shape[1] * 8, shape[0]
@@ -134,7 +146,7 @@ class QuantisedTensors:
     def _gptq(self, stem: str) -> QuantisedWeight | None:
         scales = self._read(f"{stem}.scales")
         num_inputs = self._heads[f"{stem}.qweight"].shape[0] * (32 // self._bits)
-        group = num_inputs // scales.shape[0]
+        group = group_inputs(self._heads, stem, num_inputs, self._group_size)
         if f"{stem}.g_idx" in self._heads:
             in_order = torch.arange(num_inputs) // group
             if not torch.equal(self._read(f"{stem}.g_idx").long(), in_order):
@@ -147,24 +159,23 @@ class QuantisedTensors:
     def _awq(self, stem: str) -> QuantisedWeight:
         scales = self._read(f"{stem}.scales")
         codes, zeros = (self._awq_columns(f"{stem}.{part}") for part in ("qweight", "qzeros"))
-        return _from_codes(codes.T.contiguous(), scales, zeros, 4, codes.shape[0] // scales.shape[0])
+        group = group_inputs(self._heads, stem, codes.shape[0], self._group_size)
+        return _from_codes(codes.T.contiguous(), scales, zeros, 4, group)
 
     def _awq_columns(self, name: str) -> Tensor:
         """[R, C / 8] words to [R, C] codes."""
         words = unpacked(self._read(name), 4, 1)
         return words.view(words.shape[0], -1, 8)[:, :, list(_AWQ_COLUMN)].flatten(1)
 
-    def _nvfp4(self, stem: str) -> QuantisedWeight:
-        codes = self._read(f"{stem}.weight_packed")
-        divisor = self._read(f"{stem}.weight_global_scale").float()
-        return QuantisedWeight(
-            "fp4",
-            codes,
-            self._read(f"{stem}.weight_scale"),
-            codes.shape[1] * 2,
-            16,
-            output_scales=(1.0 / divisor).expand(codes.shape[0]).contiguous(),
-        )
+    def _packed_fp4(self, stem: str, name: str) -> QuantisedWeight:
+        codes, scales = self._read(name), self._read(f"{stem}.weight_scale")
+        if self._fp4_group == 32:
+            return mxfp4(codes.view(codes.shape[0], -1, 16), scales.view(torch.uint8))
+        whole = global_scale(name)
+        factor = self._read(whole).float().reshape(1)
+        factor = 1.0 / factor if whole.endswith("weight_global_scale") else factor
+        each = factor.expand(codes.shape[0]).contiguous()
+        return QuantisedWeight("fp4", codes, scales, codes.shape[1] * 2, 16, output_scales=each)
 
     def _fp8(self, name: str, scales_name: str) -> QuantisedWeight:
         codes, scales = self._read(name), self._read(scales_name)

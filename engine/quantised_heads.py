@@ -29,24 +29,31 @@ Heads = Mapping[str, Head]
 
 
 def check_grouped(heads: Heads, stem: str, bits: int, *, packed_inputs: bool, group_size: object) -> None:
-    """GPTQ (`packed_inputs`: a word holds codes of one output) and AWQ (of one input). group_size: as the configuration
-    has it, -1 for one group, None where it does not say."""
+    """GPTQ (`packed_inputs`: a word holds codes of one output) and AWQ (of one input). group_size: see group_inputs."""
     per_word = 32 // bits
     rows, columns = _sizes(heads, f"{stem}.qweight", 2, "I32")
     inputs, outputs = (rows * per_word, columns) if packed_inputs else (rows, columns * per_word)
-    groups = _sizes(heads, f"{stem}.scales", 2, *_FLOATS)[0]
-    if group_size is not None:
-        if type(group_size) is not int or group_size == 0 or group_size < -1:
-            raise InvalidModel(f"group_size must be a whole number above 0, or -1, is {group_size!r}")
-        groups = 1 if group_size == -1 else -(-inputs // group_size)
-    if groups < 1 or inputs % groups:
-        raise InvalidModel(f"{stem}: {inputs} inputs are no {groups} equal groups", tensor=f"{stem}.scales")
-    if groups > 1 and inputs // groups % GROUP_MULTIPLE:
-        raise UnsupportedModel(f"{stem}: groups of {inputs // groups}; known are multiples of {GROUP_MULTIPLE}")
+    group = group_inputs(heads, stem, inputs, group_size)
+    if group < inputs and group % GROUP_MULTIPLE:
+        raise UnsupportedModel(f"{stem}: groups of {group}; known are multiples of {GROUP_MULTIPLE}")
+    groups = -(-inputs // group)
     _expect(heads, f"{stem}.scales", (groups, outputs), *_FLOATS)
     _expect(heads, f"{stem}.qzeros", (groups, -(-outputs // per_word)), "I32")
     if packed_inputs and f"{stem}.g_idx" in heads:
         _expect(heads, f"{stem}.g_idx", (inputs,), "I32", "I64")
+
+
+def group_inputs(heads: Heads, stem: str, inputs: int, group_size: object) -> int:
+    """Inputs that share a scale; the last group may have fewer. group_size: as the configuration has it, -1 for one
+    group, None where it does not say: as many equal ones as there are scales."""
+    if group_size is None:
+        groups = _sizes(heads, f"{stem}.scales", 2, *_FLOATS)[0]
+        if inputs % groups:
+            raise InvalidModel(f"{stem}: {inputs} inputs are no {groups} equal groups", tensor=f"{stem}.scales")
+        return inputs // groups
+    if type(group_size) is not int or group_size == 0 or group_size < -1:
+        raise InvalidModel(f"group_size must be a whole number above 0, or -1, is {group_size!r}")
+    return inputs if group_size == -1 else min(group_size, inputs)
 
 
 def check_mxfp4(heads: Heads, name: str) -> None:
@@ -55,11 +62,31 @@ def check_mxfp4(heads: Heads, name: str) -> None:
     _expect(heads, f"{name}_scales", (experts, outputs, groups), "U8")
 
 
-def check_nvfp4(heads: Heads, stem: str) -> None:
-    outputs, half = _sizes(heads, f"{stem}.weight_packed", 2, "U8")
-    _expect(heads, f"{stem}.weight_packed", (outputs, -(-half // 8) * 8), "U8")
-    _expect(heads, f"{stem}.weight_scale", (outputs, half // 8), _CODES_FP8)
-    _expect(heads, f"{stem}.weight_global_scale", (1,), *_FLOATS)
+def packed_fp4(heads: Heads, stem: str) -> str | None:
+    """The tensor that holds two codes a byte: compressed-tensors names it for that, ModelOpt as a plain weight."""
+    if f"{stem}.weight_packed" in heads:
+        return f"{stem}.weight_packed"
+    plain = heads.get(f"{stem}.weight")
+    return None if plain is None or plain.type_name != "U8" else f"{stem}.weight"
+
+
+def check_packed_fp4(heads: Heads, stem: str, codes: str, group: int) -> None:
+    """`codes`: what packed_fp4 found. `group`: 16, NVFP4, with a scale of the tensor, or 32, MXFP4."""
+    outputs, half = _sizes(heads, codes, 2, "U8")
+    if half * 2 % group:
+        raise InvalidModel(f"tensor {codes} has {half * 2} columns, which are no whole groups of {group}", tensor=codes)
+    scales = f"{stem}.weight_scale"
+    _expect(heads, scales, (outputs, half * 2 // group), *((_CODES_FP8,) if group == 16 else ("U8", _EXPONENTS)))
+    if group == 16:
+        whole = global_scale(codes)
+        if _of_type(heads, whole, _FLOATS).shape not in ((), (1,)):
+            raise InvalidModel(f"tensor {whole} has shape {heads[whole].shape}, expected one number", tensor=whole)
+
+
+def global_scale(codes: str) -> str:
+    """Of NVFP4, beside such codes: what compressed-tensors divides by, or ModelOpt multiplies by."""
+    stem, _, suffix = codes.rpartition(".")
+    return f"{stem}.weight_global_scale" if suffix == "weight_packed" else f"{stem}.weight_scale_2"
 
 
 def is_fp8(heads: Heads, name: str) -> bool:

@@ -132,6 +132,7 @@ def test_a_plain_model_becomes_the_same_in_every_layout(kind: str, tmp_path: Pat
         ([1], InvalidModel, "quantization_config must be an object"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, UnsupportedModel, "gemm"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, UnsupportedModel, "pack-quantized"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, UnsupportedModel, "NVFP4_AWQ.*W4A16_NVFP4"),
     ],
 )
 def test_what_is_not_known_is_refused(config: object, error: type, words: str, plain: Path, tmp_path: Path) -> None:
@@ -208,15 +209,17 @@ PARTS = {
     "fp8-blocks": ("weight", "weight_scale_inv"),
     "fp8-channels": ("weight", "weight_scale"),
     "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "nvfp4-modelopt": ("weight", "weight_scale", "weight_scale_2"),
+    "mxfp4-compressed": ("weight_packed", "weight_scale"),
     "mxfp4": MXFP4_PARTS,
 }
 DAMAGES = {
     "missing": lambda tensor: None,
-    "short": lambda tensor: tensor[:-1] if len(tensor) > 1 else torch.ones(3),
-    "narrow": lambda tensor: tensor[..., :-1] if tensor.shape[-1] > 1 else torch.ones(5, 5),
-    "of one more dimension": lambda tensor: tensor[None],
-    "empty": lambda tensor: tensor[:0],
-    "of another type": lambda tensor: tensor.view(torch.uint8).int() if tensor.dtype != torch.int32 else tensor.float(),
+    "short": lambda tensor: tensor[:-1] if tensor.numel() > 1 else torch.ones(3),
+    "narrow": lambda tensor: tensor[..., :-1] if tensor.numel() > 1 and tensor.shape[-1] > 1 else torch.ones(5, 5),
+    "of one more dimension": lambda tensor: tensor[None, None],
+    "empty": lambda tensor: tensor.reshape(-1)[:0] if tensor.dim() == 0 else tensor[:0],
+    "of another type": lambda tensor: tensor.double(),
 }
 
 
