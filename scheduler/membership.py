@@ -91,7 +91,8 @@ class Membership(Holdings):
             self._roster.move(sequence, Stage.HELD)
         if sequence.stage is Stage.HELD:
             return True
-        sequence.draws_here = sequence.drawn_here + 1
+        # Where the step that draws next is out already and the one before it is not committed, it is held after both.
+        sequence.draws_here = sequence.drawn_here + 1 + max(0, sequence.planned_tokens - sequence.known_tokens)
         return False
 
     def put_back(self, sequence_id: str) -> None:

@@ -65,6 +65,9 @@ class StepPlan:
 
     step: int
     slices: tuple[Slice, ...]
+    # The slices as they were known while the step before was computed, in the same order: without the token, and maybe
+    # without the last block of the table. None: this plan was not made ahead.
+    ahead: tuple[Slice, ...] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def num_tokens(self) -> int:

@@ -96,12 +96,24 @@ class Sequence:
 
     def finish(self, eos_token_ids: tuple[int, ...], context_limit: int) -> Finish | None:
         """Why its newest token is its last; None: it is not."""
-        token_id, params = self.output_token_ids[-1], self.params
-        if token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos):
+        if self.stops_at(self.output_token_ids[-1], eos_token_ids):
             return "stop"
-        if len(self.output_token_ids) >= params.max_tokens or self.known_tokens >= context_limit:
-            return "length"
-        return None
+        return None if self.has_room_behind(0, context_limit) else "length"
+
+    def stops_at(self, token_id: int, eos_token_ids: tuple[int, ...]) -> bool:
+        params = self.params
+        return token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos)
+
+    def has_room_behind(self, num_tokens: int, context_limit: int) -> bool:
+        """With so many more tokens another one may follow."""
+        output = len(self.output_token_ids) + num_tokens
+        return output < self.params.max_tokens and len(self.prompt_token_ids) + output < context_limit
+
+    def table(self) -> tuple[int, ...]:
+        """Of all its blocks; the same object until these change."""
+        if len(self._table) != len(self.block_table):
+            self._table = tuple(self.block_table)
+        return self._table
 
     def forget_blocks(self) -> list[int]:
         """Back to nothing computed; the caller releases the blocks."""
@@ -117,9 +129,7 @@ class Sequence:
         """Its share of a step: the next `num_tokens` unplanned ones, and a draw if these are all; guesses only then."""
         start, prompt_tokens = self.planned_tokens, len(self.prompt_token_ids)
         end, known = start + num_tokens, prompt_tokens + len(self.output_token_ids)
-        table = self._table
-        if len(table) != len(self.block_table):
-            table = self._table = tuple(self.block_table)
+        table = self.table()
         num_guesses = len(guesses) if proposal is None else proposal.num_tokens
         num_blocks = -(-(end + num_guesses) // block_tokens)
         if num_blocks < len(table):

@@ -10,6 +10,7 @@ import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
+from scheduler.ahead import AheadPlan
 from scheduler.batch import Scheduler, SchedulerConfig
 from scheduler.config import Load
 from scheduler.events import Event
@@ -101,6 +102,15 @@ class Lanes:
         if not any(plans):
             return None
         return tuple(StepPlan(0, ()) if plan is None else plan for plan in plans)
+
+    def plan_ahead(self) -> AheadPlan | None:
+        """As Scheduler.plan_ahead() does. None with several lanes, which would all have to go on."""
+        return self.schedulers[0].plan_ahead() if len(self.schedulers) == 1 else None
+
+    def follow(self, ahead: AheadPlan, results: Sequence[StepResult], now_s: float) -> tuple[StepPlan, ...] | None:
+        """As Scheduler.follow() does."""
+        plan = self.schedulers[0].follow(ahead, results[0], now_s)
+        return None if plan is None else (plan,)
 
     def commit(self, plans: Sequence[StepPlan], results: Sequence[StepResult], now_s: float) -> list[Event]:
         events: list[Event] = []

@@ -1,7 +1,11 @@
 """The engine loop: plan, submit, take the result, commit; one thread, which owns the device.
 
-    one stage       plan 0, result 0, commit 0, plan 1, ...
+    one stage       plan 0, result 0, commit 0, plan 1, result 1, ...
+    all go on       plan 0 (plan 1 ahead), result 0, follow 1 (commit 0, plan 2 ahead), result 1, follow 2, ...
     two stages      plan 0, plan 1, result 0, commit 0, plan 2, result 1, ...      `executor.steps_out` are out at once
+
+What is in brackets is done while the step is computed. Where a plan that was made ahead does not hold, as
+scheduler/ahead.py decides, the step behind which it was made is committed, and the next one planned anew.
 
 What came of a step is delivered while the next one is computed, by a thread of its own: between two steps Python's lock
 would go to whoever makes messages of it, and come back when these are made. Where no step follows it is delivered at
@@ -24,8 +28,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from scheduler.ahead import AheadPlan
 from scheduler.events import Event, Failed
-from scheduler.plan import StepPlan
+from scheduler.plan import StepPlan, StepResult
 from service import logs
 from spec.errors import InternalError, WorkerLost
 from worker.executor import StepExecutor
@@ -56,7 +61,9 @@ class EngineLoop:
         self.lock = threading.RLock()
         self.failure: BaseException | None = None
         self._executor = executor
-        self._out: collections.deque[tuple[StepPlan, ...]] = collections.deque()
+        self._out: collections.deque[tuple[StepPlan, ...]] = collections.deque()  # submitted, result not taken
+        self._taken: tuple[tuple[StepPlan, ...], Sequence[StepResult], float] | None = None  # and when; to be committed
+        self._ahead: AheadPlan | None = None  # behind the newest step that is out
         self._deliver = deliver
         self._untold: list[Event] = []  # told while the next step is computed
         self._on_failure = on_failure
@@ -104,6 +111,7 @@ class EngineLoop:
                 self._told.wait()
                 if self.begin_step():
                     self.end_step()
+            self._commit()
         except BaseException as failure:
             self.failure = failure
             if not isinstance(failure, WorkerLost):
@@ -123,8 +131,11 @@ class EngineLoop:
         with self._work:
             now_s = time.monotonic()
             due_s = self._tick(now_s)
-            self._untold += self.scheduler.expire(now_s)
-            plans = self.scheduler.plan(now_s) if len(self._out) < self._executor.steps_out else None
+            plans = self._follow(now_s)
+            if plans is None:
+                self._commit()
+                self._untold += self.scheduler.expire(now_s)
+                plans = self.scheduler.plan(now_s) if len(self._out) < self._executor.steps_out else None
             watch = None if plans is None else self._begin(plans)
             if plans is None and not self._out and not self._untold and not self._stopping:
                 due = [at_s for at_s in (due_s, self.scheduler.next_deadline_s()) if at_s is not None]
@@ -132,17 +143,39 @@ class EngineLoop:
         if plans is None:
             self._tell()
         else:
-            self._executor.submit(plans, watch, self._tell)
+            try:
+                self._executor.submit(plans, watch, self._meanwhile)
+            finally:
+                self._commit()  # where submitting failed: what was drawn is told before that
             self._out.append(plans)
             if len(self._out) < self._executor.steps_out:
                 return False
         return bool(self._out)
 
     def end_step(self) -> None:
-        """Takes the oldest step's result over."""
+        """Takes the oldest step's result."""
         results = self._executor.result()
+        self._taken = self._out.popleft(), results, time.monotonic()
+
+    def _follow(self, now_s: float) -> tuple[StepPlan, ...] | None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or self._taken is None:
+            return None
+        return self.scheduler.follow(ahead, self._taken[1], now_s)
+
+    def _meanwhile(self) -> None:
+        """When a step is under way."""
         with self.lock:
-            self._untold += self.scheduler.commit(self._out.popleft(), results, time.monotonic())
+            self._commit()
+            self._tell()
+            self._ahead = self.scheduler.plan_ahead()
+
+    def _commit(self) -> None:
+        """What was taken and is not committed yet."""
+        with self.lock:
+            if self._taken is not None:
+                (plans, results, taken_s), self._taken = self._taken, None
+                self._untold += self.scheduler.commit(plans, results, taken_s)
 
     def _tell(self) -> None:
         with self.lock:

@@ -20,18 +20,25 @@ from worker.loop import EngineLoop
 from worker.watch import StepWatch
 
 PATIENCE_S = 10.0
+LOST = WorkerLost("a rank is gone")
 
 
 class ToyExecutor:
-    """Draws token 7 wherever something is drawn. `during(step)` runs where a real one computes."""
+    """Draws token 7 wherever something is drawn. `during(step)` runs where a real one computes; `fails_at` is a step
+    that is not begun."""
 
     def __init__(self, steps_out: int, during: Callable[[int], None]) -> None:
         self.steps_out, self._during, self._steps = steps_out, during, 0
+        self.fails_at: int | None = None
+        self.plans: list[StepPlan] = []
         self._results: collections.deque[list[StepResult]] = collections.deque()
 
     def submit(
         self, plans: Sequence[StepPlan], watch: StepWatch | None = None, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
+        if self._steps == self.fails_at:
+            raise LOST
+        self.plans += plans
         meanwhile()
         self._during(self._steps)
         self._steps += 1
@@ -60,9 +67,8 @@ class Driven:
         self.telling_s = 0.0
         self.begun: list[int] = []  # of each step how many were told when it was planned
         self.changed = threading.Condition()
-        self.loop = EngineLoop(
-            self.lanes, ToyExecutor(steps_out, during), self._deliver, self._note, lambda now_s: None, self._begin
-        )
+        self.executor = ToyExecutor(steps_out, during)
+        self.loop = EngineLoop(self.lanes, self.executor, self._deliver, self._note, lambda now_s: None, self._begin)
 
     def _begin(self, plans: Sequence[StepPlan]) -> None:
         self.begun.append(len(self.told))
@@ -82,9 +88,10 @@ class Driven:
         with self.changed:
             return self.changed.wait_for(lambda: all(each in self.told for each in what), PATIENCE_S)
 
-    def start(self, max_tokens: int) -> None:
+    def start(self, max_tokens: int, names: str = "a") -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.lanes.add(Running("a", (1, 2, 3), [], params), time.monotonic())
+        for name in names:
+            self.lanes.add(Running(name, (1, 2, 3), [], params), time.monotonic())
         self.loop.start()
 
 
@@ -120,17 +127,24 @@ def test_no_step_is_planned_before_all_but_the_last_is_told() -> None:
 
 
 def test_what_was_drawn_is_told_before_a_failure_is() -> None:
-    lost = WorkerLost("a rank is gone")
-
     def during(step: int) -> None:
         if step == 2:
-            raise lost
+            raise LOST
 
     driven = Driven(during)
     driven.start(max_tokens=9)
-    assert driven.wait_for(lost)
-    assert driven.told == [0, 1, lost]
-    assert driven.loop.failure is lost
+    assert driven.wait_for(LOST)
+    assert driven.told == [0, 1, LOST]
+    assert driven.loop.failure is LOST
+    driven.loop.stop()
+
+
+def test_what_was_drawn_is_told_though_the_next_step_does_not_begin() -> None:
+    driven = Driven()
+    driven.executor.fails_at = 3
+    driven.start(max_tokens=9)
+    assert driven.wait_for(LOST)
+    assert driven.told == [0, 1, 2, LOST]
     driven.loop.stop()
 
 
@@ -172,3 +186,31 @@ def test_who_asks_hears_behind_all_that_was_committed() -> None:
     driven.loop.stop()
     driven.loop.after_told(lambda: driven._note("after the end"))
     assert driven.told[-1] == "after the end"
+
+
+@pytest.mark.parametrize("steps_out", [1, 2])
+def test_steps_are_planned_ahead_where_one_is_out_at_once(steps_out: int) -> None:
+    driven = Driven(steps_out=steps_out)
+    driven.start(max_tokens=9)
+    assert driven.wait_for(8)
+    driven.loop.stop()
+    made_ahead = [plan.ahead is not None for plan in driven.executor.plans]
+    assert made_ahead == [False] + [steps_out == 1] * 8
+
+
+def test_who_is_given_up_while_a_step_runs_is_not_in_the_next() -> None:
+    """Though the next was planned ahead with it."""
+
+    def during(step: int) -> None:
+        if step == 3:
+            with driven.loop.lock:
+                assert driven.lanes.abort("b", time.monotonic())
+
+    driven = Driven(during)
+    driven.start(max_tokens=9, names="abc")
+    assert driven.wait_for(8)
+    driven.loop.stop()
+    names = ["".join(piece.sequence_id for piece in plan.slices) for plan in driven.executor.plans]
+    assert names == ["abc"] * 4 + ["ac"] * 5
+    assert [plan.ahead is not None for plan in driven.executor.plans] == [False, *[True] * 3, False, *[True] * 4]
+    assert driven.lanes.counts() == dict.fromkeys(driven.lanes.counts(), 0)
