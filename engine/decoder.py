@@ -85,6 +85,11 @@ class Decoder:
         self.groups.send(rows.clone() if self.recorded is not None else rows)  # the next step writes over them
         return None
 
+    def place_kv(self, kv: KVMemory) -> None:
+        """Between two steps; nothing of the KV memory before is kept."""
+        self.kv = kv
+        self.recorded = record(self)
+
     def place_experts(self, shard: RankShard, replicas: Replicas, load: Callable[[int], PackedExperts]) -> None:
         """Between two steps: `load(layer)` brings the experts that `shard` has in a layer of the model, for those in
         which they are others than before. Of one layer at a time both are there."""

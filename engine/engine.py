@@ -128,19 +128,32 @@ class Engine:
             torch.set_num_threads(options.threads)
         self.groups = groups or Groups(shard_of(self.spec, ParallelLayout(), 0), self.device)
         self.shard, dtype = self.groups.shard, TORCH_DTYPES[self.dtype]
-        value_dim = None if self.spec.latent is None else self.spec.latent.kv_rank
-        layout = kv_layout_for(self.spec, options, self.shard)
-        captures = options.graph_rows > 0 and can_capture(self.spec, self.shard, self.device)
-        spare = spare_blocks(layout) if captures else 0
-        self.kv = KVMemory(layout, num_blocks, self.device, kv_buffer, value_dim, spare)
+        self._graph_rows = options.graph_rows if can_capture(self.spec, self.shard, self.device) else 0
+        self._kv_layout = kv_layout_for(self.spec, options, self.shard)
+        self.kv = self._kv_memory(num_blocks, kv_buffer)
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
-        self._captured = CapturedDecodes(self.decoder, options.graph_rows, self.device) if captures else None
+        self._captured = self._graphs()
         self._device_hooks = DeviceHooks() if self.device.type == "cuda" else None
         self._adapters = frozenset(adapters or ())
         self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
         self._files, self._quantisation, self._replicas = files, options.quantisation, replicas or {}
+
+    def place_kv(self, num_blocks: int, kv_buffer: memoryview | None = None) -> None:
+        """KV memory of that size in place of what is held, as the constructor takes it: before warm_up(), and before
+        any sequence holds a block."""
+        self.kv = self._kv_memory(num_blocks, kv_buffer)
+        self.decoder.place_kv(self.kv)
+        self._captured = self._graphs()
+
+    def _kv_memory(self, num_blocks: int, kv_buffer: memoryview | None) -> KVMemory:
+        value_dim = None if self.spec.latent is None else self.spec.latent.kv_rank
+        spare = spare_blocks(self._kv_layout) if self._graph_rows else 0
+        return KVMemory(self._kv_layout, num_blocks, self.device, kv_buffer, value_dim, spare)
+
+    def _graphs(self) -> CapturedDecodes | None:
+        return CapturedDecodes(self.decoder, self._graph_rows, self.device) if self._graph_rows else None
 
     @torch.inference_mode()
     def execute(

@@ -58,25 +58,6 @@ class KVMemory:
         return self._layers[index]
 
 
-def default_num_blocks(
-    block_bytes: int,
-    block_tokens: int,
-    free_bytes: int,
-    fraction: float = 0.25,
-    max_tokens: int = 262_144,
-    min_tokens: int = 2_048,
-) -> int:
-    """Blocks for `fraction` of the free memory, for between `min_tokens` and `max_tokens` tokens. `block_bytes` are
-    those of all ranks that share the memory.
-
-    Raises OutOfBlocks when not even `min_tokens` fit into all of the free memory.
-    """
-    least, most = -(-min_tokens // block_tokens), -(-max_tokens // block_tokens)
-    if least * block_bytes > free_bytes:
-        raise OutOfBlocks(f"KV memory for {min_tokens} tokens takes {least * block_bytes} bytes, {free_bytes} are free")
-    return max(least, min(most, int(free_bytes * fraction) // block_bytes))
-
-
 def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, num_bytes: int) -> Tensor:
     try:
         return torch.empty(shape, dtype=dtype, device=device)

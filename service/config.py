@@ -95,7 +95,8 @@ class EngineConfig(Section):
     layout: str = "tp1"  # of the worker's ranks, a process each: "tp2", "pp2-tp2", "dp2-ep2"
     threads: Count | None = None  # of each rank; None: the engine decides, or the host's cores shared out
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
-    kv_memory: ByteSize | None = None  # of all ranks; bytes, or "512MiB"; None: the service decides
+    kv_memory: ByteSize | None = None  # of all ranks; bytes, or "512MiB"; None: from what is free
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU: weights, activations and KV
     max_step_tokens: Count = 512  # a step computes at most this many: the chunk size
     max_sequences: Count = 64  # running at once
     max_context_tokens: Count | None = None  # None: the model's
@@ -258,7 +259,10 @@ class ClusterConfig(Section):
         )
 
     def _engine(self, overrides: EngineConfig) -> EngineConfig:
+        """Workers of one host find themselves on the same GPUs, and share them."""
         changed = {key: getattr(overrides, key) for key in overrides.model_fields_set}
+        if "gpu_memory_share" not in self.engine.model_fields_set:
+            changed.setdefault("gpu_memory_share", self.engine.gpu_memory_share / (self.prefill + self.decode))
         return self.engine.model_copy(update={**changed, "model": self.model})
 
     def _shared(self, service_name: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "service/run.py": {"uvloop"},
     "service/tokenizer.py": {"tokenizers"},
     "worker": {"google.protobuf", "grpc", "opentelemetry", "torch"},
-    "worker/rank_setup.py": {"psutil"},
+    "worker/device_memory.py": {"psutil"},
     "worker/ranks.py": {"psutil"},
     "worker/tier_files.py": {"xxhash"},
     "prefill_svc": {"grpc", "opentelemetry"},

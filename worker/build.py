@@ -1,7 +1,7 @@
 """A worker's parts, made in order:
 
-the model's description ──▶ the other ranks are started, layers are timed ──▶ KV memory is sized and registered
-──▶ all ranks join and load ──▶ warm-up ──▶ scheduler and reservations
+the model's description ──▶ the other ranks are started, layers are timed ──▶ all ranks join, load, and measure what is
+free ──▶ KV memory is sized and registered, and each rank takes its part ──▶ warm-up ──▶ scheduler and reservations
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from service.model_source import resolve_model
 from service.ports import free_port
 from service.tokenizer import load_tokenizer
 from spec.errors import InvalidConfiguration, LegatoError
-from spec.layout import KVLayout
 from spec.shard import RankShard, check_layout
 from telemetry.setup import Telemetry
 from worker.adapters import by_id, open_adapters
 from worker.core import Core, CoreRank
+from worker.device_memory import blocks_to_measure, fitting
 from worker.draft import open_draft_model
 from worker.endpoints import Endpoints
 from worker.executor import AllRanks, OneRank, StepExecutor
 from worker.grammars import grammars_of
-from worker.kv_region import RankMemories, RankRoom, choose_num_blocks, sized_from
+from worker.kv_placement import measure_all, place, size
+from worker.kv_region import RankMemories
 from worker.lanes import LaneReservations, Lanes
 from worker.meter import Meter
 from worker.partition import measured_costs, shards_of
-from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
+from worker.rank_setup import Place, host_name, layout_of, options_for
 from worker.ranks import Ranks
 from worker.record import content_salt, record_of
 from worker.stage_times import StageTimes
@@ -113,33 +114,47 @@ class _Builder:
             self._report("measuring layers", 0.0)
             self._costs = measured_costs(self._files, self._options, self._layout)
         shards = shards_of(self._files.spec, self._layout, self._costs)
-        memory = self._place_memory(shards)
-        draft_model = open_draft_model(
-            self._config,
-            self._files.spec,
-            self._options,
-            memory.num_blocks,
-            self._max_context_tokens,
-            self._report,
-        )
+        self._endpoints = Endpoints(self._config)
+        draft = open_draft_model(self._config, self._files.spec, self._options, self._max_context_tokens, self._report)
+        draft_model = None if draft is None else DraftModel(draft)
+        self._groups = self._join(shards)
+        grammars = grammars_of(self._files, shards[0], self._config.engine.max_sequences)
+        engine = self._load(grammars, draft_model if self._others is None else None)
+        self._report("measuring memory", 0.0)
+        uses = measure_all(self._config.engine, engine, draft, self._others)
+        memory = size(self._config.engine, self._files.spec, self._options, shards, uses, draft, self._others)
         try:
-            self._groups = self._join(shards, memory)
-            grammars = grammars_of(self._files, shards[0], self._config.engine.max_sequences)
+            self._endpoints.register(memory)
+            place(memory, engine, draft, self._others)
+        finally:
+            memory.close()
+        self._warm_up(engine, draft)
+        return self._core(telemetry, engine, grammars, shards, memory, draft_model)
+
+    def _load(self, grammars: Grammars, draft_model: DraftModel | None) -> Engine:
+        """When it returns all ranks have their weights, and hardly any KV memory."""
+        told = 0.0
+
+        def progress(fraction: float) -> None:
+            nonlocal told
+            told = fraction
+            self._loading(fraction)
+
+        device = self._options.torch_device()
+        with fitting(device, "the weights of rank 0", lambda: told):
             engine = Engine(
                 self._files,
                 self._options,
-                memory.num_blocks,
-                kv_buffer=memory.part(0) if self._is_on_cpu else None,
-                progress=self._loading,
+                blocks_to_measure(self._config.engine, device),
+                progress=progress,
                 groups=self._groups,
                 adapters=by_id(self._adapters),
-                draft_model=draft_model if self._others is None else None,
+                draft_model=draft_model,
                 grammars=grammars,
             )
-            self._warm_up(engine)
-        finally:
-            memory.close()
-        return self._core(telemetry, engine, grammars, shards, memory, draft_model)
+        if self._others is not None:
+            self._others.wait_ready(lambda fraction: self._report("loading weights", fraction))
+        return engine
 
     @property
     def _is_on_one_host(self) -> bool:
@@ -163,46 +178,19 @@ class _Builder:
     def _is_on_cpu(self) -> bool:
         return self._options.torch_device().type == "cpu"
 
-    def _place_memory(self, shards: Sequence[RankShard]) -> RankMemories:
-        spec, options = self._files.spec, self._options
-        layouts = [shard.kv_layout(spec, options.block_tokens, options.kv_dtype_for(spec)) for shard in shards]
-        rooms = self._rooms(layouts)
-        num_blocks = choose_num_blocks(self._config.engine, rooms, self._layout.dp)
-        memory = RankMemories(layouts, num_blocks, shared=self._others is not None)
-        self._endpoints = Endpoints(self._config)
-        self._endpoints.register(memory)
-        logger.info(
-            "KV memory: %s; sized from %s", memory.said(self._layout.dp), sized_from(self._config.engine, rooms)
-        )
-        return memory
-
-    def _rooms(self, layouts: Sequence[KVLayout]) -> list[RankRoom]:
-        found = [(host_name(), memory_name(self._options), free_bytes(self._options))]
-        if self._others is not None:
-            hellos = [hello for _, hello in sorted(self._others.hellos.items())]
-            found += [(hello.host, hello.memory, hello.free_bytes) for hello in hellos]
-        return [
-            RankRoom(layout, f"{host} {memory}", free)
-            for layout, (host, memory, free) in zip(layouts, found, strict=True)
-        ]
-
-    def _join(self, shards: Sequence[RankShard], memory: RankMemories) -> Groups | None:
+    def _join(self, shards: Sequence[RankShard]) -> Groups | None:
         if self._others is None:
             return None
+        self._report("joining ranks", 0.0)
         host = self._place.control[0] if self._place.control is not None else "127.0.0.1"
         address = f"{host}:{free_port(host, 0)}"
-        here = host_name()
-        for rank, hello in self._others.hellos.items():
-            load = rank_pb2.RankCommand.Load(
-                join_address=address,
-                num_blocks=memory.num_blocks,
-                memory_path=memory.path if hello.host == here else "",
-                offset_bytes=memory.offsets[rank],
-                layer_costs=() if self._costs is None else self._costs.layers,
-                head_cost=0.0 if self._costs is None else self._costs.head,
-                adapters=by_id(self._adapters),
-            )
-            self._others.send(rank, rank_pb2.RankCommand(load=load))
+        load = rank_pb2.RankCommand.Load(
+            join_address=address,
+            layer_costs=() if self._costs is None else self._costs.layers,
+            head_cost=0.0 if self._costs is None else self._costs.head,
+            adapters=by_id(self._adapters),
+        )
+        self._others.send_all(rank_pb2.RankCommand(load=load))
         try:
             device, timeout_s = self._options.torch_device(), self._config.engine.rank_timeout_s
             return self._others.unless_lost(lambda: join(shards[0], address, device, timeout_s))
@@ -217,14 +205,14 @@ class _Builder:
             fraction = min(fraction, *self._others.progress.values())
         self._report("loading weights", fraction)
 
-    def _warm_up(self, engine: Engine) -> None:
+    def _warm_up(self, engine: Engine, draft: Engine | None) -> None:
         others = self._others
         if others is not None:
-            others.wait_ready(lambda fraction: self._report("loading weights", fraction))
-            for rank in others.hellos:
-                others.send(rank, rank_pb2.RankCommand(warm_up=rank_pb2.RankCommand.WarmUp()))
+            others.send_all(rank_pb2.RankCommand(warm_up=rank_pb2.RankCommand.WarmUp()))
         self._report("warming up", 0.0)
         try:
+            if draft is not None:
+                draft.warm_up()
             engine.warm_up()
         except LegatoError as error:
             raise error if others is None else others.cause(error) from None

@@ -145,7 +145,7 @@ class AllRanks:
         self._replication_step *= 8
         command = rank_pb2.RankCommand(replicate=rank_pb2.RankCommand.Replicate(copies=self._expert_replicas))
         started_s = time.monotonic()
-        self._ranks.send_bytes(tuple(self._ranks.hellos), command.SerializeToString())
+        self._ranks.send_all(command)
         try:
             before, after = self._engine.replicate_experts(self._expert_replicas)
         except WorkerLost as error:

@@ -1,4 +1,4 @@
-"""The KV memory of all ranks of a worker: how large it is, and where each rank's part of the one region lies.
+"""The KV memory of all ranks of a worker: where each rank's part of the one region lies.
 
     |<------------------------- one mapping, registered with every transport ------------------------->|
     | rank 0: num_blocks · its block_bytes | to the next page | rank 1: num_blocks · its block_bytes | ... | probe |
@@ -11,7 +11,6 @@ of it: it goes with the last process that has it, however that one ends.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import mmap
 import os
@@ -20,59 +19,10 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.kv_memory import TORCH_DTYPES, default_num_blocks
+from engine.kv_memory import TORCH_DTYPES
 from kvtransfer.probing import PROBE_BYTES
-from service.config import EngineConfig
 from spec.errors import InvalidConfiguration
 from spec.layout import KVLayout
-
-# Where no kv_memory is configured. Several workers share a laptop, so each is modest; a server configures it.
-DEFAULT_KV_SHARE = 0.1
-DEFAULT_KV_TOKENS = 32_768
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RankRoom:
-    """Of one rank: `memory` names what it takes its KV memory from, of which `free_bytes` are free."""
-
-    layout: KVLayout
-    memory: str
-    free_bytes: int
-
-
-def choose_num_blocks(config: EngineConfig, rooms: Sequence[RankRoom], groups: int) -> int:
-    """Of each group: as many as fit into `config.kv_memory` with those of all ranks, or into a share of what is free.
-
-    Raises InvalidConfiguration or OutOfBlocks where it is too little to serve."""
-    block_tokens = rooms[0].layout.block_tokens
-    if config.kv_memory is not None:
-        block_bytes = sum(room.layout.block_bytes for room in rooms)
-        num_blocks = int(config.kv_memory) // block_bytes
-        if num_blocks < 2:
-            raise InvalidConfiguration(
-                f"engine.kv_memory of {config.kv_memory} bytes holds {num_blocks} blocks of {block_bytes} bytes; "
-                "at least 2 are needed"
-            )
-        return num_blocks
-    found = []
-    for _, sharing in itertools.groupby(sorted(rooms, key=_memory), key=_memory):
-        several = list(sharing)
-        block_bytes, free = sum(room.layout.block_bytes for room in several), min(room.free_bytes for room in several)
-        most = -(-DEFAULT_KV_TOKENS // groups)
-        found.append(default_num_blocks(block_bytes, block_tokens, free, DEFAULT_KV_SHARE, most))
-    return min(found)
-
-
-def sized_from(config: EngineConfig, rooms: Sequence[RankRoom]) -> str:
-    """What choose_num_blocks() went by, for a log."""
-    if config.kv_memory is not None:
-        return f"engine.kv_memory, {config.kv_memory / 2**20:.1f} MiB"
-    free = min(room.free_bytes for room in rooms) / 2**30
-    return f"{DEFAULT_KV_SHARE:.0%} of {free:.1f} GiB that are free, at most {DEFAULT_KV_TOKENS} tokens"
-
-
-def _memory(room: RankRoom) -> str:
-    return room.memory
 
 
 class RankMemories:
@@ -101,11 +51,6 @@ class RankMemories:
 
     def landing(self, rank: int) -> torch.Tensor:
         return landing_of(self.part(rank), self.layouts[rank], self.num_blocks)
-
-    def said(self, groups: int) -> str:
-        blocks, tokens = self.num_blocks * groups, self.layouts[0].block_tokens
-        sizes = ", ".join(f"{size / 2**20:.1f}" for size in self.sizes)
-        return f"{blocks} blocks of {tokens} tokens, {blocks * tokens} tokens; MiB of each rank: {sizes}"
 
     def close(self) -> None:
         """Nobody opens it by its path any more."""

@@ -2,7 +2,8 @@
 
     python -m worker.rank --rank 1 --local-ranks 2 --control 127.0.0.1:4321      its configuration comes on stdin
 
-dial rank 0, Hello ──▶ Load ──▶ join the others, load the weights, Ready ──▶ WarmUp, Ready ──▶ plan, result, plan ...
+dial rank 0, Hello ──▶ Load ──▶ join the others, load the weights, Ready ──▶ Measure, Measured ──▶ PlaceKV, Ready
+──▶ WarmUp, Ready ──▶ plan, result, plan ...
 the connection ends without a Stop: rank 0 is gone, and this process with it, at once, whatever it waits for
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import ctypes
+import dataclasses
 import mmap
 import os
 import queue
@@ -39,10 +41,11 @@ from spec.errors import InternalError, InvalidConfiguration, LegatoError, SetupE
 from spec.shard import shard_of
 from worker import rank_link
 from worker.adapters import by_id, check_same, open_adapters
+from worker.device_memory import blocks_to_measure, fitting, measure
 from worker.grammars import grammars_of
 from worker.kv_region import copy_blocks, kv_slice, landing_of
 from worker.rank_messages import plan_from_message, result_to_message
-from worker.rank_setup import Place, free_bytes, host_name, layout_of, memory_name, options_for
+from worker.rank_setup import Place, host_name, layout_of, options_for
 
 logger = logs.get(__name__)
 
@@ -76,8 +79,6 @@ class Rank:
             rank=self._place.rank,
             pid=os.getpid(),
             host=host_name(),
-            memory=memory_name(self._options),
-            free_bytes=free_bytes(self._options),
         )
         self._tell(Report(hello=hello))
         threading.Thread(target=self._read, args=(self._link,), name="control", daemon=True).start()
@@ -87,6 +88,12 @@ class Rank:
                 match command.WhichOneof("command"):
                     case "load":
                         self._load(command.load)
+                    case "measure":
+                        assert self._engine is not None
+                        use = measure(self._engine, self._config.engine)
+                        self._tell(Report(measured=Report.Measured(**dataclasses.asdict(use))))
+                    case "place_kv":
+                        self._place_kv(command.place_kv)
                     case "warm_up":
                         assert self._engine is not None
                         self._engine.warm_up()
@@ -140,12 +147,6 @@ class Rank:
         )
         device = self._options.torch_device()
         self._groups = join(shard, load.join_address, device, self._config.engine.rank_timeout_s)
-        kv_layout = shard.kv_layout(
-            self._files.spec, self._options.block_tokens, self._options.kv_dtype_for(self._files.spec)
-        )
-        own = None
-        if load.memory_path:
-            own = kv_slice(map_file(load.memory_path), load.offset_bytes, load.num_blocks * kv_layout.block_bytes)
         told = 0.0
 
         def progress(fraction: float) -> None:
@@ -154,20 +155,27 @@ class Rank:
                 told = fraction
                 self._tell(Report(progress=Report.Progress(fraction=fraction)))
 
-        on_cpu = device.type == "cpu"
         self._grammars = grammars_of(self._files, shard, self._config.engine.max_sequences)
-        self._engine = Engine(
-            self._files,
-            self._options,
-            load.num_blocks,
-            kv_buffer=own if on_cpu else None,
-            progress=progress,
-            groups=self._groups,
-            adapters=self._adapters,
-            grammars=self._grammars,
-        )
+        with fitting(device, "the weights of this rank", lambda: told):
+            self._engine = Engine(
+                self._files,
+                self._options,
+                blocks_to_measure(self._config.engine, device),
+                progress=progress,
+                groups=self._groups,
+                adapters=self._adapters,
+                grammars=self._grammars,
+            )
+        self._tell(Report(ready=Report.Ready()))
+
+    def _place_kv(self, place: rank_pb2.RankCommand.PlaceKV) -> None:
+        assert self._engine is not None
+        layout, on_cpu, own = self._engine.kv.layout, self._engine.device.type == "cpu", None
+        if place.memory_path:
+            own = kv_slice(map_file(place.memory_path), place.offset_bytes, place.num_blocks * layout.block_bytes)
+        self._engine.place_kv(place.num_blocks, own if on_cpu else None)
         if own is not None and not on_cpu:
-            self._landing = landing_of(own, self._engine.kv.layout, load.num_blocks)
+            self._landing = landing_of(own, layout, place.num_blocks)
         self._tell(Report(ready=Report.Ready()))
 
     def _execute(self, message: rank_pb2.RankPlan) -> None:

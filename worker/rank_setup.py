@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-import psutil
 import torch
 
 from engine.engine import EngineOptions
@@ -73,19 +72,6 @@ def options_for(config: EngineConfig, place: Place) -> EngineOptions:
         max_context_tokens=config.max_context_tokens,
         graph_rows=config.max_sequences if config.cuda_graphs == "auto" else 0,
     )
-
-
-def free_bytes(options: EngineOptions) -> int:
-    """Of the memory that KV will lie in; on a GPU its mirror on the host must fit, too."""
-    device = options.torch_device()
-    if device.type == "cuda":
-        return int(min(torch.cuda.mem_get_info(device)[0], psutil.virtual_memory().available))
-    return int(psutil.virtual_memory().available)
-
-
-def memory_name(options: EngineOptions) -> str:
-    """Ranks of one host that name the same share it."""
-    return str(options.torch_device())
 
 
 def host_name() -> str:

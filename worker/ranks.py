@@ -50,6 +50,7 @@ class Ranks:
         self.on_lost: Callable[[LegatoError], None] = lambda error: None
         self.lost: LegatoError | None = None
         self.hellos: dict[int, rank_pb2.RankReport.Hello] = {}
+        self.measured: dict[int, rank_pb2.RankReport.Measured] = {}  # since their weights are loaded
         self.progress: dict[int, float] = dict.fromkeys(range(1, num_ranks), 0.0)
         self._links: dict[int, Connection] = {}
         self._results: dict[int, queue.SimpleQueue[rank_pb2.RankResult | None]] = {}
@@ -106,6 +107,9 @@ class Ranks:
 
     def send(self, rank: int, command: rank_pb2.RankCommand) -> None:
         self.send_bytes((rank,), command.SerializeToString())
+
+    def send_all(self, command: rank_pb2.RankCommand) -> None:
+        self.send_bytes(tuple(self._links), command.SerializeToString())
 
     def send_bytes(self, ranks: Sequence[int], command: bytes) -> None:
         """Raises what the worker is lost for."""
@@ -177,8 +181,7 @@ class Ranks:
 
     def compile(self, constraint: Constraint) -> None:
         """On every rank, beside its steps; whichever draws needs it. Raises what the worker is lost for."""
-        command = Command(compile=constraint_to_proto(constraint))
-        self.send_bytes(tuple(self._links), command.SerializeToString())
+        self.send_all(Command(compile=constraint_to_proto(constraint)))
 
     # ---- what they report ------------------------------------------------------------------------------------------
 
@@ -207,6 +210,9 @@ class Ranks:
                 self.progress[rank] = report.progress.fraction
             case "ready":
                 self.progress[rank] = 1.0
+                self._ready.put(rank)
+            case "measured":
+                self.measured[rank] = report.measured
                 self._ready.put(rank)
             case "copied":
                 self._copies.pop(report.copied.copy_id).set_result(None)
@@ -282,7 +288,7 @@ class Ranks:
             self._listener.close()
         if self.lost is None:
             with contextlib.suppress(LegatoError, KeyError):
-                self.send_bytes(tuple(self._links), Command(stop=Command.Stop()).SerializeToString())
+                self.send_all(Command(stop=Command.Stop()))
         until_s = time.monotonic() + STOP_S
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):

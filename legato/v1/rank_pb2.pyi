@@ -7,24 +7,30 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankCommand(_message.Message):
-    __slots__ = ("load", "warm_up", "execute", "copy", "stop", "replicate", "compile")
+    __slots__ = ("load", "warm_up", "execute", "copy", "stop", "replicate", "compile", "measure", "place_kv")
     class Load(_message.Message):
-        __slots__ = ("join_address", "num_blocks", "memory_path", "offset_bytes", "layer_costs", "head_cost", "adapters")
+        __slots__ = ("join_address", "layer_costs", "head_cost", "adapters")
         JOIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-        NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-        MEMORY_PATH_FIELD_NUMBER: _ClassVar[int]
-        OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
         LAYER_COSTS_FIELD_NUMBER: _ClassVar[int]
         HEAD_COST_FIELD_NUMBER: _ClassVar[int]
         ADAPTERS_FIELD_NUMBER: _ClassVar[int]
         join_address: str
-        num_blocks: int
-        memory_path: str
-        offset_bytes: int
         layer_costs: _containers.RepeatedScalarFieldContainer[float]
         head_cost: float
         adapters: _containers.RepeatedScalarFieldContainer[str]
-        def __init__(self, join_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., memory_path: _Optional[str] = ..., offset_bytes: _Optional[int] = ..., layer_costs: _Optional[_Iterable[float]] = ..., head_cost: _Optional[float] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+        def __init__(self, join_address: _Optional[str] = ..., layer_costs: _Optional[_Iterable[float]] = ..., head_cost: _Optional[float] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+    class Measure(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class PlaceKV(_message.Message):
+        __slots__ = ("num_blocks", "memory_path", "offset_bytes")
+        NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        MEMORY_PATH_FIELD_NUMBER: _ClassVar[int]
+        OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+        num_blocks: int
+        memory_path: str
+        offset_bytes: int
+        def __init__(self, num_blocks: _Optional[int] = ..., memory_path: _Optional[str] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
     class WarmUp(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
@@ -56,6 +62,8 @@ class RankCommand(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     REPLICATE_FIELD_NUMBER: _ClassVar[int]
     COMPILE_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_FIELD_NUMBER: _ClassVar[int]
+    PLACE_KV_FIELD_NUMBER: _ClassVar[int]
     load: RankCommand.Load
     warm_up: RankCommand.WarmUp
     execute: RankPlan
@@ -63,23 +71,36 @@ class RankCommand(_message.Message):
     stop: RankCommand.Stop
     replicate: RankCommand.Replicate
     compile: _common_pb2.Constraint
-    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., replicate: _Optional[_Union[RankCommand.Replicate, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ...) -> None: ...
+    measure: RankCommand.Measure
+    place_kv: RankCommand.PlaceKV
+    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., replicate: _Optional[_Union[RankCommand.Replicate, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ..., measure: _Optional[_Union[RankCommand.Measure, _Mapping]] = ..., place_kv: _Optional[_Union[RankCommand.PlaceKV, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("hello", "progress", "ready", "result", "copied", "failed", "written")
+    __slots__ = ("hello", "progress", "ready", "result", "copied", "failed", "written", "measured")
     class Hello(_message.Message):
-        __slots__ = ("rank", "pid", "host", "memory", "free_bytes")
+        __slots__ = ("rank", "pid", "host")
         RANK_FIELD_NUMBER: _ClassVar[int]
         PID_FIELD_NUMBER: _ClassVar[int]
         HOST_FIELD_NUMBER: _ClassVar[int]
-        MEMORY_FIELD_NUMBER: _ClassVar[int]
-        FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
         rank: int
         pid: int
         host: str
-        memory: str
+        def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+    class Measured(_message.Message):
+        __slots__ = ("device", "total_bytes", "free_bytes", "weight_bytes", "activation_bytes", "host_free_bytes")
+        DEVICE_FIELD_NUMBER: _ClassVar[int]
+        TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+        FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+        WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+        ACTIVATION_BYTES_FIELD_NUMBER: _ClassVar[int]
+        HOST_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+        device: str
+        total_bytes: int
         free_bytes: int
-        def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., memory: _Optional[str] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+        weight_bytes: int
+        activation_bytes: int
+        host_free_bytes: int
+        def __init__(self, device: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ...) -> None: ...
     class Progress(_message.Message):
         __slots__ = ("fraction",)
         FRACTION_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +135,7 @@ class RankReport(_message.Message):
     COPIED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
     hello: RankReport.Hello
     progress: RankReport.Progress
     ready: RankReport.Ready
@@ -121,7 +143,8 @@ class RankReport(_message.Message):
     copied: RankReport.Copied
     failed: RankReport.Failed
     written: RankReport.Written
-    def __init__(self, hello: _Optional[_Union[RankReport.Hello, _Mapping]] = ..., progress: _Optional[_Union[RankReport.Progress, _Mapping]] = ..., ready: _Optional[_Union[RankReport.Ready, _Mapping]] = ..., result: _Optional[_Union[RankResult, _Mapping]] = ..., copied: _Optional[_Union[RankReport.Copied, _Mapping]] = ..., failed: _Optional[_Union[RankReport.Failed, _Mapping]] = ..., written: _Optional[_Union[RankReport.Written, _Mapping]] = ...) -> None: ...
+    measured: RankReport.Measured
+    def __init__(self, hello: _Optional[_Union[RankReport.Hello, _Mapping]] = ..., progress: _Optional[_Union[RankReport.Progress, _Mapping]] = ..., ready: _Optional[_Union[RankReport.Ready, _Mapping]] = ..., result: _Optional[_Union[RankResult, _Mapping]] = ..., copied: _Optional[_Union[RankReport.Copied, _Mapping]] = ..., failed: _Optional[_Union[RankReport.Failed, _Mapping]] = ..., written: _Optional[_Union[RankReport.Written, _Mapping]] = ..., measured: _Optional[_Union[RankReport.Measured, _Mapping]] = ...) -> None: ...
 
 class RankPlan(_message.Message):
     __slots__ = ("step", "slices", "layer_ends")

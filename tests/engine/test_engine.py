@@ -12,7 +12,7 @@ from stepper import Stepper, rows_of, worst_difference
 from tiny_llama import SHAPES, Shape, load_reference, make_llama, reference_of
 
 from engine.engine import Engine, EngineOptions, kv_layout_for
-from engine.kv_memory import KVMemory, default_num_blocks
+from engine.kv_memory import KVMemory
 from engine.layer_hook import LayerHook
 from engine.model_files import open_model
 from kernels.cpu.library import shared_library
@@ -174,12 +174,20 @@ def test_a_buffer_that_does_not_do_is_refused() -> None:
         KVMemory(LAYOUT, 1 << 50, cpu)
 
 
-def test_default_number_of_blocks() -> None:
-    assert default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 4000 * LAYOUT.block_bytes) == 1000
-    assert default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 600 * LAYOUT.block_bytes) == 512
-    assert default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 1 << 50) == 65_536
-    with pytest.raises(OutOfBlocks):
-        default_num_blocks(LAYOUT.block_bytes, LAYOUT.block_tokens, 500 * LAYOUT.block_bytes)
+def test_kv_memory_that_is_placed_later_is_the_engine_s(folder: Path) -> None:
+    """An engine that was made with one block draws in the memory that it is given what another draws in its own."""
+    options = EngineOptions(device="cpu", block_tokens=4)
+    late, other = Engine(open_model(folder), options, 1), Engine(open_model(folder), options, 9)
+    buffer = memoryview(bytearray(9 * late.kv.layout.block_bytes))
+    late.place_kv(9, buffer)
+    late.warm_up()
+    other.warm_up()
+    table = (8, 3, 5, 1, 7)
+    draw = Draw(SamplingParams(temperature=0.0, logprobs=3), 17, 17, ())
+    plan = StepPlan(0, (Slice("a", tuple(range(3, 20)), 0, table, draw),))
+    assert late.execute(plan) == other.execute(plan)
+    own = torch.frombuffer(buffer, dtype=late.kv.tensor.dtype).view(late.kv.tensor.shape)
+    assert torch.equal(own[list(table[:4])], other.kv.tensor[list(table[:4])])
 
 
 def test_progress_rises_to_one(folder: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_cluster_derives_its_processes(tmp_path: Path) -> None:
     assert [each.engine.max_step_tokens for each in workers] == [256, 256, 100]
     assert [each.engine.kv_memory for each in workers] == [None, None, 1 << 20]
     assert {each.engine.model for each in workers} == {"/models/x"}
+    assert {each.engine.gpu_memory_share for each in workers} == {0.9 / 3}
     assert {each.engine.threads for each in workers} == {1}
     assert {each.telemetry.log_level for each in [*workers, router]} == {"debug"}
     assert {each.redis_url for each in [*workers, router]} == {"redis://127.0.0.1:7777"}

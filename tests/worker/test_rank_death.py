@@ -178,7 +178,7 @@ async def test_whoever_is_killed_while_the_others_wait_for_it_to_join(
 ) -> None:
     worker = Worker(tmp_path, model, redis_url, "tp2", rank_timeout_s=120.0)
     try:
-        await worker.until("KV memory:", 1)  # the ranks are told to join next
+        await worker.until("joining ranks", 1)
         worker.ranks[0].suspend()
         await asyncio.sleep(1.0)
         worker.ranks[0].kill()

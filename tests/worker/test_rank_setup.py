@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks, and how the KV memory is shared out over them."""
+"""Where a process stands among the ranks, and where each one's KV memory lies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from kvtransfer.probing import PROBE_BYTES
 from service.config import EngineConfig
 from spec.dtype import Dtype
-from spec.errors import InvalidConfiguration, OutOfBlocks
+from spec.errors import InvalidConfiguration
 from spec.layout import KVLayout, ParallelLayout
-from worker.kv_region import RankMemories, RankRoom, choose_num_blocks, sized_from
+from worker.kv_region import RankMemories
 from worker.rank_setup import Place, options_for, place_from
 
 LAUNCHED = {
@@ -53,25 +53,6 @@ def test_cores_are_shared_out_unless_it_is_said(monkeypatch: pytest.MonkeyPatch)
     assert options_for(EngineConfig(threads=5), Place(local_ranks=3)).threads == 5
 
 
-def test_kv_memory_is_of_all_ranks() -> None:
-    config = EngineConfig(kv_memory=13_440)
-    assert choose_num_blocks(config, [RankRoom(NARROW, "a", 0), RankRoom(WIDE, "a", 0)], 1) == 10
-    assert choose_num_blocks(config, [RankRoom(NARROW, "a", 0)], 1) == 26
-    with pytest.raises(InvalidConfiguration, match="at least 2"):
-        choose_num_blocks(EngineConfig(kv_memory=2_687), [RankRoom(NARROW, "a", 0), RankRoom(WIDE, "a", 0)], 1)
-
-
-def test_the_memory_that_is_shortest_decides() -> None:
-    """Where none is configured: a share of what is free, by those that share it."""
-    roomy, short = 1 << 30, 4_000_000
-    together = [RankRoom(NARROW, "a", short), RankRoom(WIDE, "a", short)]
-    apart = [RankRoom(NARROW, "a", short), RankRoom(WIDE, "b", roomy)]
-    assert choose_num_blocks(EngineConfig(), together, 1) == 400_000 // (504 + 840)
-    assert choose_num_blocks(EngineConfig(), apart, 1) == 400_000 // 504
-    with pytest.raises(OutOfBlocks):
-        choose_num_blocks(EngineConfig(), [RankRoom(NARROW, "a", 9_999)], 1)
-
-
 def test_each_rank_has_a_part_of_the_region_that_begins_on_a_page() -> None:
     memory = RankMemories([NARROW, WIDE, NARROW], 9, shared=False)
     assert memory.sizes == [9 * 504, 9 * 840, 9 * 504]
@@ -82,9 +63,3 @@ def test_each_rank_has_a_part_of_the_region_that_begins_on_a_page() -> None:
         memory.landing(rank).fill_(rank + 1)
     assert [float(memory.landing(rank).min()) for rank in range(3)] == [1.0, 2.0, 3.0]
     assert memory.landing(1).shape == (9, 5, 2, 1, 7, 6)
-
-
-def test_what_the_memory_was_sized_from_is_said() -> None:
-    rooms = [RankRoom(NARROW, "a", 7 << 30), RankRoom(WIDE, "b", 5 << 29)]
-    assert sized_from(EngineConfig(), rooms) == "10% of 2.5 GiB that are free, at most 32768 tokens"
-    assert sized_from(EngineConfig(kv_memory="6MiB"), rooms) == "engine.kv_memory, 6.0 MiB"
