@@ -5,13 +5,13 @@ that the answers are equal is checked. The repeating text shows what there is to
 
 Acceptance: model p and draft model q read the same text; for each of its positions
 
-    shared uniform    sum_x |I_p(x) ∩ I_q(x)|, ours: both invert their distribution at one number
-                      (engine/speculation.py says why)
-    race              sum_x 1 / sum_y max(p(y) / p(x), q(y) / q(x)): both take the token whose exponential, drawn from a
-                      number per token, is least when divided by its probability (Daliri et al. 2024, arXiv:2408.07978)
-    min(p, q)         sum_x min(p(x), q(x)), the rule of Leviathan et al. 2023, the most that any rule can reach
+    drawn         the share of equal draws, as the engine makes them, over SEEDS seeds (kernels/sampling.py)
+    race          what that share is of, sum_x 1 / sum_y max(p(y) / p(x), q(y) / q(x)): both take the token whose
+                  exponential, a number per token, is least when divided by its probability (Daliri et al. 2024,
+                  arXiv:2408.07978)
+    min(p, q)     sum_x min(p(x), q(x)), the rule of Leviathan et al. 2023, the most that any rule can reach
 
-computed from the distributions, not drawn. Without --draft the draft model is the model itself with the weights of its
+the last two computed. Without --draft the draft model is the model itself with the weights of its
 layers rounded to --draft-bits: right often, as a good draft model is, and no faster, so that no speed is shown for it.
 """
 
@@ -39,12 +39,14 @@ from bench.timed_loop import TimedLoop
 from engine.convert import convert_gguf
 from engine.engine import Engine, EngineOptions
 from engine.model_files import open_model
+from kernels.sampling import options_of, sample, stream_of
 from scheduler.batch import Tokens
 from scheduler.plan import Slice, StepPlan
 from service.model_source import resolve_model
 from service.tokenizer import Tokenizer, load_tokenizer
 from spec.sampling import Speculation
 
+SEEDS = 100  # of the draws that are compared
 ROUNDING_GROUP = 32  # weights of a row that share a scale
 ROWS_AT_ONCE = 16  # positions whose whole distributions are asked for in one step
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -214,19 +216,30 @@ def acceptance(
     for temperature in temperatures:
         if temperature == 0.0:
             same = float((model.argmax(axis=1) == draft.argmax(axis=1)).mean())
-            found[temperature] = {"shared uniform": same, "race": same, "min(p, q)": same}
+            found[temperature] = {"drawn": same, "race": same, "min(p, q)": same}
             continue
-        shared, race, least = [], [], []
+        race, least = [], []
         for logits, draft_logits in zip(model, draft, strict=True):
             p, q = (softmax(each / temperature) for each in (logits, draft_logits))
-            ends_p, ends_q = np.cumsum(p), np.cumsum(q)
-            overlap = np.minimum(ends_p, ends_q) - np.maximum(ends_p - p, ends_q - q)
-            shared.append(np.clip(overlap, 0.0, None).sum())
             race.append(race_agreement(p, q))
             least.append(np.minimum(p, q).sum())
-        columns = {"shared uniform": shared, "race": race, "min(p, q)": least}
-        found[temperature] = {name: float(np.mean(rates)) for name, rates in columns.items()}
+        found[temperature] = {
+            "drawn": equal_draws(model, draft, temperature),
+            "race": float(np.mean(race)),
+            "min(p, q)": float(np.mean(least)),
+        }
     return found
+
+
+def equal_draws(model: NDArray[np.float64], draft: NDArray[np.float64], temperature: float) -> float:
+    """[positions, vocab] log-probabilities each. Over SEEDS seeds, at each position both with the same numbers."""
+    options = torch.tensor([options_of(temperature, 0, 1.0, 0.0)] * len(model), dtype=torch.float64)
+    sides, equal = [torch.from_numpy(side).float() for side in (model, draft)], 0
+    for seed in range(SEEDS):
+        streams = torch.tensor([stream_of(seed, position) for position in range(len(model))])
+        one, other = (sample(side, options, streams)[0] for side in sides)
+        equal += int((one == other).sum())
+    return equal / (SEEDS * len(model))
 
 
 def race_agreement(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:

@@ -1,15 +1,15 @@
 """Speculative decoding: one step verifies several guessed tokens, and a smaller model makes guesses.
 
-Whatever guesses, the token at a position is drawn from the model's own distribution p by inverting its cumulative
-distribution at the uniform number u(seed, position), and the guess is accepted if it is that token. So no token depends
-on a guess, and what is drawn at each position is what is drawn there without speculation: exact in distribution,
-and bit for bit the same answer where a row's logits do not depend on the rows beside it (as on the CPU).
+Whatever guesses, the token at a position is drawn from the model's own distribution p by a race with the numbers of
+(seed, position, token) (kernels/sampling.py), and the guess is accepted if it is that token. So no token depends on a
+guess, and what is drawn at each position is what is drawn there without speculation: exact in distribution, and bit for
+bit the same answer where a row's logits do not depend on the rows beside it (as on the CPU).
 
-The draft model inverts its own cumulative distribution q at the same u. The two agree where the intervals of one token
-in [0, 1) overlap: sum_x |I_p(x) ∩ I_q(x)|, where I_p(x) = [P(ids < x), P(ids <= x)) in order of token ids. The rule of
-Leviathan et al. 2023 (arXiv:2211.17192) accepts with sum_x min(p(x), q(x)), the most that any coupling of p and q can
-reach, and draws anew where it rejects; the answer then depends on the guesses. At temperature 0 both ask for the same
-likeliest token; above it the overlap is clearly less, the more so the flatter p is: docs/log.md has the figures.
+The draft model runs its own distribution q through the same race. The two agree with probability
+sum_x 1 / sum_y max(p(y) / p(x), q(y) / q(x)) (Daliri et al. 2024, arXiv:2408.07978), at least (1 - d) / (1 + d) where
+1 - d = sum_x min(p(x), q(x)) is the most that any coupling of p and q can reach. The rule of Leviathan et al. 2023
+(arXiv:2211.17192) reaches that, and draws anew where it rejects; the answer then depends on the guesses. At temperature
+0 both ask for the same likeliest token. docs/log.md has the figures.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class DraftModel:
 
 
 def _share(piece: Slice, guesses: list[int], token_ids: tuple[int, ...], start: int) -> Slice:
-    """A step of the draft model: with the draw that the position will have, at the same uniform number."""
+    """A step of the draft model: with the draw that the position will have, and so the same numbers."""
     draw = piece.draw
     if piece.num_guesses == 0 or draw is None:
         return Slice(piece.sequence_id, token_ids, start, piece.block_table, None)

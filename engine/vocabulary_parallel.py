@@ -1,13 +1,12 @@
 """Sampling where every rank of a group holds the logits of its own run of the vocabulary: whole logits never move.
 
-The token is the one that engine/sampling.py draws from the whole row, bit for bit: sums are taken over the same groups
-of neighbours, and what the filters look at arrives in the same order. What moves, per row and rank:
+The token is the one that engine/sampling.py draws from the whole row, bit for bit: each token's number in the race is
+its own, and what the filters compare arrives whole. What moves, per row and rank:
 
-    greedy            the greatest score and its id
+    greedy, no filter the greatest key of the race and its token
     top-k             the rank's k likeliest
-    top-p, min-p      the weights that can pass: for top-p, masses by size of weight are summed first, and say how small
-                      a weight of the nucleus can be
-    none of these     one sum per group of 256 neighbours; then the weights of the one group in which the draw falls
+    top-p, min-p      the scores that can pass: for top-p, masses by size are summed first, and say how small one in the
+                      nucleus can be
     log-probabilities greatest, sum of exponentials, the token's own and the k likeliest
 
 Every rank of the group calls the same with the same draws, and finds the same.
@@ -16,38 +15,34 @@ Every rank of the group calls the same with the same draws, and finds the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from engine.groups import Groups
-from engine.philox import uniform
 from engine.sampling import (
-    GROUP,
-    Floats,
     Mask,
+    adjusted,
     argmax,
     draw,
-    find_group,
-    find_in_group,
     forced,
-    group_sums,
-    least_nucleus_weight,
     likeliest,
     needs_row,
-    penalized,
-    sample_likeliest,
-    sample_weights,
+    race_inputs,
     token_logprobs,
 )
+from kernels.sampling import MASS_BITS, masses, sample
 from scheduler.plan import NO_TOKEN, Draw, Drawn, TokenLogprobs
 from spec.sampling import SamplingParams
 from spec.shard import split
 
-_MASSES = 256  # of weights in (2^-64, 1], by a quarter of a power of two; the last takes all below
+Floats = NDArray[np.float64]
+
+_SIZES = 4 * MASS_BITS + 2  # of masses, by a quarter of a power of two; the last takes those of 0
 _ROUNDING = 1e-9  # far above what summing a vocabulary in another order can change, relative to the sum
+_HALF_BITS = 32
 
 
 class Sampler:
@@ -59,7 +54,6 @@ class Sampler:
         self._runs = [split(vocab_size, tp, index) for index in range(tp)]
         self._own = self._runs[groups.shard.index]
         assert self._own == groups.shard.vocab
-        self._whole_groups, self._cut_groups = _groups_of(self._runs, self._own, vocab_size)
 
     def draw(
         self,
@@ -80,10 +74,7 @@ class Sampler:
             )
             greedy = [_greatest(each_best[:, row]) for row in range(len(draws))]
             return [Drawn(t if t == NO_TOKEN else forced(each, t)) for (t, _), each in zip(greedy, draws, strict=True)]
-        rows = logits.cpu().numpy()
-        masks = allowed or [None] * len(draws)
-        scores = [penalized(*row, self._own.start) for row in zip(rows, draws, masks, strict=True)]
-        token_ids = self._drawn(logits, scores, draws)
+        token_ids = self._drawn(adjusted(logits, draws, allowed, self._own.start), draws)
         token_ids = [t if t == NO_TOKEN else forced(each, t) for t, each in zip(token_ids, draws, strict=True)]
         asked = [
             (row, (token_ids[row], each.params.logprobs))
@@ -129,101 +120,90 @@ class Sampler:
 
     # ---- a step in which not every row is greedy -------------------------------------------------------------------
 
-    def _drawn(self, logits: torch.Tensor, scores: list[Floats], draws: Sequence[Draw]) -> list[int]:
+    def _drawn(self, scores: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         """The token of each row, before teacher forcing."""
-        top_ks = [self._top_k(each.params) for each in draws]
-        own = np.full((len(draws), 2 + 2 * min(max(top_ks), max(map(len, self._runs)))), -1.0)
-        for row, (score, top_k) in enumerate(zip(scores, top_ks, strict=True)):
-            best = int(score.argmax())
-            own[row, :2] = score[best], best + self._own.start
-            self._put_likeliest(own[row, 2:], score, top_k)
-        gathered = self._gather(logits, own)
-        greatest = [_greatest(gathered[:, row]) for row in range(len(draws))]
-        token_ids = [token_id for token_id, _ in greatest]
-        wide: dict[int, Floats] = {}  # weights of the rows that draw among more than a few
-        for row, each in enumerate(draws):
-            params = each.params
-            if params.temperature == 0.0 or token_ids[row] == NO_TOKEN:
-                continue
-            if top_ks[row]:
-                values, ids = _put_together(gathered[:, row, 2:])
-                token_ids[row] = sample_likeliest(values, ids, params, uniform(params.seed, each.position))
-            else:
-                wide[row] = np.exp((scores[row] - greatest[row][1]) / params.temperature)
-        if wide:
-            self._draw_wide(logits, wide, draws, token_ids)
+        options, streams = race_inputs(draws, scores.device)
+        filtered = {row: each.params for row, each in enumerate(draws) if self._filters(each.params)}
+        token_ids = self._race(scores, options, streams, filtered)
+        if filtered:
+            rows = list(filtered)
+            inputs = scores[rows].cpu(), options[rows].cpu(), streams[rows].cpu()
+            found = self._draw_filtered(scores, *inputs, list(filtered.values()))
+            for row, token_id in zip(rows, found, strict=True):
+                token_ids[row] = token_id
         return token_ids
+
+    def _filters(self, params: SamplingParams) -> bool:
+        return params.temperature != 0.0 and (bool(self._top_k(params)) or params.top_p < 1.0 or params.min_p > 0.0)
 
     def _top_k(self, params: SamplingParams) -> int:
         """0: the choice is among the whole vocabulary."""
-        return params.top_k if params.temperature != 0.0 and params.top_k < self._vocab_size else 0
+        return params.top_k if params.top_k < self._vocab_size else 0
 
-    def _draw_wide(
-        self, logits: torch.Tensor, wide: dict[int, Floats], draws: Sequence[Draw], token_ids: list[int]
-    ) -> None:
-        """Puts the tokens of the rows without top-k into `token_ids`."""
-        filtered = {row: draws[row].params for row in wide if _filters(draws[row].params)}
-        summed = [row for row in wide if row not in filtered or filtered[row].top_p < 1.0]
-        sums, masses = self._sums(logits, [(wide[row], row in filtered) for row in summed])
-        by_row = {row: (sums[place], masses[place]) for place, row in enumerate(summed)}
-        plain = [row for row in wide if row not in filtered]
-        places = [find_group(by_row[row][0], uniform(draws[row].params.seed, draws[row].position)) for row in plain]
-        insides = self._insides(logits, [wide[row] for row in plain], [group for group, _, _ in places])
-        for row, (group, before, target), inside in zip(plain, places, insides, strict=True):
-            inside = inside[: self._vocab_size - group * GROUP]
-            token_ids[row] = group * GROUP + find_in_group(inside, before, target)
-        if not filtered:
-            return
-        wholes = {row: (float(np.cumsum(by_row[row][0])[-1]), self._vocab_size) for row in filtered if row in by_row}
+    def _race(
+        self, scores: torch.Tensor, options: torch.Tensor, streams: torch.Tensor, filtered: Mapping[int, object]
+    ) -> list[int]:
+        """Tokens of the rows that no filter touches; of the `filtered` ones something."""
+        if len(filtered) == len(scores):
+            return [NO_TOKEN] * len(scores)
+        drawn, keys = sample(scores, options, streams, self._own.start)
+        each_best = self._gather(scores, np.stack((keys.cpu().numpy(), drawn.cpu().numpy().astype(np.float64)), axis=1))
+        return [_greatest(each_best[:, row])[0] for row in range(len(scores))]
+
+    def _draw_filtered(
+        self,
+        like: torch.Tensor,
+        scores: torch.Tensor,
+        options: torch.Tensor,
+        streams: torch.Tensor,
+        asked: list[SamplingParams],
+    ) -> list[int]:
+        """What moves is on the device of `like`; the rest is on the CPU. The token of each row."""
+        rows = scores.numpy()
+        places, greatest = rows.argmax(axis=1), np.empty(len(asked))
+        best = np.stack((rows[np.arange(len(asked)), places].astype(np.float64), places + float(self._own.start)), 1)
+        gathered = self._gather(like, best)
+        token_ids = [NO_TOKEN] * len(asked)
+        for row in range(len(asked)):
+            token_ids[row], greatest[row] = _greatest(gathered[:, row])
+        sound = [row for row, token_id in enumerate(token_ids) if token_id != NO_TOKEN]
+        totals, gaps = self._nucleus_bounds(like, scores, greatest, {row: asked[row] for row in sound})
         passing = []
-        for row, params in filtered.items():
-            least = params.min_p
-            if row in wholes:
-                by_mass = _least_by_mass(by_row[row][1], params.top_p * wholes[row][0])
-                least = max(least, by_mass, least_nucleus_weight(params.top_p, wholes[row]))
-            passing.append(np.flatnonzero(wide[row] >= least))
-        found = self._candidates(logits, [wide[row] for row in filtered], passing)
-        for (row, params), (weights, ids) in zip(filtered.items(), found, strict=True):
-            u = uniform(params.seed, draws[row].position)
-            token_ids[row] = sample_weights(weights, ids, params, u, wholes.get(row))
+        for row in sound:
+            params = asked[row]
+            if top_k := self._top_k(params):
+                passing.append(np.sort(likeliest(rows[row], min(top_k, len(self._own)))))
+            else:
+                passing.append(np.flatnonzero(rows[row] >= greatest[row] + max(gaps[row], float(options[row, 3]))))
+        for row, (candidates, ids) in zip(sound, self._candidates(like, rows[sound], passing), strict=True):
+            inputs = torch.from_numpy(candidates)[None], options[[row]], streams[[row]]
+            total = torch.tensor([totals.get(row, 0)])
+            token_ids[row] = int(sample(*inputs, ids=torch.from_numpy(ids), totals=total)[0])
+        return token_ids
 
-    def _sums(self, logits: torch.Tensor, weights: list[tuple[Floats, bool]]) -> tuple[Floats, Floats]:
-        """([rows, groups] sums of the whole vocabulary, [rows, _MASSES] of weights by size, where asked for)"""
-        if not weights:
-            return np.empty((0, 0)), np.empty((0, 0))
-        num_groups, cut = -(-self._vocab_size // GROUP), self._cut_groups
-        own = np.zeros((len(weights), num_groups + len(cut) * GROUP + _MASSES))
-        whole = self._whole_groups
-        for row, (each, with_masses) in zip(own, weights, strict=True):
-            if whole:
-                first = whole.start * GROUP - self._own.start
-                row[whole.start : whole.stop] = group_sums(each[first : whole.stop * GROUP - self._own.start])
-            for place, group in enumerate(cut):
-                self._put_group(row[num_groups + place * GROUP :][:GROUP], each, group)
-            if with_masses:
-                row[-_MASSES:] = np.bincount(_sizes(each), each, _MASSES)
-        summed = self._sum(logits, own)
-        for place, group in enumerate(cut):
-            length = min(GROUP, self._vocab_size - group * GROUP)
-            inside = summed[:, num_groups + place * GROUP :][:, :length]
-            summed[:, group] = [group_sums(each)[0] for each in np.ascontiguousarray(inside)]
-        return summed[:, :num_groups], summed[:, -_MASSES:]
-
-    def _insides(self, logits: torch.Tensor, weights: list[Floats], groups: list[int]) -> Floats:
-        """[rows, GROUP]: of each row the weights of one group, whichever ranks hold them."""
-        if not weights:
-            return np.empty((0, GROUP))
-        own = np.zeros((len(weights), GROUP))
-        for row, each, group in zip(own, weights, groups, strict=True):
-            self._put_group(row, each, group)
-        return self._sum(logits, own)
-
-    def _put_group(self, into: Floats, weights: Floats, group: int) -> None:
-        start, stop = max(group * GROUP, self._own.start), min((group + 1) * GROUP, self._own.stop)
-        if start < stop:
-            into[start - group * GROUP : stop - group * GROUP] = weights[
-                start - self._own.start : stop - self._own.start
-            ]
+    def _nucleus_bounds(
+        self, like: torch.Tensor, scores: torch.Tensor, greatest: Floats, asked: dict[int, SamplingParams]
+    ) -> tuple[dict[int, int], dict[int, float]]:
+        """Of the rows with top-p and no top-k: mass of the whole vocabulary, and the least score - greatest that the
+        nucleus can have (-inf for every other row)."""
+        gaps = dict.fromkeys(asked, -math.inf)
+        nuclei = [row for row, params in asked.items() if params.top_p < 1.0 and not self._top_k(params)]
+        if not nuclei:
+            return {}, gaps
+        own = np.zeros((len(nuclei), 2 + _SIZES))  # whole numbers below 2^53: their sums are exact
+        for place, row in enumerate(nuclei):
+            each = masses(scores[row], float(greatest[row]), asked[row].temperature).numpy()
+            own[place, :2] = divmod(int(each.sum()), 1 << _HALF_BITS)
+            own[place, 2:] = np.bincount(_sizes(each), each, _SIZES)
+        summed = self._sum(like, own)
+        totals: dict[int, int] = {}
+        for place, row in enumerate(nuclei):
+            params = asked[row]
+            totals[row] = (int(summed[place, 0]) << _HALF_BITS) + int(summed[place, 1])
+            least = _least_by_size(summed[place, 2:], params.top_p * totals[row]) - 1
+            if least > 0:
+                gaps[row] = params.temperature * (math.log(least) - MASS_BITS * math.log(2.0) - 1e-6)
+        return totals, gaps
 
     def _put_likeliest(self, into: Floats, scores: Floats, count: int) -> None:
         """into: [2 · n], filled with -1: values, then token ids; both by rising id."""
@@ -232,21 +212,23 @@ class Sampler:
         into[into.size // 2 :][: top.size] = top + self._own.start
 
     def _candidates(
-        self, logits: torch.Tensor, weights: list[Floats], passing: list[NDArray[np.int64]]
-    ) -> list[tuple[Floats, NDArray[np.int64]]]:
-        """For each row weights and token ids of what passes on any rank, by rising id."""
+        self, logits: torch.Tensor, scores: NDArray[np.float32], passing: list[NDArray[np.int64]]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """For each row scores and token ids of what passes on any rank, by rising id."""
+        if not passing:
+            return []
         counts = self._gather(logits, np.array([[each.size for each in passing]], np.float64))[:, 0].astype(int)
         own = np.concatenate(
             [
-                np.stack((w[index], index + float(self._own.start)), axis=1)
-                for w, index in zip(weights, passing, strict=True)
+                np.stack((score[index].astype(np.float64), index + float(self._own.start)), axis=1)
+                for score, index in zip(scores, passing, strict=True)
             ]
         )
         sizes: list[int] = counts.sum(axis=1).tolist()
         parts = self._gathered(logits, own, sizes)
         cut = [np.split(part, np.cumsum(count)[:-1]) for part, count in zip(parts, counts, strict=True)]
         rows = [np.concatenate(pieces) for pieces in zip(*cut, strict=True)]
-        return [(np.ascontiguousarray(row[:, 0]), row[:, 1].astype(np.int64)) for row in rows]
+        return [(row[:, 0].astype(np.float32), row[:, 1].astype(np.int64)) for row in rows]
 
     # ---- between the ranks -----------------------------------------------------------------------------------------
 
@@ -262,17 +244,8 @@ class Sampler:
         return found
 
 
-def _groups_of(runs: list[range], own: range, vocab_size: int) -> tuple[range, list[int]]:
-    """(groups of GROUP neighbours that lie whole in `own`, all groups that lie in several runs)"""
-    cut = sorted({run.start // GROUP for run in runs if run.start % GROUP})
-    first = -(-own.start // GROUP)
-    end = -(-own.stop // GROUP) if own.stop == vocab_size else own.stop // GROUP
-    whole = [group for group in range(first, end) if group not in cut]
-    return (range(whole[0], whole[-1] + 1) if whole else range(0)), cut
-
-
 def _greatest(parts: Floats) -> tuple[int, float]:
-    """parts: [ranks, (greatest score, its token id)]; the lower id of equals; NO_TOKEN where it is not finite."""
+    """parts: [ranks, (greatest score or key, its token id)]; of equals the lower id, NO_TOKEN where none is finite."""
     values = parts[:, 0]
     rank = int(values.argmax())  # a NaN counts as the greatest
     return (int(parts[rank, 1]) if math.isfinite(values[rank]) else NO_TOKEN), float(values[rank])
@@ -286,20 +259,16 @@ def _put_together(parts: Floats) -> tuple[Floats, NDArray[np.int64]]:
     return parts[:, :half].ravel()[real], ids[real].astype(np.int64)
 
 
-def _filters(params: SamplingParams) -> bool:
-    return params.top_p < 1.0 or params.min_p > 0.0
+def _sizes(each: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of masses up to 2^MASS_BITS: 0 for that, and one more for every quarter of a power of two below it."""
+    found: NDArray[np.int64] = ((1023 + MASS_BITS) << 2) - (each.astype(np.float64).view(np.int64) >> 50)
+    return np.minimum(found, _SIZES - 1)
 
 
-def _sizes(weights: Floats) -> NDArray[np.int64]:
-    """Of weights in [0, 1]: 0 for 1, and one more for every quarter of a power of two; from exponent and first bits."""
-    found: NDArray[np.int64] = np.clip((1023 << 2) - (weights.view(np.int64) >> 50), 0, _MASSES - 1)
-    return found
-
-
-def _least_by_mass(masses: Floats, wanted: float) -> float:
-    """The smallest weight that can be needed for the greatest weights to sum to `wanted`."""
-    reached = int(np.searchsorted(np.cumsum(masses), wanted * (1.0 + _ROUNDING)))
-    if reached >= _MASSES - 1:
+def _least_by_size(by_size: Floats, wanted: float) -> float:
+    """The smallest mass that can be needed for the greatest masses to sum to `wanted`."""
+    reached = int(np.searchsorted(np.cumsum(by_size), wanted * (1.0 + _ROUNDING)))
+    if reached >= _SIZES - 1:
         return 0.0
-    lower_edge = np.array([(1023 << 2) - reached], np.int64) << 50
+    lower_edge = np.array([((1023 + MASS_BITS) << 2) - reached], np.int64) << 50
     return float(lower_edge.view(np.float64)[0])

@@ -1,7 +1,7 @@
 """Guesses at the next tokens of a sequence, for the step to verify (speculative decoding).
 
 A guess is right or wrong, it never sways: the token at a position is drawn from the model's own distribution with the
-uniform number of (seed, position), as without guesses, and the guess is accepted if it is that token. So an answer
+numbers of (seed, position), as without guesses, and the guess is accepted if it is that token. So an answer
 is bit for bit the one without speculation. (The rule of Leviathan et al. 2023, arXiv:2211.17192, keeps the
 distribution alone: which token comes would depend on what was guessed.)
 """

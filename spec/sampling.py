@@ -57,7 +57,8 @@ class Speculation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Greedy at temperature 0; otherwise the draw is a function of (seed, token position) alone.
+    """Greedy at temperature 0; otherwise the draw is a function of (seed, token position) alone: each token id has a
+    number of both, and kernels/sampling.py races them. Another release may draw other tokens from a seed.
 
     Order: constraint, logit bias and penalties, temperature, top-k, top-p, min-p, draw. `logprobs` are the model's own,
     before all of these: None = none, 0 = the chosen token's, k = also the k likeliest. `forced_token_ids` are taken as

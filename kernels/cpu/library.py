@@ -27,7 +27,8 @@ ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")  # in the order of activat
 _SCORINGS = ("softmax", "softmax_chosen", "sigmoid")  # in the order of moe_route.cpp
 _CODES = ("int8", "fp8", "int4", "fp4")  # in the order of quantised.h, as are the dtypes of factors
 _FACTORS = (None, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
-_P, _N, _F, _I, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int, ctypes.c_bool
+_P, _N, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_I, _B = ctypes.c_int, ctypes.c_bool
 
 _QUANTISED = torch.uint8  # of panels: bytes that say themselves what they hold
 _LINEAR = {  # (x, panels, result)
@@ -86,6 +87,8 @@ class Library:
         self._attention = self._by_two_dtypes("paged_attention", *[_P] * 8, *[_N] * 11, _F, _F, _I, others=_KV_SUFFIX)
         self._moe_route = self._function("moe_route", *[_P] * 4, *[_N] * 5, _I, _B, _B, _F, _I)
         self._moe_mlp = self._by_dtype("moe_mlp", *[_P] * 5, *[_N] * 5, _I, _B, _B, _I, result=_B)
+        self._sample = self._function("sample", *[_P] * 7, _N, _N, _N, _I)
+        self._masses = self._function("masses", _P, _D, _D, _P, _N)
         self._packed_elements = self._function("packed_elements", _N, _N, _I, result=_N)
         self.panel_columns: int = self._function("panel_columns", result=_I)()
         self.operation_bytes = self._function("operation_bytes", result=_N)
@@ -379,6 +382,43 @@ class Library:
             torch.get_num_threads(),
         )
         assert inside, f"expert ids lie in [-1, {num_experts})"
+        return out
+
+    def sample(
+        self, scores: Tensor, options: Tensor, streams: Tensor, first_id: int, ids: Tensor | None, totals: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As kernels.sampling.sample takes them; scores in float32."""
+        num_rows, width = scores.shape
+        scores, options, streams = scores.contiguous(), options.contiguous(), streams.contiguous()
+        ids = None if ids is None else ids.contiguous()
+        totals = torch.zeros_like(streams) if totals is None else totals.contiguous()
+        assert scores.dtype == torch.float32
+        assert (options.dtype, options.shape) == (torch.float64, (num_rows, 4))
+        assert streams.dtype == totals.dtype == torch.int64
+        assert streams.shape == totals.shape == (num_rows,)
+        assert ids is None or (ids.dtype, ids.shape) == (torch.int64, (width,))
+        token_ids, keys = streams.new_empty(num_rows), options.new_empty(num_rows)
+        self._sample(
+            scores.data_ptr(),
+            None if ids is None else ids.data_ptr(),
+            options.data_ptr(),
+            streams.data_ptr(),
+            totals.data_ptr(),
+            token_ids.data_ptr(),
+            keys.data_ptr(),
+            num_rows,
+            width,
+            first_id,
+            torch.get_num_threads(),
+        )
+        return token_ids, keys
+
+    def masses(self, scores: Tensor, greatest: float, temperature: float) -> Tensor:
+        """scores: [N] float32, none above `greatest`."""
+        assert scores.dtype == torch.float32
+        scores = scores.contiguous()
+        out = scores.new_empty(scores.shape[0], dtype=torch.int64)
+        self._masses(scores.data_ptr(), greatest, temperature, out.data_ptr(), out.shape[0])
         return out
 
     def covers(self, x: torch.dtype, blocks: torch.dtype) -> bool:

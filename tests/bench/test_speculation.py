@@ -27,8 +27,10 @@ def test_acceptance_of_distributions_that_are_known() -> None:
     p, q = np.log([[0.5, 0.3, 0.2]]), np.log([[0.2, 0.3, 0.5]])
     found = acceptance(p, q, (0.0, 1.0))
     assert set(found[0.0].values()) == {0.0}
-    # [0, .5) [.5, .8) [.8, 1) against [0, .2) [.2, .5) [.5, 1): the first share .2, the second nothing, the third .2
-    assert found[1.0]["shared uniform"] == pytest.approx(0.4)
+    # Of exponentials over p and q the same token's is least: 1 / max of the ratios, summed over the tokens.
+    expected = 1 / (1 + 1.5 + 2.5) + 1 / (1 + 5 / 3 + 5 / 3) + 1 / (2.5 + 1.5 + 1)
+    assert found[1.0]["race"] == pytest.approx(expected)
+    assert found[1.0]["drawn"] == pytest.approx(expected, abs=0.25)  # 100 draws
     assert found[1.0]["min(p, q)"] == pytest.approx(0.7)
     assert all(rate == pytest.approx(1.0) for rate in acceptance(p, p, (0.7,))[0.7].values())
 

@@ -1,8 +1,9 @@
-"""Draws against transformers' own logits processors and a plain float64 inverse of the distribution they leave."""
+"""Draws against transformers' own logits processors and a race among what they leave, in float64."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from split_mix import number_of
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,7 +21,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.philox import uniform
 from engine.sampling import draw
 from scheduler.plan import NO_TOKEN, Draw
 from spec.sampling import SamplingParams
@@ -35,10 +36,8 @@ def one(params: SamplingParams, logits: torch.Tensor, position: int = 10, histor
     return draw(logits, [Draw(params, position, 5, history)])[0].token_id
 
 
-def oracle(
-    params: SamplingParams, logits: torch.Tensor, position: int, history: tuple[int, ...], num_prompt: int
-) -> int:
-    """Every step spelled out; filters by transformers in float64."""
+def penalised(params: SamplingParams, logits: torch.Tensor, history: tuple[int, ...], num_prompt: int) -> torch.Tensor:
+    """[1, V] float64, each score rounded once to float32."""
     scores = logits.double().clone()
     for token_id, bias in params.logit_bias.items():
         scores[0, token_id] += bias
@@ -47,8 +46,13 @@ def oracle(
     for token_id in range(scores.shape[1]):
         count = history[num_prompt:].count(token_id)
         scores[0, token_id] -= params.frequency_penalty * count + (params.presence_penalty if count else 0.0)
-    if params.temperature == 0.0:
-        return int(scores.argmax())
+    return scores.float().double()
+
+
+def probabilities(
+    params: SamplingParams, logits: torch.Tensor, history: tuple[int, ...], num_prompt: int
+) -> torch.Tensor:
+    """[V] float64: every step spelled out; filters by transformers."""
     filters: list[Any] = [TemperatureLogitsWarper(params.temperature)]
     if params.top_k:
         filters.append(TopKLogitsWarper(params.top_k))
@@ -56,10 +60,21 @@ def oracle(
         filters.append(TopPLogitsWarper(params.top_p))
     if params.min_p > 0.0:
         filters.append(MinPLogitsWarper(params.min_p))
-    kept = LogitsProcessorList(filters)(torch.tensor([list(history) or [0]]), scores)
-    cumulative = np.cumsum(torch.softmax(kept, dim=-1)[0].numpy())
-    u = uniform(params.seed, position)
-    return int(np.argmax(cumulative > u * cumulative[-1]))
+    scores = penalised(params, logits, history, num_prompt)
+    return torch.softmax(LogitsProcessorList(filters)(torch.tensor([[0]]), scores), dim=-1)[0]
+
+
+def oracle(
+    params: SamplingParams, logits: torch.Tensor, position: int, history: tuple[int, ...], num_prompt: int
+) -> int:
+    if params.temperature == 0.0:
+        return int(penalised(params, logits, history, num_prompt).argmax())
+    race = {
+        token_id: -math.log(number_of(params.seed, position, token_id)) / probability
+        for token_id, probability in enumerate(probabilities(params, logits, history, num_prompt).tolist())
+        if probability > 0.0
+    }
+    return min(race, key=race.__getitem__)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -84,25 +99,69 @@ def test_draws_are_those_of_the_oracle(seed: int) -> None:
         assert found == oracle(params, logits, position, history, 9), params
 
 
-def test_draws_follow_the_distribution() -> None:
-    """Chi-square of 20,000 draws at rising positions over 24 tokens: the 1e-6 quantile for 23 degrees is 74."""
+CHI_SQUARES = {  # 20,000 draws from 24 tokens: the 1e-6 quantile for 23 degrees of freedom is 74, fewer have less
+    "temperature": SamplingParams(temperature=0.8, seed=2026),
+    "hot": SamplingParams(temperature=2.5, seed=1),
+    "top-k": SamplingParams(temperature=1.0, top_k=7, seed=2),
+    "top-p": SamplingParams(temperature=1.0, top_p=0.8, seed=3),
+    "min-p": SamplingParams(temperature=1.0, min_p=0.1, seed=4),
+    "all filters": SamplingParams(temperature=1.3, top_k=15, top_p=0.9, min_p=0.05, seed=5),
+    "penalties": SamplingParams(
+        temperature=1.0, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3, seed=6
+    ),
+    "bias": SamplingParams(temperature=1.0, logit_bias=MappingProxyType({3: 1.5, 20: -2.0}), seed=7),
+}
+HISTORY = (3, 3, 5, 7, 7, 7, 11)
+
+
+def chi_square(drawn_with: SamplingParams, expected_of: SamplingParams) -> float:
+    """Of draws at rising positions, against the float64 distribution that transformers' processors leave."""
     logits, rows = logits_of(3, vocab=24, scale=1.0), 20_000
-    params = SamplingParams(temperature=0.8, seed=2026)
-    found = draw(logits.expand(rows, -1), [Draw(params, position, 0, ()) for position in range(rows)])
-    counts = np.bincount([each.token_id for each in found], minlength=24)
-    expected = torch.softmax(logits[0].double() / 0.8, dim=0).numpy() * rows
-    assert ((counts - expected) ** 2 / expected).sum() < 74
+    history = HISTORY if drawn_with.has_penalties else ()
+    draws = [Draw(drawn_with, position, 2, history) for position in range(2, rows + 2)]
+    counts = np.bincount([each.token_id for each in draw(logits.expand(rows, -1), draws)], minlength=24)
+    expected = probabilities(expected_of, logits, HISTORY, 2).numpy() * rows
+    assert not counts[expected == 0.0].any()
+    counts, expected = counts[expected > 0.0], expected[expected > 0.0]
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("case", CHI_SQUARES)
+def test_draws_follow_the_distribution(case: str) -> None:
+    assert chi_square(CHI_SQUARES[case], CHI_SQUARES[case]) < 74
 
 
 def test_another_temperature_is_noticed() -> None:
     """The test above can fail: the same statistic against a neighbouring temperature."""
+    params = CHI_SQUARES["temperature"]
+    assert chi_square(dataclasses.replace(params, temperature=0.88), params) > 74
+
+
+def test_draws_over_seeds_follow_the_distribution_too() -> None:
     logits, rows = logits_of(3, vocab=24, scale=1.0), 20_000
-    found = draw(
-        logits.expand(rows, -1), [Draw(SamplingParams(temperature=0.88, seed=1), p, 0, ()) for p in range(rows)]
-    )
-    counts = np.bincount([each.token_id for each in found], minlength=24)
-    expected = torch.softmax(logits[0].double() / 0.8, dim=0).numpy() * rows
-    assert ((counts - expected) ** 2 / expected).sum() > 74
+    draws = [Draw(SamplingParams(temperature=1.0, seed=seed), 9, 2, ()) for seed in range(rows)]
+    counts = np.bincount([each.token_id for each in draw(logits.expand(rows, -1), draws)], minlength=24)
+    expected = torch.softmax(logits[0].double(), dim=0).numpy() * rows
+    assert ((counts - expected) ** 2 / expected).sum() < 74
+
+
+def test_neighbouring_positions_and_seeds_are_independent() -> None:
+    """Chi-square over pairs of draws, 8 tokens: the 1e-6 quantile for 63 degrees of freedom is 133."""
+    logits, rows = logits_of(5, vocab=8, scale=0.5), 20_000
+    expected = np.outer(*[torch.softmax(logits[0].double(), dim=0).numpy()] * 2).ravel() * rows
+    for step in ((0, 1), (1, 0)):
+        pairs = []
+        for place in range(2):
+            draws = [
+                Draw(SamplingParams(seed=row // 100 + place * step[0]), 3 * (row % 100) + place * step[1], 0, ())
+                for row in range(rows)
+            ]
+            pairs.append(np.array([each.token_id for each in draw(logits.expand(rows, -1), draws)]))
+        if step == (1, 0):  # every second seed, or each would be in two pairs
+            pairs = [each.reshape(-1, 100)[::2].ravel() for each in pairs]
+        counts = np.bincount(pairs[0] * 8 + pairs[1], minlength=64)
+        scale = counts.sum() / rows
+        assert ((counts - expected * scale) ** 2 / (expected * scale)).sum() < 133
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:
@@ -181,12 +240,3 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(temperature: float, poi
 
 def test_an_empty_step_draws_nothing() -> None:
     assert draw(torch.empty(0, VOCAB), []) == []
-
-
-def test_the_greatest_uniform_number_takes_a_token_that_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sums by groups and within a group round differently; the draw still ends on a token with a weight."""
-    monkeypatch.setattr("engine.sampling.uniform", lambda seed, position: 1.0 - 2.0**-53)
-    for seed in range(50):
-        logits = logits_of(seed, vocab=1000, scale=200.0)  # most weights underflow to 0
-        chosen = one(SamplingParams(temperature=0.5), logits)
-        assert np.exp((logits[0, chosen] - logits.max()).double().item() / 0.5) > 0.0

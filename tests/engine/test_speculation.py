@@ -208,17 +208,16 @@ def acceptance(logits: np.ndarray, draft_logits: np.ndarray, params: SamplingPar
     return float(np.mean(same)), float(torch.minimum(p, q).sum())
 
 
-def test_acceptance_is_the_overlap_of_intervals_and_at_most_leviathans() -> None:
+def test_acceptance_is_that_of_a_race_and_close_to_leviathans() -> None:
     generator = np.random.default_rng(0)
     for scale in (0.1, 0.5, 2.0):
         logits = generator.standard_normal(50) * 3
         draft_logits = logits + generator.standard_normal(50) * scale
         same, most = acceptance(logits, draft_logits, SamplingParams())
         p, q = (np.exp(each - each.max()) / np.exp(each - each.max()).sum() for each in (logits, draft_logits))
-        ends_p, ends_q = np.cumsum(p), np.cumsum(q)
-        overlap = np.minimum(ends_p, ends_q) - np.maximum(ends_p - p, ends_q - q)
-        assert same == pytest.approx(float(np.clip(overlap, 0, None).sum()), abs=0.1)  # four standard errors
-        assert same <= most + 0.1
+        race = sum(1.0 / np.maximum(p / p[token], q / q[token]).sum() for token in range(50))
+        assert same == pytest.approx(race, abs=0.1)  # four standard errors
+        assert most / (2.0 - most) <= race <= most  # 1 - d to (1 - d) / (1 + d)
 
 
 def test_the_same_logits_always_agree() -> None:
