@@ -19,6 +19,7 @@ from worker.core import Core
 from worker.handoffs import Handoffs
 from worker.peers import Peers
 from worker.prefix_sends import PrefixSends
+from worker.quarantine import Quarantine
 
 
 class DecodePool:
@@ -29,7 +30,8 @@ class DecodePool:
         self._redis = connect(core.config.redis_url)
         self._config = core.config
         self._peers = Peers(core.transports, self._open_channel, core.regions)
-        self.handoffs = Handoffs(self._placements, self._open_channel, self._find_record)
+        self._quarantine = Quarantine(core.cut, self._open_channel, self._find_record)
+        self.handoffs = Handoffs(self._placements, self._quarantine)
         self.prefix_sends = PrefixSends(core, self._peers)
         self._moves = Moves(self._placements, self._peers, spans)
         self._service = DecodeService(self._placements, self._moves)
@@ -52,7 +54,7 @@ class DecodePool:
             "decode.placed": len(self._placements.placed),
             "decode.attached": self._placements.subscriptions.attached,
             "decode.handoffs": self.handoffs.open_streams,
-            "decode.quarantined": self.handoffs.quarantined,
+            "decode.quarantined": len(self._quarantine),
             "decode.moves": self._moves.under_way,
             "decode.prefix_sends": self.prefix_sends.under_way,
         }
@@ -77,7 +79,7 @@ class DecodePool:
         self._heartbeat.cancel()
         for subscription in self._placements.subscriptions.all:
             subscription.end()
-        await self.handoffs.close()
+        await self._quarantine.close()
         await self._moves.close()
         await self.prefix_sends.close()
         await self._peers.close()

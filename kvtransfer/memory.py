@@ -84,6 +84,13 @@ class MemoryTransport(Transport):
             self._peers.add(peer)
         return peer
 
+    def cut(self, link_id: int) -> None:
+        for writer in list(_transports.values()):
+            with writer._changed:
+                peer = next((peer for peer in writer._peers if peer.link_id == link_id), None)
+            if peer is not None:
+                peer.lose("the owner has cut the link")
+
     def close(self) -> None:
         _transports.pop(self.address, None)
         with self._changed:
@@ -177,6 +184,7 @@ class _MemoryPeer(Peer):
 
     def __init__(self, transport: MemoryTransport, target: _MemoryRegion) -> None:
         self.connected = True
+        self.link_id = secrets.randbits(64)
         self._transport = transport
         self._target = target
         self._lost = ""
@@ -188,10 +196,15 @@ class _MemoryPeer(Peer):
         return self._transport._submit(self, source, pieces)
 
     def release(self) -> None:
-        with self._target.writing:
-            self.connected, self._lost = False, self._lost or "the peer is released"
+        self.lose("the peer is released")
         with self._transport._changed:
             self._transport._peers.discard(self)
+
+    def lose(self, why: str) -> None:
+        """Returns when nothing of it lands any more."""
+        with self._target.writing:
+            self.connected, self._lost = False, self._lost or why
+        with self._transport._changed:
             unmoved = [entry[2] for entry in self._transport._due if entry[2].peer is self]
             self._transport._due = [entry for entry in self._transport._due if entry[2].peer is not self]
             heapq.heapify(self._transport._due)

@@ -188,8 +188,8 @@ class SocketsTransport(Transport, Ledger):
             known = (region for its, region in self._regions.items() if hmac.compare_digest(its, attach.token))
             link.region, link.link_id = next(known, None), attach.link_id
 
-    def end_link(self, link_id: int) -> None:
-        """Returns when no byte that came by that link can land any more; nor can one by a link that is not known."""
+    def cut(self, link_id: int) -> None:
+        """The thread that writes what arrives has ended; what the system had taken in goes with the connection."""
         with self._lock:
             link = next((link for link in self._links if link.link_id == link_id), None)
         if link is not None:
@@ -259,7 +259,7 @@ class _Link(threading.Thread):
         tune(self._connection)
         frame = receive_frame(self._connection, time.monotonic() + ATTACH_TIMEOUT_S)
         if frame is not None and frame.HasField("detach"):
-            self._transport.end_link(frame.detach.link_id)
+            self._transport.cut(frame.detach.link_id)
             send_frame(self._connection, frame)
         if frame is None or not frame.HasField("attach"):
             return

@@ -1,4 +1,4 @@
-"""Six verbs move memory: register, exchange, connect, post, check, release.
+"""Six verbs move memory: register, exchange, connect, post, check, release. A seventh, cut, is for silent writers.
 
     owner of the memory                       writer
     region = transport.register(nbytes)
@@ -6,10 +6,12 @@
                                               transfer = peer.post(source_region, pieces)
                                               transfer.result(timeout_s) / transfer.done()
     region.release()                          peer.release()
+    transport.cut(link_id)                    peer.link_id
 
 One-sided: the owner takes no part in a write. A transfer that is done has landed: the owner sees its bytes. A transfer
 that failed may have landed in part; `peer.release()` returns only when nothing of that peer is in flight any more,
-which is what "quiet" means in the hand-over.
+which is what "quiet" means in the hand-over. `transport.cut()` comes to that without the writer: it is the owner's own
+act, and needs nobody's word.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Transfer(concurrent.futures.Future[None]):
 class Peer(abc.ABC):
     """A connection for writing into one region of one process."""
 
+    link_id: int  # drawn at random by the writer; the owner knows the link by it
     connected: bool  # False once released, or once the peer is known to be lost; never True again
     runs_over: str  # "shared memory", "unix socket", "tcp", or the names of libucp's transports, such as "rc_mlx5"
 
@@ -94,6 +97,14 @@ class Transport(abc.ABC):
         """Reaches the peer (a real exchange of bytes, so that a wrong address fails here and not at the first write).
 
         Raises TransferFailed naming the address when it does not answer in time."""
+
+    @abc.abstractmethod
+    def cut(self, link_id: int) -> None:
+        """The owner's: ends that peer's link from this side, all that is in flight on it with it. Returns when no byte
+        of it can land any more; of a link that is not known, or has ended, none can. The writer finds its peer lost.
+
+        Raises TransferFailed where that does not prove it: the writer has mapped this memory, and its process lives and
+        has not let go of it yet. It may be called again: returns once that is so."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -4,8 +4,9 @@ Who wants to write says so first (Attach, with the region's token) and gets the 
 that key leads to memory that both processes share (ucp_rkey_ptr: libucp allocated the region and the peer is on this
 host), a piece is one memcpy. Otherwise pieces are the payload of active messages, which the owner's worker puts where
 they belong and confirms; no other thread of the owner takes part.
-A key cannot be taken back, so a region that is released asks its writers to stop (Revoke) and waits for each one's
-Detach, or its death.
+A link is cut by taking no message of it any more, on the one thread that takes them. A key cannot be taken back, so
+the writer of a region that is released, or of a link that is cut, is asked to stop (Revoke), and memory that may be
+mapped there is quiet once its lock is let go of (kvtransfer/mapping_lock.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from google.protobuf.message import DecodeError
 from kvtransfer import ucx_key
 from kvtransfer.copying import scatter
 from kvtransfer.ledger import Ledger
+from kvtransfer.mapping_lock import WatchedLock
 from kvtransfer.pieces import check_memory
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
 from kvtransfer.ucx_peer import UcxPeer
@@ -38,6 +40,7 @@ from legato.v1.transfer_pb2 import RegionDescriptor, TransferFrame, UcxAddress
 from spec.errors import TransferFailed
 
 TOKEN_BYTES = 16  # by which a region is named
+LOOK_S = 0.01  # whether a lock is let go of
 
 
 def default_options(host: str) -> dict[str, str]:
@@ -108,6 +111,11 @@ class UcxTransport(Transport, Ledger):
             raise TransferFailed(f"the peer at {_short(theirs)}: {error.message}", address=_short(theirs)) from None
         return peer
 
+    def cut(self, link_id: int) -> None:
+        link: _Link | None = self._worker.call(lambda: self._cut(link_id))
+        if link is not None and link.mapping.is_held:
+            raise TransferFailed("the writer may have this memory mapped, and its process lives")
+
     def close(self) -> None:
         with self._lock:
             if self._closed:
@@ -157,8 +165,8 @@ class UcxTransport(Transport, Ledger):
         kind = frame.WhichOneof("frame")
         if kind == "attach":
             self._welcome(frame.attach)
-        elif kind == "detach" and (link := self._links.pop(frame.detach.link_id, None)):
-            link.gone.set_result(None)
+        elif kind == "detach" and (link := self._links.get(frame.detach.link_id)):
+            self._gone([link])
         elif kind == "attached" and (peer := self._peer_of(frame.attached.link_id)):
             peer.was_attached(frame.attached)
         elif kind == "written" and (peer := self._peer_of(frame.written.link_id)):
@@ -173,13 +181,13 @@ class UcxTransport(Transport, Ledger):
     def _receive_data(self, write: TransferFrame.Write, data: int, nbytes: int) -> None:
         """Puts the payload of a Write where it belongs and says so; of one that is not let in, says that."""
         link = self._links.get(write.link_id)
-        if link is None:
+        if link is None or link.gone.done():
             return  # its writer has said goodbye, or never was let in
         refused = ""
         try:
             part = landing_of(write, link.region.nbytes)
-            if link.region.released:
-                refused = "the owner has released the region"
+            if link.region.released or link.is_cut:
+                refused = "the owner has released the region" if link.region.released else "the owner has cut the link"
             elif part.nbytes != nbytes:
                 refused = "a write that is none"
             else:
@@ -205,18 +213,41 @@ class UcxTransport(Transport, Ledger):
         if region is None or region.released:
             answer.refused = "no region of this descriptor"
         else:
-            self._links[attach.link_id] = _Link(region, endpoint)
-            answer.region_bytes, answer.base_address, answer.remote_key = region.nbytes, region.base, region.remote_key
+            self._forget_ended()
+            mapping = WatchedLock(attach.mapping_lock)
+            self._links[attach.link_id] = _Link(region, endpoint, mapping)
+            answer.region_bytes, answer.base_address = region.nbytes, region.base
+            if mapping.is_held:  # so that it can be seen when it has let go
+                answer.remote_key = region.remote_key
             ucx_key.seal(answer)
         self._worker.send(endpoint, TransferFrame(attached=answer))
 
     def _lost(self, endpoint: Endpoint) -> None:
-        for link_id in [link_id for link_id, link in self._links.items() if link.endpoint is endpoint]:
-            self._links.pop(link_id).gone.set_result(None)
+        self._gone([link for link in self._links.values() if link.endpoint is endpoint])
         with self._lock:
             peers = [peer for peer in self._peers.values() if peer.endpoint is endpoint]
         for peer in peers:
             peer.was_lost(endpoint.lost, dead=endpoint.dead)
+
+    def _gone(self, links: list[_Link]) -> None:
+        for link in links:
+            if not link.gone.done():
+                link.gone.set_result(None)
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """Those by which nothing comes any more, and whose writers have let go."""
+        ended = [link_id for link_id, link in self._links.items() if link.gone.done() and not link.mapping.is_held]
+        for link_id in ended:
+            del self._links[link_id]
+
+    def _cut(self, link_id: int) -> _Link | None:
+        self._forget_ended()
+        link = self._links.get(link_id)
+        if link is not None and not link.is_cut:
+            link.is_cut = True
+            self._worker.send(link.endpoint, TransferFrame(revoke=TransferFrame.Revoke(link_id=link_id)))
+        return link
 
     def _revoke(self, region: _UcxRegion) -> list[_Link]:
         region.released = True
@@ -249,7 +280,17 @@ class _Link:
 
     region: _UcxRegion
     endpoint: Endpoint
-    gone: concurrent.futures.Future[None] = dataclasses.field(default_factory=concurrent.futures.Future)
+    mapping: WatchedLock
+    is_cut: bool = False  # no message of it is taken any more
+    gone: concurrent.futures.Future[None] = dataclasses.field(default_factory=concurrent.futures.Future)  # by messages
+
+    def ends_by(self, deadline_s: float) -> bool:
+        """Waits until nothing can come by it any more."""
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self.gone.result(max(0.0, deadline_s - time.monotonic()))
+        while self.mapping.is_held and time.monotonic() < deadline_s:
+            time.sleep(LOOK_S)
+        return self.gone.done() and not self.mapping.is_held
 
 
 _kept_forever: list[object] = []  # memory that a stuck writer may still write into
@@ -279,11 +320,9 @@ class _UcxRegion(Region):
         links: list[_Link] = self._worker.call(lambda: self._transport._revoke(self))
         deadline_s = time.monotonic() + QUIET_TIMEOUT_S
         for link in links:
-            try:
-                link.gone.result(max(0.0, deadline_s - time.monotonic()))
-            except concurrent.futures.TimeoutError:
+            if not link.ends_by(deadline_s):
                 _kept_forever.append((self.buffer, self._given))
-                raise TransferFailed("a writer does not confirm that it writes no more") from None
+                raise TransferFailed("a writer does not confirm that it writes no more")
         if self._given is not None:
             self._worker.unmap(self._mapping)
             self._given = None

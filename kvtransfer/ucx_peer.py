@@ -19,6 +19,7 @@ from kvtransfer import libucp, ucx_key
 from kvtransfer.copying import copy, gather
 from kvtransfer.grids import Grid
 from kvtransfer.ledger import Ledger
+from kvtransfer.mapping_lock import MappingLock
 from kvtransfer.pieces import check_pieces, planned
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
@@ -54,6 +55,7 @@ class UcxPeer(Peer):
         self._region_bytes = 0
         self._mapped_base = 0  # where the peer's region lies in this process, 0 when it does not
         self._remote_key = 0  # keeps it mapped
+        self._mapping_lock = MappingLock()
         self._queue: collections.deque[_Outgoing] = collections.deque()  # with parts that are not taken
         self._packed: list[ctypes.Array[ctypes.c_char]] = []  # not in use; those of messages under way are not in it
         self._write_ids = itertools.count(1)
@@ -100,7 +102,8 @@ class UcxPeer(Peer):
         except TransferFailed as error:
             self.attached.set_exception(error)
             return
-        attach = TransferFrame.Attach(link_id=self.link_id, token=token, reply_to=reply_to)
+        lock = self._mapping_lock.name
+        attach = TransferFrame.Attach(link_id=self.link_id, token=token, reply_to=reply_to, mapping_lock=lock)
         self._worker.send(self.endpoint, TransferFrame(attach=attach))
 
     def was_attached(self, answer: TransferFrame.Attached) -> None:
@@ -117,6 +120,10 @@ class UcxPeer(Peer):
             return
         self._remote_key, self._mapped_base = ucx_key.map_region(self._worker.library, self.endpoint.handle, answer)
         self.runs_over = "shared memory" if self._mapped_base else self._worker.lanes(self.endpoint)
+        if self._mapped_base:
+            self._mapping_lock.forget_name()
+        else:
+            self._mapping_lock.let_go()
         self._region_bytes = answer.region_bytes
         self.attached.set_result(None)
 
@@ -223,6 +230,7 @@ class UcxPeer(Peer):
         self._mapped_base = 0
         if self._remote_key:
             self._worker.library.ucp_rkey_destroy(self._remote_key)
+        self._mapping_lock.let_go()
         if self.endpoint is not None:
             self._worker.send(self.endpoint, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
         self._ledger.forget(self.link_id)

@@ -18,6 +18,7 @@ from worker.handoffs import Handoffs
 from worker.meeting import Meetings
 from worker.peers import Peers
 from worker.prefix_sends import PrefixSends
+from worker.quarantine import Quarantine
 from worker.watch import StepWatch
 
 
@@ -30,7 +31,8 @@ class PrefillPool:
         self._peers = Peers(core.transports, self._open_channel, core.regions)
         self._meetings = Meetings(core, self._peers)
         self._fetches = Fetches(core, self._peers)
-        self.handoffs = Handoffs(self._fetches, self._open_channel, self._find_record)
+        self._quarantine = Quarantine(core.cut, self._open_channel, self._find_record)
+        self.handoffs = Handoffs(self._fetches, self._quarantine)
         self.prefix_sends = PrefixSends(core, self._peers)
         self._service = PrefillService(core, self._peers, self._fetches, spans)
 
@@ -50,7 +52,7 @@ class PrefillPool:
         return self._service.live() | {
             "prefill.fetches": self._fetches.under_way,
             "prefill.handoffs": self.handoffs.open_streams,
-            "prefill.quarantined": self.handoffs.quarantined,
+            "prefill.quarantined": len(self._quarantine),
             "prefill.prefix_sends": self.prefix_sends.under_way,
         }
 
@@ -72,7 +74,7 @@ class PrefillPool:
 
     async def close(self) -> None:
         await self._meetings.close()
-        await self.handoffs.close()
+        await self._quarantine.close()
         await self.prefix_sends.close()
         await self._peers.close()
         await self._redis.aclose()

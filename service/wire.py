@@ -4,6 +4,9 @@ Each side says the oldest and the newest version that it speaks; two speak the n
 where there is none. Within a version messages may gain fields, and streams events, that whoever does not know them may
 pass over; what may not be passed over, or means something else than before, is a new version. A worker that says none
 speaks version 1 alone.
+
+    1    the first
+    2    Begin names the link by which is written; who answers ConfirmQuiet says who that is
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from legato.v1 import worker_pb2
 from spec.errors import WireMismatch
 
-OLDEST, NEWEST = 1, 1
+OLDEST, NEWEST = 2, 2
 _UNSAID = worker_pb2.WireVersions(oldest=1, newest=1)
 
 

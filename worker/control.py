@@ -55,8 +55,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def ConfirmQuiet(
         self, request: worker_pb2.ConfirmQuietRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ConfirmQuietResponse:
-        await self._confirm_quiet(request.reservation_id)
-        return worker_pb2.ConfirmQuietResponse()
+        record = self._core.record
+        if (request.producer_id, request.producer_epoch) == (record.worker_id, record.epoch):
+            await self._confirm_quiet(request.reservation_id)
+        return worker_pb2.ConfirmQuietResponse(worker_id=record.worker_id, epoch=record.epoch)
 
     async def Handoff(
         self, request_iterator: AsyncIterator[worker_pb2.HandoffRequest], context: grpc.aio.ServicerContext

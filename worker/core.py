@@ -83,6 +83,10 @@ class Core:
             self.scheduler.unhold(group, block_table)
         self.loop.wake()  # somebody may wait for these blocks
 
+    def cut(self, transport: str, link_id: int) -> None:
+        """As Transport.cut() of that one does."""
+        self.transports[transport].cut(link_id)
+
     def compile(self, constraint: Constraint) -> concurrent.futures.Future[Matcher]:
         """On every rank, in threads beside the steps; once, however often it is asked for."""
         if self.others is not None:

@@ -7,7 +7,7 @@
     Final   plan complete: what it was reserved for goes on  ──▶ Admitted
     Quiet   nothing is in flight any more: blocks are freed
 
-A stream that ends before Admitted or Quiet leaves memory that is not proven quiet; worker/handoffs.py asks then.
+A stream that ends before Admitted or Quiet leaves memory that is not proven quiet; worker/quarantine.py has it then.
 """
 
 from __future__ import annotations
@@ -147,6 +147,8 @@ class Receiver:
             agreed(core.record.wire, begin.wire, ticket.producer_id)
             if ":" not in begin.producer_address:
                 raise TicketRefused("the writer does not say where it can be asked whether it is quiet")
+            if begin.transport not in core.transports:
+                raise TicketRefused("the writer does not say by which link it writes")
             with core.loop.lock:
                 core.reservations.begin(
                     ticket.reservation_id,

@@ -65,7 +65,11 @@ class Sender:
         """Raises the HandoffError that the decode worker refused with, TransferFailed when it cannot be asked."""
         self._call = self._stub.Handoff()
         begin = worker_pb2.HandoffRequest.Begin(
-            ticket=self._target.signed, producer_address=self._producer_address, wire=spoken()
+            ticket=self._target.signed,
+            producer_address=self._producer_address,
+            wire=spoken(),
+            transport=self._target.transport,
+            link_id=self._target.peer.link_id,
         )
         try:
             async with asyncio.timeout(timeout_s):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18legato/v1/transfer.proto\x12\tlegato.v1\"X\n\x0eSocketsAddress\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x11\n\tunix_path\x18\x02 \x01(\t\x12\x10\n\x08tcp_host\x18\x03 \x01(\t\x12\x10\n\x08tcp_port\x18\x04 \x01(\r\"G\n\nUcxAddress\x12\x16\n\x0eworker_address\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\t\"!\n\x10RegionDescriptor\x12\r\n\x05token\x18\x01 \x01(\x0c\"\xa7\x06\n\rTransferFrame\x12\x31\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x1f.legato.v1.TransferFrame.AttachH\x00\x12\x35\n\x08\x61ttached\x18\x02 \x01(\x0b\x32!.legato.v1.TransferFrame.AttachedH\x00\x12/\n\x05write\x18\x03 \x01(\x0b\x32\x1e.legato.v1.TransferFrame.WriteH\x00\x12\x33\n\x07written\x18\x04 \x01(\x0b\x32 .legato.v1.TransferFrame.WrittenH\x00\x12\x31\n\x06revoke\x18\x05 \x01(\x0b\x32\x1f.legato.v1.TransferFrame.RevokeH\x00\x12\x31\n\x06\x64\x65tach\x18\x06 \x01(\x0b\x32\x1f.legato.v1.TransferFrame.DetachH\x00\x1aQ\n\x06\x41ttach\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\'\n\x08reply_to\x18\x03 \x01(\x0b\x32\x15.legato.v1.UcxAddress\x1a~\n\x08\x41ttached\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x12\x0f\n\x07refused\x18\x02 \x01(\t\x12\x14\n\x0cregion_bytes\x18\x03 \x01(\x06\x12\x14\n\x0c\x62\x61se_address\x18\x04 \x01(\x06\x12\x12\n\nremote_key\x18\x05 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x0c\x1a\x8e\x01\n\x05Write\x12\x10\n\x08write_id\x18\x01 \x01(\x06\x12\x14\n\x0ctarget_bases\x18\x02 \x03(\x06\x12\x15\n\rsegment_bytes\x18\x03 \x03(\x06\x12\x0f\n\x07link_id\x18\x04 \x01(\x06\x12\x14\n\x0ctarget_units\x18\x05 \x03(\x06\x12\x11\n\tunit_runs\x18\x06 \x03(\x06\x12\x0c\n\x04more\x18\x07 \x01(\x08\x1a=\n\x07Written\x12\x10\n\x08write_id\x18\x01 \x01(\x06\x12\x0f\n\x07link_id\x18\x02 \x01(\x06\x12\x0f\n\x07refused\x18\x03 \x01(\t\x1a\x19\n\x06Revoke\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x1a\x19\n\x06\x44\x65tach\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x42\x07\n\x05\x66rameb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18legato/v1/transfer.proto\x12\tlegato.v1\"X\n\x0eSocketsAddress\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x11\n\tunix_path\x18\x02 \x01(\t\x12\x10\n\x08tcp_host\x18\x03 \x01(\t\x12\x10\n\x08tcp_port\x18\x04 \x01(\r\"G\n\nUcxAddress\x12\x16\n\x0eworker_address\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\t\"!\n\x10RegionDescriptor\x12\r\n\x05token\x18\x01 \x01(\x0c\"\xbd\x06\n\rTransferFrame\x12\x31\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x1f.legato.v1.TransferFrame.AttachH\x00\x12\x35\n\x08\x61ttached\x18\x02 \x01(\x0b\x32!.legato.v1.TransferFrame.AttachedH\x00\x12/\n\x05write\x18\x03 \x01(\x0b\x32\x1e.legato.v1.TransferFrame.WriteH\x00\x12\x33\n\x07written\x18\x04 \x01(\x0b\x32 .legato.v1.TransferFrame.WrittenH\x00\x12\x31\n\x06revoke\x18\x05 \x01(\x0b\x32\x1f.legato.v1.TransferFrame.RevokeH\x00\x12\x31\n\x06\x64\x65tach\x18\x06 \x01(\x0b\x32\x1f.legato.v1.TransferFrame.DetachH\x00\x1ag\n\x06\x41ttach\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\'\n\x08reply_to\x18\x03 \x01(\x0b\x32\x15.legato.v1.UcxAddress\x12\x14\n\x0cmapping_lock\x18\x04 \x01(\t\x1a~\n\x08\x41ttached\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x12\x0f\n\x07refused\x18\x02 \x01(\t\x12\x14\n\x0cregion_bytes\x18\x03 \x01(\x06\x12\x14\n\x0c\x62\x61se_address\x18\x04 \x01(\x06\x12\x12\n\nremote_key\x18\x05 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x0c\x1a\x8e\x01\n\x05Write\x12\x10\n\x08write_id\x18\x01 \x01(\x06\x12\x14\n\x0ctarget_bases\x18\x02 \x03(\x06\x12\x15\n\rsegment_bytes\x18\x03 \x03(\x06\x12\x0f\n\x07link_id\x18\x04 \x01(\x06\x12\x14\n\x0ctarget_units\x18\x05 \x03(\x06\x12\x11\n\tunit_runs\x18\x06 \x03(\x06\x12\x0c\n\x04more\x18\x07 \x01(\x08\x1a=\n\x07Written\x12\x10\n\x08write_id\x18\x01 \x01(\x06\x12\x0f\n\x07link_id\x18\x02 \x01(\x06\x12\x0f\n\x07refused\x18\x03 \x01(\t\x1a\x19\n\x06Revoke\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x1a\x19\n\x06\x44\x65tach\x12\x0f\n\x07link_id\x18\x01 \x01(\x06\x42\x07\n\x05\x66rameb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,17 +38,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGIONDESCRIPTOR']._serialized_start=202
   _globals['_REGIONDESCRIPTOR']._serialized_end=235
   _globals['_TRANSFERFRAME']._serialized_start=238
-  _globals['_TRANSFERFRAME']._serialized_end=1045
+  _globals['_TRANSFERFRAME']._serialized_end=1067
   _globals['_TRANSFERFRAME_ATTACH']._serialized_start=565
-  _globals['_TRANSFERFRAME_ATTACH']._serialized_end=646
-  _globals['_TRANSFERFRAME_ATTACHED']._serialized_start=648
-  _globals['_TRANSFERFRAME_ATTACHED']._serialized_end=774
-  _globals['_TRANSFERFRAME_WRITE']._serialized_start=777
-  _globals['_TRANSFERFRAME_WRITE']._serialized_end=919
-  _globals['_TRANSFERFRAME_WRITTEN']._serialized_start=921
-  _globals['_TRANSFERFRAME_WRITTEN']._serialized_end=982
-  _globals['_TRANSFERFRAME_REVOKE']._serialized_start=984
-  _globals['_TRANSFERFRAME_REVOKE']._serialized_end=1009
-  _globals['_TRANSFERFRAME_DETACH']._serialized_start=1011
-  _globals['_TRANSFERFRAME_DETACH']._serialized_end=1036
+  _globals['_TRANSFERFRAME_ATTACH']._serialized_end=668
+  _globals['_TRANSFERFRAME_ATTACHED']._serialized_start=670
+  _globals['_TRANSFERFRAME_ATTACHED']._serialized_end=796
+  _globals['_TRANSFERFRAME_WRITE']._serialized_start=799
+  _globals['_TRANSFERFRAME_WRITE']._serialized_end=941
+  _globals['_TRANSFERFRAME_WRITTEN']._serialized_start=943
+  _globals['_TRANSFERFRAME_WRITTEN']._serialized_end=1004
+  _globals['_TRANSFERFRAME_REVOKE']._serialized_start=1006
+  _globals['_TRANSFERFRAME_REVOKE']._serialized_end=1031
+  _globals['_TRANSFERFRAME_DETACH']._serialized_start=1033
+  _globals['_TRANSFERFRAME_DETACH']._serialized_end=1058
 # @@protoc_insertion_point(module_scope)

@@ -36,14 +36,16 @@ class RegionDescriptor(_message.Message):
 class TransferFrame(_message.Message):
     __slots__ = ("attach", "attached", "write", "written", "revoke", "detach")
     class Attach(_message.Message):
-        __slots__ = ("link_id", "token", "reply_to")
+        __slots__ = ("link_id", "token", "reply_to", "mapping_lock")
         LINK_ID_FIELD_NUMBER: _ClassVar[int]
         TOKEN_FIELD_NUMBER: _ClassVar[int]
         REPLY_TO_FIELD_NUMBER: _ClassVar[int]
+        MAPPING_LOCK_FIELD_NUMBER: _ClassVar[int]
         link_id: int
         token: bytes
         reply_to: UcxAddress
-        def __init__(self, link_id: _Optional[int] = ..., token: _Optional[bytes] = ..., reply_to: _Optional[_Union[UcxAddress, _Mapping]] = ...) -> None: ...
+        mapping_lock: str
+        def __init__(self, link_id: _Optional[int] = ..., token: _Optional[bytes] = ..., reply_to: _Optional[_Union[UcxAddress, _Mapping]] = ..., mapping_lock: _Optional[str] = ...) -> None: ...
     class Attached(_message.Message):
         __slots__ = ("link_id", "refused", "region_bytes", "base_address", "remote_key", "checksum")
         LINK_ID_FIELD_NUMBER: _ClassVar[int]

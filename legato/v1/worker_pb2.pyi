@@ -167,14 +167,22 @@ class DrainResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ConfirmQuietRequest(_message.Message):
-    __slots__ = ("reservation_id",)
+    __slots__ = ("reservation_id", "producer_id", "producer_epoch")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
+    PRODUCER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     reservation_id: str
-    def __init__(self, reservation_id: _Optional[str] = ...) -> None: ...
+    producer_id: str
+    producer_epoch: int
+    def __init__(self, reservation_id: _Optional[str] = ..., producer_id: _Optional[str] = ..., producer_epoch: _Optional[int] = ...) -> None: ...
 
 class ConfirmQuietResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("worker_id", "epoch")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SendPrefixRequest(_message.Message):
     __slots__ = ("reservation", "token_ids", "adapter", "address")
@@ -456,14 +464,18 @@ class HandoffRequest(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class Begin(_message.Message):
-        __slots__ = ("ticket", "producer_address", "wire")
+        __slots__ = ("ticket", "producer_address", "wire", "transport", "link_id")
         TICKET_FIELD_NUMBER: _ClassVar[int]
         PRODUCER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
         WIRE_FIELD_NUMBER: _ClassVar[int]
+        TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+        LINK_ID_FIELD_NUMBER: _ClassVar[int]
         ticket: SignedTicket
         producer_address: str
         wire: WireVersions
-        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ...) -> None: ...
+        transport: str
+        link_id: int
+        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ..., transport: _Optional[str] = ..., link_id: _Optional[int] = ...) -> None: ...
     class Landed(_message.Message):
         __slots__ = ("first_token", "num_tokens", "end_layer")
         FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]

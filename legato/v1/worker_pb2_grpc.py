@@ -100,8 +100,8 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ConfirmQuiet(self, request, context):
-        """Asked by a worker whose Handoff stream broke: answers when nothing of that reservation is, or ever will be, in flight
-        from here, so that its blocks may be freed.
+        """Asked by a worker whose Handoff stream broke: whoever is asked for answers when nothing of that reservation is, or ever
+        will be, in flight from here, so that its blocks may be freed. Anybody else answers at once, and says who that is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

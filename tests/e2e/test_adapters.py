@@ -25,6 +25,7 @@ from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from service.channel import channel
 from service.messages import with_adapter
 from service.status import error_from_rpc
+from service.wire import spoken
 from spec.errors import InvalidModel, LegatoError, TicketRefused
 from worker.landing import LandingCheck
 
@@ -203,7 +204,7 @@ async def test_a_ticket_is_of_one_adapter_in_one_revision(world: World, redis_ur
             for adapter in (ours["poems"], theirs["prose"], ""):
                 ticket.identity.adapter = adapter
                 begin = worker_pb2.HandoffRequest.Begin(
-                    ticket=tickets.issue(KEY.encode(), ticket), producer_address=prefill.address
+                    ticket=tickets.issue(KEY.encode(), ticket), producer_address=prefill.address, wire=spoken()
                 )
                 stream = worker_pb2_grpc.WorkerStub(to_decode).Handoff()
                 await stream.write(worker_pb2.HandoffRequest(begin=begin))

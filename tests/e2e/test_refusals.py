@@ -27,6 +27,7 @@ from kvtransfer.transport import Piece
 from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from service.channel import channel
 from service.status import error_from_rpc
+from service.wire import spoken
 from spec.errors import TicketRefused, TransferFailed
 from worker.landing import LandingCheck
 
@@ -207,8 +208,7 @@ def _reserve(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) 
 
 async def _refused(link: grpc.aio.Channel, signed: worker_pb2.SignedTicket, word: str) -> None:
     call = worker_pb2_grpc.WorkerStub(link).Handoff()
-    begin = worker_pb2.HandoffRequest.Begin(ticket=signed, producer_address="127.0.0.1:1")
-    await call.write(worker_pb2.HandoffRequest(begin=begin))
+    await call.write(_begin(signed, "127.0.0.1:1"))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(call))
     error = error_from_rpc(caught.value)
@@ -317,5 +317,7 @@ async def test_blocks_that_come_free_are_used_at_once(
 
 
 def _begin(signed: worker_pb2.SignedTicket, address: str) -> worker_pb2.HandoffRequest:
-    begin = worker_pb2.HandoffRequest.Begin(ticket=signed, producer_address=address)
+    begin = worker_pb2.HandoffRequest.Begin(
+        ticket=signed, producer_address=address, wire=spoken(), transport="sockets", link_id=1
+    )
     return worker_pb2.HandoffRequest(begin=begin)

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import random
 import time
+import types
 import typing
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from kvtransfer.routes import RankMemory
 from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from service.channel import channel
 from service.status import error_from_rpc
+from service.wire import NEWEST, OLDEST
 from spec.dtype import Dtype
 from spec.errors import WireMismatch
 from spec.layout import KVLayout
@@ -55,7 +57,7 @@ def reserve_request(decode: worker_pb2.WorkerRecord, producer: worker_pb2.Worker
 
 def begin(signed: worker_pb2.SignedTicket, address: str, oldest: int, newest: int) -> Request:
     wire = worker_pb2.WireVersions(oldest=oldest, newest=newest)
-    made = Request.Begin(ticket=signed, producer_address=address, wire=wire)
+    made = Request.Begin(ticket=signed, producer_address=address, wire=wire, transport="sockets")
     return Request(begin=Request.Begin.FromString(made.SerializeToString() + UNKNOWN_FIELD))
 
 
@@ -80,7 +82,7 @@ async def test_a_newer_writer_is_understood_as_far_as_it_goes_or_refused_by_its_
             assert "prefill-0 speaks versions 7 to 9" in error.message
 
             newer = worker_pb2_grpc.WorkerStub(link).Handoff()
-            await newer.write(begin(reserved.ticket, prefill.address, 1, 9))
+            await newer.write(begin(reserved.ticket, prefill.address, NEWEST, 9))
             assert (await newer.read()).HasField("accepted")
             await newer.write(Request.FromString(UNKNOWN_EVENT))
             await newer.write(Request(alive=Request.Alive()))
@@ -119,7 +121,8 @@ async def writing_to(newer: NewerWorker) -> AsyncIterator[Sender]:
     await server.start()
     ranks = (RankMemory(RankKV.whole(KVLayout(1, 1, 2, 4, Dtype.FLOAT32))),)
     ticket, nobody = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None)
-    target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", Link(), 5.0)
+    peer = typing.cast("Any", types.SimpleNamespace(link_id=1))
+    target = Target(ticket, worker_pb2.SignedTicket(), ranks, peer, "sockets", Link(), 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as link:
             stub = worker_pb2_grpc.WorkerStub(link)
@@ -135,7 +138,7 @@ async def test_a_writer_passes_over_what_a_newer_owner_says() -> None:
         await sender.open(timeout_s=10.0)
         await sender.finish(worker_pb2.SequenceState())
         await sender.close()
-    assert newer.begun == [worker_pb2.WireVersions(oldest=1, newest=1)]
+    assert newer.begun == [worker_pb2.WireVersions(oldest=OLDEST, newest=NEWEST)]
 
 
 async def test_what_is_passed_over_is_no_leave_to_write() -> None:

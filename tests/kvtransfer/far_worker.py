@@ -65,6 +65,12 @@ class FarWorker:
     def connect(self, address: str, descriptor: str) -> None:
         self.peers.append(self.transport.connect(bytes.fromhex(address), bytes.fromhex(descriptor)))
 
+    def link_id(self) -> int:
+        return self.peers[-1].link_id
+
+    def connected(self) -> bool:
+        return self.peers[-1].connected
+
     def fill(self, value: int) -> None:
         buffer = self.regions[-1].buffer
         buffer[:] = bytes([value]) * buffer.nbytes

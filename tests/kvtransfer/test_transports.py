@@ -340,6 +340,65 @@ def test_release_of_a_region_under_fire_means_quiet(pair: Pair) -> None:
     assert digest(region.buffer) == digest(bytes(nbytes))
 
 
+def _written_by_far(pair: Pair, nbytes: int) -> tuple[Any, int]:
+    """(A region here that the far worker writes again and again, by which link)."""
+    given = memoryview(bytearray(nbytes)) if pair.kind == "ucx-given" else None
+    region, address = pair.near.register(nbytes, given), pair.near.address
+    if pair.kind == "sockets-tcp":
+        over_tcp = SocketsAddress.FromString(address)
+        over_tcp.unix_path = ""
+        address = over_tcp.SerializeToString()
+    pair.far.do("register", nbytes=nbytes)
+    pair.far.do("connect", address=address.hex(), descriptor=region.descriptor.hex())
+    pair.far.do("write_for_ever", nbytes=nbytes)
+    eventually(lambda: region.buffer[nbytes - 1] != 0)
+    return region, pair.far.do("link_id")
+
+
+def _is_cut(pair: Pair, link_id: int) -> bool:
+    try:
+        pair.near.cut(link_id)
+    except TransferFailed:
+        return False
+    return True
+
+
+def _nothing_lands(region: Any) -> None:
+    region.buffer[:] = bytes(region.buffer.nbytes)
+    time.sleep(0.1)
+    assert not any(bytes(region.buffer))
+
+
+def test_a_link_that_is_cut_is_quiet_and_its_writer_may_come_again(pair: Pair) -> None:
+    region, link_id = _written_by_far(pair, 4 * MIB)
+    eventually(lambda: _is_cut(pair, link_id))
+    _nothing_lands(region)
+    pair.near.cut(link_id)
+    pair.near.cut(link_id ^ 1)  # nobody's
+    eventually(lambda: not pair.far.do("connected"))
+    pair.far.do("connect", address=pair.near.address.hex(), descriptor=region.descriptor.hex())
+    pair.far.do("post_noise", nbytes=region.buffer.nbytes, seed=7)
+    assert digest(region.buffer) == digest(random.Random(7).randbytes(region.buffer.nbytes))
+
+
+@only_processes
+def test_a_writer_that_is_stopped_is_cut_or_said_to_be_able_to_write(pair: Pair) -> None:
+    """One that copies by itself cannot be stopped from outside: only its end, or its word, is a proof."""
+    region, link_id = _written_by_far(pair, 4 * MIB)
+    pair.far.process.send_signal(signal.SIGSTOP)
+    is_mapped = pair.kind == "ucx"
+    try:
+        for _ in range(2):
+            assert _is_cut(pair, link_id) is not is_mapped
+    finally:
+        if not is_mapped:
+            pair.far.process.send_signal(signal.SIGCONT)
+    if is_mapped:
+        pair.far.kill()
+        eventually(lambda: _is_cut(pair, link_id))
+    _nothing_lands(region)
+
+
 def test_counts_return_to_zero_and_close_is_idempotent(pair: Pair) -> None:
     source, peer = pair.connected(4096)
     assert pair.near.counts() == {"regions": 1, "peers": 1, "transfers": 0, "written_bytes": 0}

@@ -20,6 +20,8 @@ from tests.simulation.schedule import FAULTS_END_S, Fault
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+LONGEST_WAIT_S = 1.0  # for a worker to write something
+
 story = logging.getLogger("legato.simulation")
 
 
@@ -62,6 +64,14 @@ class Faults:
         await asyncio.sleep(at_s - self._loop.time())
 
     async def _die(self, fault: Fault, end_s: float) -> None:
+        """Of workers that write half die while they do."""
+        length_s, until_s = end_s - self._loop.time(), self._loop.time() + LONGEST_WAIT_S
+        is_awaited = fault.target in self._world.workers and self._rng.random() < 0.5
+        while (
+            is_awaited and self._loop.time() < until_s and not self._fabric.writes_of(self._world.process(fault.target))
+        ):
+            await asyncio.sleep(0.002)
+        end_s = min(self._loop.time() + length_s, max(end_s, self._begun_s + FAULTS_END_S))
         if self._crash(fault.target):
             await self._at(end_s)
             self._restart(fault.target)

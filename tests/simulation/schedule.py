@@ -164,7 +164,7 @@ def _faults(
                 if kind == STOPPED:
                     length_s = rng.choice((length_s, rng.uniform(2.0, 11.0)))
             case "restart on the same address":
-                target, length_s = rng.choice([*workers, *workers, *routers]), rng.uniform(0.0, 0.1)
+                target, length_s = rng.choice([*workers, *workers, *routers]), rng.choice((0.0, rng.uniform(0.0, 0.1)))
             case "drain":
                 target = rng.choice(workers)
             case _:

@@ -19,10 +19,21 @@ from legato.v1 import worker_pb2
 from router.journey import Journey
 from scheduler.handoff import Reservations
 from scheduler.reservation import Entry, ReservationStage
-from tests.simulation.schedule import CLIENT_LEAVES, CUT_LINK, KINDS, MESSAGES, SLOW_LINK, TICKETS, WRITES
+from tests.simulation.schedule import (
+    CLIENT_LEAVES,
+    CUT_LINK,
+    KINDS,
+    MESSAGES,
+    PREFILL_DIES,
+    RESTART,
+    SLOW_LINK,
+    TICKETS,
+    WRITES,
+)
 from tests.simulation.world import Violation, play
-from worker.handoffs import Handoffs
+from worker.core import Core
 from worker.landing import LandingCheck
+from worker.quarantine import Quarantine
 from worker.receiver import Receiver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,10 +88,19 @@ def free_on_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def silence_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def yes(self: Handoffs, address: str, ticket: Any) -> bool:
+    async def yes(self: Quarantine, ticket: worker_pb2.Ticket, said_address: str) -> bool:
         return True
 
-    monkeypatch.setattr(Handoffs, "_is_quiet", yes)
+    monkeypatch.setattr(Quarantine, "_says_so", yes)
+
+
+def stranger_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever answers at the writer's address is taken for the writer."""
+    monkeypatch.setattr(Quarantine, "_is_the_writer", lambda self, answer, ticket: True)
+
+
+def cut_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Core, "cut", lambda self, transport, link_id: None)
 
 
 def ticket_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +173,9 @@ def token_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 PLANTED = [
     (free_on_failure, (WRITES, CLIENT_LEAVES), "given away|not for it|not its own"),
     (silence_is_quiet, (CUT_LINK, WRITES), "given away|not for it|not its own"),
-    (ticket_unchecked, (TICKETS,), "used before, or forged"),
+    (stranger_is_believed, (RESTART, WRITES), "given away|not for it|not its own"),
+    (cut_is_not_made, (PREFILL_DIES, WRITES), "given away|not for it|not its own"),
+    (ticket_unchecked, (TICKETS,), "used before, or forged|given away"),
     (lease_never_expires, (MESSAGES,), "come to rest"),
     (late_message_accepted, (SLOW_LINK, CLIENT_LEAVES), "runs on .*, which was given up"),
     (digest_unchecked, (WRITES,), "not its own|which it is not"),

@@ -1,8 +1,9 @@
 """One-sided writes between simulated processes, as kvtransfer/transport.py specifies them, and all that can go wrong.
 
 A write lands piece by piece, some time after it was posted, in the owner's memory: also when its writer has failed it
-or died meanwhile, until `release()` has returned, or until LINGER_S after the writer's death. Where it lands is told to
-`landing`, which knows whose memory it is by then.
+or died meanwhile, until `release()` or the owner's `cut()` has returned. Some links are like memory that their writer
+has mapped: a cut proves nothing while it lives and has not heard of it. Where a write lands is told to `landing`, which
+knows whose memory it is by then.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from spec.errors import TransferFailed
 from tests.simulation.loop import Process
 from tests.simulation.network import Network
 
-LINGER_S = 0.3  # what a dead process had handed to its machine lands within this
+MAPPED_SHARE = 0.3  # of links
+LINGER_S = 20.0  # what a dead process had handed to its machine lands within this
 LOST_S = 5.0  # a write that a partition holds up fails within this
 
 Landing = Callable[["SimulatedTransport", "Write", Sequence[Piece]], None]
@@ -35,6 +37,7 @@ class Write:
     transfer: Transfer
     mark: Any = None
     fault: str = ""
+    delay_s: float = 0.0  # that it lands later than it would
     is_over: bool = False  # nothing of it lands any more
 
 
@@ -47,23 +50,25 @@ class Fabric:
         self.faults = 0.0  # the share of writes that go wrong
         self.is_digested = True  # all that lands: only then may it land wrong
         self.by_address: dict[bytes, SimulatedTransport] = {}
+        self.links: dict[int, SimulatedPeer] = {}  # by which something may land
         self.posting: Callable[[SimulatedTransport, Write], Any] = lambda owner, write: None
         self.landing: Landing = lambda owner, write, pieces: None
         self.writes = 0
 
+    def writes_of(self, process: Process) -> list[Write]:
+        """That may still land."""
+        transports = [each for each in self.by_address.values() if each.process is process]
+        peers = [peer for transport in transports for peer in transport.peers]
+        return [write for peer in peers for write in peer.writes if not write.is_over]
+
     def crash(self, process: Process) -> None:
-        for transport in [each for each in self.by_address.values() if each.process is process]:
-            del self.by_address[transport.address]
-            for peer in transport.peers:
-                for write in peer.writes:
-                    if self.rng.random() < 0.5:
-                        write.is_over = True
-                    else:
-                        self.network.loop.call_later(LINGER_S, _end, write)
-
-
-def _end(write: Write) -> None:
-    write.is_over = True
+        for write in self.writes_of(process):
+            if write.peer.is_mapped or self.rng.random() < 0.3:
+                write.is_over = True
+            else:
+                write.delay_s = self.rng.random() * self.rng.choice((0.5, LINGER_S))
+        for address in [address for address, each in self.by_address.items() if each.process is process]:
+            del self.by_address[address]
 
 
 class SimulatedTransport(Transport):
@@ -113,6 +118,11 @@ class SimulatedTransport(Transport):
                 raise TransferFailed(f"{host} does not answer")
             await asyncio.sleep(0.2)
 
+    def cut(self, link_id: int) -> None:
+        peer = self.fabric.links.get(link_id)
+        if peer is not None:
+            peer.was_cut()
+
     def close(self) -> None:
         """Its process ends, and with it all of this."""
 
@@ -138,7 +148,12 @@ class SimulatedRegion(Region):
 
 class SimulatedPeer(Peer):
     def __init__(self, transport: SimulatedTransport, owner: SimulatedTransport, target: SimulatedRegion) -> None:
+        fabric = transport.fabric
         self.connected = True
+        self.link_id = fabric.rng.getrandbits(64)
+        self.is_mapped = fabric.rng.random() < MAPPED_SHARE
+        self.is_cut = False
+        fabric.links[self.link_id] = self
         self.owner = owner
         self.target = target
         self.writes: list[Write] = []  # that may still land
@@ -157,6 +172,12 @@ class SimulatedPeer(Peer):
         if fabric.faults and rng.random() < fabric.faults:
             spoilt = ("truncate", "corrupt") if fabric.is_digested else ()
             write.fault = rng.choice(("fail", *spoilt, "late", "late", "lose the peer"))
+        if self.is_cut and not self.is_mapped:  # and it has not heard of that
+            write.is_over = True
+            network.loop.call_later(
+                network.delay_s(self._transport.process.name, self.owner.process.name), self._fail, write
+            )
+            return transfer
         write.mark = fabric.posting(self.owner, write)
         self.writes = [earlier for earlier in self.writes if not earlier.is_over]
         self.writes.append(write)
@@ -177,9 +198,36 @@ class SimulatedPeer(Peer):
         if not write.transfer.done():
             write.transfer.set_exception(TransferFailed("the link broke"))
 
+    def was_cut(self) -> None:
+        """Raises as Transport.cut() does. The writer hears of it as soon as it can."""
+        self.is_cut = True
+        network, here, there = self._transport.fabric.network, self._transport.process, self.owner.process
+        network.loop.call_later(
+            network.delay_s(there.name, here.name), self._lost, list(self.writes), context=here.context
+        )
+        if self.is_mapped and here.is_alive:
+            raise TransferFailed("the writer has this memory mapped, and lives")
+        self._end()
+
+    def _lost(self, writes: Sequence[Write]) -> None:
+        self.connected = False
+        for write in (*writes, *self.writes):
+            self._fail(write)
+        self._end()
+
+    def _end(self) -> None:
+        for write in self.writes:
+            write.is_over = True
+        self.writes.clear()
+        self._transport.fabric.links.pop(self.link_id, None)
+
     def _land(self, write: Write, pieces: Sequence[Piece], is_last: bool) -> None:
         """In nobody's process: bytes that are on their way need neither."""
         network, here, there = self._transport.fabric.network, self._transport.process, self.owner.process
+        if write.delay_s and not write.is_over:
+            delay_s, write.delay_s = write.delay_s, 0.0
+            network.loop.call_later(delay_s, self._land, write, pieces, is_last, context=network_context)
+            return
         if write.is_over or not there.is_alive:
             write.is_over = True
             if not there.is_alive:
@@ -219,9 +267,7 @@ class SimulatedPeer(Peer):
 
     async def _release(self) -> None:
         await self._transport._reach(self.owner.address, QUIET_TIMEOUT_S)
-        for write in self.writes:
-            write.is_over = True
-        self.writes.clear()
+        self._end()
         self._transport.peers.pop(self, None)
 
 

@@ -18,6 +18,7 @@ from kvtransfer.sockets import SocketsTransport
 from legato.v1 import worker_pb2
 from service.channel import channel
 from service.registry import Registrar
+from service.wire import spoken
 from worker.meeting import Meetings
 from worker.peers import Peers
 
@@ -40,7 +41,7 @@ class Decode:
             address="127.0.0.1:7",
             identity=IDENTITY,
             endpoints=[endpoint],
-            wire=worker_pb2.WireVersions(oldest=1, newest=1),
+            wire=spoken(),
         )
 
 
@@ -49,7 +50,7 @@ class Core(types.SimpleNamespace):
 
     def __init__(self, redis_url: str, cluster: str) -> None:
         record = worker_pb2.WorkerRecord(worker_id="prefill-0", identity=IDENTITY, address="127.0.0.1:6")
-        record.wire.oldest = record.wire.newest = 1
+        record.wire.CopyFrom(spoken())
         met: list[str] = []
         super().__init__(
             config=types.SimpleNamespace(redis_url=redis_url, cluster=cluster),
@@ -123,12 +124,12 @@ async def test_only_those_that_take_this_models_kv_and_speak_the_same(
     other.worker_id, other.identity.revision = "decode-1", "another"
     newer = worker_pb2.WorkerRecord()
     newer.CopyFrom(decode.record)
-    newer.worker_id, newer.wire.oldest, newer.wire.newest = "decode-2", 2, 3
+    newer.worker_id, newer.wire.oldest, newer.wire.newest = "decode-2", 7, 9
     async with joined(core) as peers, contextlib.AsyncExitStack() as stack:
         for record in (other, newer, decode.record):
             await stack.enter_async_context(Registrar(core.config.redis_url, core.config.cluster, record))
         await eventually(lambda: core.met)
-        await eventually(lambda: "decode-2 is not paired: decode-2 speaks versions 2 to 3" in caplog.text)
+        await eventually(lambda: "decode-2 is not paired: decode-2 speaks versions 7 to 9" in caplog.text)
         assert [link.worker_id for link in peers.links()] == ["decode-0"]
     assert caplog.text.count("is not paired") == 1
 

@@ -27,6 +27,7 @@ from worker.sender import Sender
 
 KEY = "a key for tests"
 LAYOUT = KVLayout(1, 1, 2, 4, Dtype.FLOAT32)
+PEER = typing.cast("Any", types.SimpleNamespace(link_id=1))  # by which nothing is written
 
 
 class Unwilling(worker_pb2_grpc.WorkerServicer):
@@ -42,7 +43,7 @@ class Unwilling(worker_pb2_grpc.WorkerServicer):
 async def opened(address: str) -> None:
     ranks = (RankMemory(RankKV.whole(LAYOUT)),)
     ticket, nobody = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None)
-    target = Target(ticket, worker_pb2.SignedTicket(), ranks, nobody, "sockets", Link(), 5.0)
+    target = Target(ticket, worker_pb2.SignedTicket(), ranks, PEER, "sockets", Link(), 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with channel(address, KEY) as link:
             stub = worker_pb2_grpc.WorkerStub(link)
@@ -60,7 +61,7 @@ async def test_scratch_memory_is_given_back_beside_the_event_loop() -> None:
     """A transport may have to wait before it lets go of memory."""
     ticket, nobody, threads = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None), list[int]()
     target = Target(
-        ticket, worker_pb2.SignedTicket(), (RankMemory(RankKV.whole(LAYOUT)),), nobody, "sockets", Link(), 5.0
+        ticket, worker_pb2.SignedTicket(), (RankMemory(RankKV.whole(LAYOUT)),), PEER, "sockets", Link(), 5.0
     )
     async with Host("127.0.0.1", 0, internal_key=KEY) as host:
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, Willing(), "legato.v1.Worker", internal=True)
