@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import (
-    LLAMA_1B,
-    LLAMA_8B,
-    DrawnWeights,
-    Report,
-    check_kernels,
-    decode_step_s,
-    prefill_flop,
-    prefill_s,
-    weight_bytes_read,
-)
+from bench.gpu_kernels import check_kernels
+from bench.gpu_models import LLAMA_1B, LLAMA_8B, QWEN3_MOE, SMALL, DrawnWeights, prefill_flop, weight_bytes_read
+from bench.gpu_report import TARGETS, Report
+from bench.gpu_steps import decode_step_s, peak_of, prefill_s
 from engine.engine import Engine, EngineOptions
 from spec.hf_config import model_from_hf
 
-TINY = LLAMA_1B | {
-    "vocab_size": 131,
-    "hidden_size": 48,
-    "num_attention_heads": 8,
-    "head_dim": 6,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-}
+TINY = LLAMA_1B | SMALL
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -42,18 +29,69 @@ def test_without_a_gpu_it_says_so() -> None:
     assert "needs an NVIDIA GPU" in done.stderr
 
 
+def test_a_dry_run_takes_every_part_to_its_end(tmp_path: Path) -> None:
+    results = tmp_path / "gpu.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu",
+        "--dry-run",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--results",
+        str(results),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = map(json.loads, results.read_text().splitlines())
+    assert all(each["error"] == "" and each["value"] is not None for each in line["results"])
+    lines = [each["what"] for each in line["results"]]
+    for part in ("device copy", "1B, eager", "1B, graphs against eager", "3B of experts, graphs", "8B, graphs, decode"):
+        assert any(each.startswith(part) for each in lines), part
+    for part in ("8B, prefill", "8B, saturation", "8B, KV of 40 gathered", "1B, KV memory", "kernel moe_mlp"):
+        assert any(each.startswith(part) for each in lines), part
+    assert [each["key"] for each in line["targets"]] == [target.key for target in TARGETS]
+    assert all(each["figure"] > 0 and each["met"] in ("no", "yes", "stretch") for each in line["targets"])
+    assert "what was aimed at" in done.stdout
+
+
+def test_figures_are_judged_by_their_targets() -> None:
+    """The four that were asked for: 70 % and 80 %, 55 % and 75 %, twice, 60 % and 70 %."""
+    report = Report()
+    report.figures |= {"8B decode": 0.699, "1B decode": 0.55, "graphs": 9.0}
+    assert [each["met"] for each in report.verdicts()] == ["no", "yes", "yes", "no figure"]
+    report.figures |= {"8B decode": 0.8, "1B decode": 0.74, "graphs": 1.99, "prefill": 0.7}
+    assert [each["met"] for each in report.verdicts()] == ["stretch", "yes", "no", "stretch"]
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_of_a_card(card: str, peak: float | None) -> None:
+    assert peak_of(card) == peak
+
+
 def test_shapes_are_those_of_the_models() -> None:
     """Parameters by the models' cards: 1.24 and 8.03 billion, norms included."""
     assert model_from_hf(LLAMA_1B).num_parameters == pytest.approx(1.2358e9, rel=1e-3)
     assert model_from_hf(LLAMA_8B).num_parameters == pytest.approx(8.0303e9, rel=1e-3)
     assert weight_bytes_read(model_from_hf(LLAMA_1B)) == pytest.approx(2 * 1.2358e9, rel=1e-3)
+    assert model_from_hf(QWEN3_MOE).num_parameters == pytest.approx(2.7e9, rel=0.05)
     assert weight_bytes_read(model_from_hf(LLAMA_8B)) == pytest.approx(2 * (8.0303e9 - 128256 * 4096), rel=1e-3)
 
 
 def test_work_of_a_prefill() -> None:
     """Of one layer of a model so small that it is counted by hand, 10 tokens."""
     spec = model_from_hf(TINY | {"num_hidden_layers": 1})
-    per_token = 48 * 48 + 48 * 96 + 48 * 48 + 3 * 48 * 80
+    per_token = 48 * 48 + 2 * 48 * 24 + 48 * 48 + 3 * 48 * 80
     assert prefill_flop(spec, 10) == 2 * (10 * per_token + 131 * 48) + 4 * 8 * 6 * 10 * 10 / 2
 
 
