@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.decoder import Decoder
+from engine.inputs import HostInputs
 from engine.step import StepTensors
 from scheduler.plan import Slice
 from spec.layout import KVLayout
@@ -72,7 +73,7 @@ class DecodeInputs:
         self._landed_tables = torch.zeros(rows * width, dtype=torch.int32, device=device)
         self._tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self._query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.fill((), rows)
+        self.fill(None, rows)
 
     def step(self, size: int) -> StepTensors:
         """The first `size` rows: views of what fill() writes."""
@@ -89,31 +90,24 @@ class DecodeInputs:
     def size_for(self, num_rows: int) -> int:
         return next(size for size in self.sizes if size >= num_rows)
 
-    def fill(self, slices: Sequence[Slice], size: int) -> None:
-        """One row for each slice, then padding up to `size`. Queued on the current stream."""
-        block_tokens, count = self._block_tokens, len(slices)
-        starts = np.fromiter((piece.start for piece in slices), np.int64, count)
-        widths = starts // block_tokens + 1
-        tables = np.zeros((size, int(widths.max(initial=1))), np.int32)
-        for row, (piece, width) in enumerate(zip(slices, widths, strict=True)):
-            tables[row, :width] = piece.block_table[:width]
-        assert tables.min() >= 0
-        assert tables.max() < self._first_spare
-        tables[count:, 0] = self._first_spare
+    def fill(self, host: HostInputs | None, size: int) -> None:
+        """The rows of `host`, one for each sequence, then padding up to `size`. Queued on the current stream."""
+        count, width = (0, 1) if host is None else (host.num_tokens, host.block_tables.shape[1])
         token_ids, positions, slots, contexts = self._host_rows.numpy()
-        token_ids[:count] = np.fromiter((piece.token_ids[0] for piece in slices), np.int64, count)
-        positions[:count] = starts
-        slots[:count] = tables[np.arange(count), widths - 1].astype(np.int64) * block_tokens + starts % block_tokens
-        token_ids[count:size] = positions[count:size] = 0
+        tables = self._host_tables.numpy()[: size * width].reshape(size, width)
+        if host is not None:
+            token_ids[:count], positions[:count], slots[:count] = host.token_ids, host.positions, host.slots
+            contexts.view(np.int32)[:count] = host.context_lens
+            tables[:count] = host.block_tables
+        token_ids[count:size] = positions[count:size] = tables[count:] = 0
+        tables[count:, 0] = self._first_spare
         # All different in a step. A graph is captured over more rows of padding, which write equal KV over one another.
-        slots[count:size] = self._first_spare * block_tokens + np.arange(size - count) % MOST_PADDING
-        contexts.view(np.int32)[:count] = starts + 1
+        slots[count:size] = self._first_spare * self._block_tokens + np.arange(size - count) % MOST_PADDING
         contexts.view(np.int32)[count:size] = 1
         self._rows.copy_(self._host_rows, non_blocking=True)
-        self._host_tables.numpy()[: tables.size] = tables.ravel()
         landed = self._landed_tables[: tables.size]
         landed.copy_(self._host_tables[: tables.size], non_blocking=True)
-        self._tables[:size, : tables.shape[1]] = landed.view(tables.shape)
+        self._tables[:size, :width] = landed.view(size, width)
 
 
 class CapturedDecodes:
@@ -141,7 +135,7 @@ class CapturedDecodes:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         graphs = {}
         for size in reversed(self._inputs.sizes):
-            self._inputs.fill((), size)
+            self._inputs.fill(None, size)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before anything is captured
                 self._compute(size)
@@ -153,11 +147,11 @@ class CapturedDecodes:
         torch.cuda.synchronize()
         self._graphs = graphs
 
-    def run(self, slices: Sequence[Slice]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def run(self, host: HostInputs) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Logits [n, vocab] float32, and of each row the index and the value of the greatest, [n] each."""
-        count = len(slices)
+        count = host.num_tokens
         size = self._inputs.size_for(count)
-        self._inputs.fill(slices, size)
+        self._inputs.fill(host, size)
         self._graphs[size].replay()
         return self._logits[:count], (self._places[:count], self._greatest[:count])
 

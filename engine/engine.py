@@ -17,6 +17,7 @@ from engine.cuda_graphs import CapturedDecodes, can_capture, spare_blocks
 from engine.decoder import Decoder
 from engine.grammar import Grammars, refuse
 from engine.groups import Groups
+from engine.inputs import HostInputs, targets_of, wanted_rows
 from engine.kv_memory import TORCH_DTYPES, KVMemory
 from engine.layer_hook import DeviceHooks, LayerHook
 from engine.model_base import ModelFiles
@@ -138,6 +139,7 @@ class Engine:
         self._adapters = frozenset(adapters or ())
         self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
+        self._prepared: tuple[tuple[Slice, ...], HostInputs] | None = None
         self._files, self._quantisation, self._replicas = files, options.quantisation, replicas or {}
 
     def place_kv(self, num_blocks: int, kv_buffer: memoryview | None = None) -> None:
@@ -175,13 +177,14 @@ class Engine:
         slices = plan.slices if self._draft_model is None else self._draft_model.guess(plan.slices)
         draws = [draws_of(piece) for piece in slices] if self.shard.is_last_stage else []
         pending, flat = self._grammars.start(slices, draws), list(itertools.chain.from_iterable(draws))
+        host = self._inputs_of(slices, plan.ahead)
         if self._captured is not None and hook is None and self._captured.takes(slices):
-            logits, best = self._captured.run(slices)  # the device has its work
+            logits, best = self._captured.run(host)  # the device has its work
             meanwhile()
             undrawn = logits[:0]
         else:
-            wanted, num_drawn = _wanted_rows(slices)
-            hidden = self.decoder.forward(self._step_tensors(slices, wanted), hook, meanwhile)
+            wanted, num_drawn = wanted_rows(slices)
+            hidden = self.decoder.forward(self._step_tensors(slices, host, wanted), hook, meanwhile)
             if hidden is None:
                 return StepResult(((),) * len(slices), ((),) * len(slices))
             logits, best = self.decoder.logits(hidden[:num_drawn]) if flat else hidden, None
@@ -236,51 +239,41 @@ class Engine:
         self._replicas = replicas
         return before, after
 
-    def _step_tensors(self, slices: tuple[Slice, ...], wanted: list[int] | None) -> StepTensors:
-        """One pass over the slices, then whole arrays. See StepTensors for shapes."""
-        block_tokens = self.kv.layout.block_tokens
-        tokens = [(*piece.token_ids, *piece.guessed_token_ids) for piece in slices]
-        counts = np.fromiter(map(len, tokens), np.int64, len(slices))
-        starts = np.fromiter((piece.start for piece in slices), np.int64, len(slices))
-        ends = starts + counts
-        query_starts = np.zeros(len(slices) + 1, np.int64)
-        np.cumsum(counts, out=query_starts[1:])
-        num_tokens = int(query_starts[-1])
-        widths = [-(-int(end) // block_tokens) for end in ends]
-        tables = np.zeros((len(slices), max(widths)), np.int32)
-        for row, (piece, width) in enumerate(zip(slices, widths, strict=True)):
-            assert len(piece.block_table) >= width
-            tables[row, :width] = piece.block_table[:width]
-        positions = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], counts)
-        sequence = np.repeat(np.arange(len(slices)), counts)
-        slots = tables[sequence, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
-        token_ids = np.fromiter(itertools.chain.from_iterable(tokens), np.int64, num_tokens)
-        assert counts.min() > 0
-        assert ends.max() <= self.spec.max_context_tokens
-        assert tables.min() >= 0
-        assert tables.max() < self.kv.num_blocks
-        assert token_ids.min() >= 0
-        assert token_ids.max() < self.spec.vocab_size
+    def prepare(self, slices: tuple[Slice, ...]) -> None:
+        """Called `meanwhile`. The next plan may have come of these slices (its `ahead`): of its inputs that much is
+        made now. Nothing is lost where it has not."""
+        self._prepared = slices, HostInputs(slices, self.kv.layout.block_tokens)
+
+    def _inputs_of(self, slices: tuple[Slice, ...], ahead: tuple[Slice, ...] | None) -> HostInputs:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is ahead:
+            host = prepared[1]
+        else:
+            host = HostInputs(slices, self.kv.layout.block_tokens)
+        host.complete(slices, self.kv.num_blocks, self.spec.vocab_size, self.spec.max_context_tokens)
+        return host
+
+    def _step_tensors(self, slices: tuple[Slice, ...], host: HostInputs, wanted: list[int] | None) -> StepTensors:
         return StepTensors(
-            token_ids=self._on_device(token_ids),
-            positions=self._on_device(positions),
-            slots=self._on_device(slots),
-            block_tables=self._on_device(tables),
-            query_starts=self._on_device(query_starts.astype(np.int32)),
-            context_lens=self._on_device(ends.astype(np.int32)),
+            token_ids=self._on_device(host.token_ids),
+            positions=self._on_device(host.positions),
+            slots=self._on_device(host.slots),
+            block_tables=self._on_device(host.block_tables),
+            query_starts=self._on_device(host.query_starts),
+            context_lens=self._on_device(host.context_lens),
             wanted_rows=None if wanted is None else self._on_device(np.asarray(wanted, np.int64)),
-            **self._adapter_rows(slices, sequence, wanted),
+            **self._adapter_rows(slices, host.slice_of, wanted),
         )
 
     def _adapter_rows(
-        self, slices: tuple[Slice, ...], sequence: NDArray[np.int64], wanted: list[int] | None
+        self, slices: tuple[Slice, ...], slice_of: NDArray[np.int64], wanted: list[int] | None
     ) -> dict[str, Segments]:
-        """`sequence`: the slice of each row."""
+        """`slice_of`: the slice of each row."""
         asked = {piece.adapter for piece in slices if piece.adapter}
         if not asked:
             return {}
         assert asked <= self._adapters
-        each = np.asarray([piece.adapter for piece in slices])[sequence]
+        each = np.asarray([piece.adapter for piece in slices])[slice_of]
 
         def segments(of_row: NDArray[np.str_]) -> Segments:
             names: Iterable[str] = sorted({str(name) for name in of_row if name})
@@ -295,31 +288,9 @@ class Engine:
     def _prompt_logprobs(self, slices: tuple[Slice, ...], hidden: Tensor) -> tuple[tuple[TokenLogprobs, ...], ...]:
         """hidden: the rows of every slice's prompt_targets, in order. One tuple per slice, empty where none asked."""
         found: list[TokenLogprobs] = []
-        asked = [(t, piece.prompt_logprobs or 0) for piece in slices for t in _targets(piece)]
+        asked = [(t, piece.prompt_logprobs or 0) for piece in slices for t in targets_of(piece)]
         for start in range(0, len(asked), PROMPT_ROWS_AT_ONCE):
             end = start + PROMPT_ROWS_AT_ONCE
             found.extend(self._sampler.token_logprobs(self.decoder.logits(hidden[start:end]), asked[start:end]))
         each = iter(found)
-        return tuple(tuple(itertools.islice(each, len(_targets(piece)))) for piece in slices)
-
-
-def _targets(piece: Slice) -> tuple[int, ...]:
-    return () if piece.prompt_logprobs is None else piece.prompt_targets
-
-
-def _wanted_rows(slices: tuple[Slice, ...]) -> tuple[list[int] | None, int]:
-    """Rows of the step that go through the head: first those that draw, guesses too, then those whose prompt
-    log-probabilities are asked for. (None, n) when these are all n rows in order, as in a step of decodes alone."""
-    drawing: list[int] = []
-    prompt: list[int] = []
-    row = 0
-    for piece in slices:
-        if _targets(piece):
-            prompt.extend(range(row, row + len(piece.prompt_targets)))
-        last_known = row + len(piece.token_ids) - 1
-        row = last_known + 1 + len(piece.guessed_token_ids)
-        if piece.draw is not None:
-            drawing.extend(range(last_known, row))
-    if not prompt and len(drawing) == row:
-        return None, row
-    return drawing + prompt, len(drawing)
+        return tuple(tuple(itertools.islice(each, len(targets_of(piece)))) for piece in slices)

@@ -11,7 +11,7 @@ from typing import Protocol
 from engine.engine import Engine
 from engine.speculation import DraftModel
 from legato.v1 import rank_pb2
-from scheduler.plan import StepPlan, StepResult
+from scheduler.plan import Slice, StepPlan, StepResult
 from service import logs
 from spec.errors import WorkerLost
 from spec.shard import RankShard
@@ -43,6 +43,10 @@ class StepExecutor(Protocol):
         """`watch` hears which layers have written; `meanwhile()`: see Engine. Raises what the worker is lost for."""
         ...
 
+    def prepare(self, slices: tuple[Slice, ...]) -> None:
+        """Called `meanwhile`: see Engine."""
+        ...
+
     def result(self) -> Sequence[StepResult]:
         """Of the oldest step whose result was not taken, in the order of its plans. Raises as submit() does."""
         ...
@@ -69,6 +73,9 @@ class OneRank:
         result = self._engine.execute(plan, None if watch is None else watch.hook(0), meanwhile)
         self._meter.step(plans, (result,), time.monotonic() - started_s)
         self._results.append(result)
+
+    def prepare(self, slices: tuple[Slice, ...]) -> None:
+        self._engine.prepare(slices)
 
     def result(self) -> tuple[StepResult, ...]:
         return (self._results.popleft(),)
@@ -139,6 +146,9 @@ class AllRanks:
             raise self._ranks.cause(error) from None
         self._busy(0, time.monotonic() - executing_s)
         self._out.append((plans, result, started_s))
+
+    def prepare(self, slices: tuple[Slice, ...]) -> None:
+        self._engine.prepare(slices)
 
     def _replicate_experts(self) -> None:
         """Commands are carried out in order: on every rank it is done between the same two steps."""

@@ -169,6 +169,8 @@ class EngineLoop:
             self._commit()
             self._tell()
             self._ahead = self.scheduler.plan_ahead()
+        if self._ahead is not None:
+            self._executor.prepare(self._ahead.slices)
 
     def _commit(self) -> None:
         """What was taken and is not committed yet."""

@@ -89,7 +89,7 @@ def _prefilled(engine: Engine, lengths: list[int], first_spare: int) -> tuple[Sl
 
 @torch.inference_mode()
 def _unpadded(engine: Engine, slices: tuple[Slice, ...]) -> Tensor:
-    hidden = engine.decoder.forward(engine._step_tensors(slices, None))
+    hidden = engine.decoder.forward(engine._step_tensors(slices, engine._inputs_of(slices, None), None))
     assert hidden is not None
     return engine.decoder.logits(hidden).clone()
 
@@ -97,7 +97,7 @@ def _unpadded(engine: Engine, slices: tuple[Slice, ...]) -> Tensor:
 @torch.inference_mode()
 def _padded(engine: Engine, inputs: DecodeInputs, slices: tuple[Slice, ...]) -> Tensor:
     size = inputs.size_for(len(slices))
-    inputs.fill(slices, size)
+    inputs.fill(engine._inputs_of(slices, None), size)
     hidden = engine.decoder.forward(inputs.step(size))
     assert hidden is not None
     assert hidden.shape[0] == size
@@ -130,7 +130,7 @@ def test_padding_rows_write_apart(engine: Engine) -> None:
     inputs = DecodeInputs(engine.kv.layout, first_spare, 16, engine.spec.max_context_tokens, torch.device("cpu"))
     block_tokens = engine.kv.layout.block_tokens
     slices = tuple(DECODE._replace(start=0, block_table=(row,)) for row in range(9))
-    inputs.fill(slices, 16)
+    inputs.fill(engine._inputs_of(slices, None), 16)
     slots = inputs.step(16).slots
     assert inputs.step(16).block_tables[:, 0].tolist() == [*range(9), *[first_spare] * 7]
     assert inputs.step(16).context_lens.tolist() == [1] * 16

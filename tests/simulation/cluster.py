@@ -27,7 +27,7 @@ from router.placer import Placer
 from router.registry import Registry
 from scheduler.batch import SchedulerConfig
 from scheduler.handoff import HandoffConfig
-from scheduler.plan import StepPlan, StepResult
+from scheduler.plan import Slice, StepPlan, StepResult
 from service.channel import channel
 from service.config import WorkerConfig
 from service.messages import identity_text, layout_to_proto
@@ -109,6 +109,9 @@ class Executor:
                 if watch.hook(rank) is not None:
                     watch.written(rank, 1)
         meanwhile()
+
+    def prepare(self, slices: tuple[Slice, ...]) -> None:
+        """The engine makes its inputs of plans alone."""
 
     def result(self) -> tuple[StepResult, ...]:
         plan, result, submitted_s = self._out.popleft()

@@ -104,6 +104,9 @@ class MemoryCore(Core):
         drawn = [tuple(self._slice(piece, group) for piece in plan.slices) for group, plan in enumerate(plans)]
         self.results = [StepResult(each, ((),) * len(each)) for each in drawn]
 
+    def prepare(self, slices: Sequence[Slice]) -> None:
+        """It reads plans alone."""
+
     def result(self) -> Sequence[StepResult]:
         return self.results
 

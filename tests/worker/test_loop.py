@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scheduler.batch import Event, SchedulerConfig, Tokens
-from scheduler.plan import Drawn, StepPlan, StepResult
+from scheduler.plan import Drawn, Slice, StepPlan, StepResult
 from scheduler.sequence import Sequence as Running
 from spec.errors import WorkerLost
 from spec.sampling import SamplingParams
@@ -31,6 +31,7 @@ class ToyExecutor:
         self.steps_out, self._during, self._steps = steps_out, during, 0
         self.fails_at: int | None = None
         self.plans: list[StepPlan] = []
+        self.prepared: tuple[Slice, ...] = ()
         self._results: collections.deque[list[StepResult]] = collections.deque()
 
     def submit(
@@ -39,6 +40,7 @@ class ToyExecutor:
         if self._steps == self.fails_at:
             raise LOST
         self.plans += plans
+        assert all(plan.ahead is None or plan.ahead is self.prepared for plan in plans)
         meanwhile()
         self._during(self._steps)
         self._steps += 1
@@ -49,6 +51,9 @@ class ToyExecutor:
             for plan in plans
         ]
         self._results.append(each)
+
+    def prepare(self, slices: tuple[Slice, ...]) -> None:
+        self.prepared = slices
 
     def result(self) -> Sequence[StepResult]:
         return self._results.popleft()
