@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def record(decoder: Decoder) -> RecordedLayers | None:
     """None where the decoder needs more than one rank's own dense layers, or has no compiled kernels."""
     layout, layers = decoder.shard.layout, decoder.weights.layers
-    if layout.tp > 1 or not all(isinstance(layer.mlp, MlpWeights) for layer in layers):
+    if layout.dense_tp > 1 or not all(isinstance(layer.mlp, MlpWeights) for layer in layers):
         return None
     if not all(isinstance(layer.attention, AttentionWeights) for layer in layers):
         return None

@@ -8,14 +8,15 @@ holds was cut by the sharding table, and the sums over the cuts are `groups`'.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from engine import attention
+from engine.batch_sharding import PROMPT_ROWS_AT_ONCE, GroupRows, StageStep
 from engine.cpu_program import record
-from engine.feed_forward import Experts, dense, gathers, weight_gathered
+from engine.feed_forward import Experts, batch_sharded, dense, gathers, weight_gathered
 from engine.groups import Groups
 from engine.kv_memory import KVMemory
 from engine.layer_hook import LayerHook
@@ -27,7 +28,7 @@ from kernels.linear import embedding, linear
 from kernels.moe_mlp import PackedExperts
 from kernels.rms_norm import rms_norm
 from spec.model import ModelSpec
-from spec.shard import RankShard, Replicas
+from spec.shard import RankShard, Replicas, split
 
 
 class Decoder:
@@ -53,16 +54,20 @@ class Decoder:
         self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
     def forward(
-        self, step: StepTensors, hook: LayerHook | None = None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        step: StepTensors,
+        hook: LayerHook | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+        stage: StageStep | None = None,
     ) -> Tensor | None:
         """In the last stage the final hidden states of the wanted rows, [W, hidden], normed; None in the others, whose
         rows have gone on to the next. The KV of every row is written on the way.
 
         The hook is called when a write is issued: done on the CPU, on a GPU queued on the current stream;
-        `meanwhile()` once, before the layers.
+        `meanwhile()` once, before the layers. `stage`: where the groups of the stage share each MLP.
         """
         layers = self.weights.layers
-        stream = self._embed(step) if self.shard.is_first_stage else self._received(step)
+        stream = self._embed(step.token_ids, stage) if self.shard.is_first_stage else self._received(step)
         meanwhile()
         if self.recorded is not None and not step.adapters:
             return self._leave(self.recorded.run(stream, step, hook))
@@ -74,7 +79,7 @@ class Decoder:
                 stream = stream[rows]
             normed, stream = self._join(output, layer.attention_post_norm, layer.mlp_norm, stream)
             segments = step.adapters if rows is None else step.wanted_adapters
-            output = self._feed_forward(normed, layer, index, segments)
+            output = self._feed_forward(normed, layer, index, segments, self._rows_of_groups(index, stage))
             following = layers[index + 1].attention_norm if index + 1 < len(layers) else self.weights.final_norm
             normed, stream = self._join(output, layer.mlp_post_norm, following, stream)
         return self._leave(normed if self.shard.is_last_stage else stream)
@@ -103,32 +108,58 @@ class Decoder:
         self.shard = shard
         self.experts.place(shard, replicas)
 
-    def follow(self) -> None:
-        """A step in which this rank's group has no row, and other groups may have some for the experts here."""
-        if self.experts is None or self.shard.layout.dp == 1:
+    def follow(self, stage: StageStep | None = None) -> None:
+        """A step in which this rank's group has no row, and other groups may have some for the weights here."""
+        if stage is None and (self.experts is None or self.shard.layout.dp == 1):
             return
         nothing = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self._device)
+        if stage is not None and self.shard.is_first_stage:
+            self._embed(torch.empty(0, dtype=torch.int64, device=self._device), stage)
         for index, layer in enumerate(self.weights.layers):
-            if isinstance(layer.mlp, MoeWeights):
-                self.experts.forward(nothing, layer.mlp, index)
+            if stage is not None or isinstance(layer.mlp, MoeWeights):
+                self._feed_forward(nothing, layer, index, (), self._rows_of_groups(index, stage))
+        if stage is not None and self.shard.is_last_stage:
+            for _ in self.heads(nothing, 0, stage):
+                pass
+
+    def heads(self, hidden: Tensor, num_drawn: int, stage: StageStep | None = None) -> Iterator[Tensor]:
+        """The logits of the wanted rows `hidden`, [n, the rank's vocabulary] float32 each: first of the `num_drawn`
+        that draw, then of the others in runs of a few. A caller takes all: other ranks wait for this one's part."""
+        if stage is None:
+            yield self.logits(hidden[:num_drawn]) if num_drawn else hidden
+            for start in range(num_drawn, hidden.shape[0], PROMPT_ROWS_AT_ONCE):
+                yield self.logits(hidden[start : start + PROMPT_ROWS_AT_ONCE])
+            return
+        layout, start = self.shard.layout, 0
+        parts = [layout.dense_part(group, self.shard.index) for group in range(layout.dp)]
+        widths = [len(split(self.spec.vocab_size, layout.dense_tp, part)) for part in parts]
+        for counts in stage.head_counts():
+            own = hidden[start : start + counts[self.shard.group]]
+            start += own.shape[0]
+            if any(counts):
+                own = self.groups.exchange_columns(self.logits(self.groups.gather_rows(own, counts)), counts, widths)
+            yield own
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[W, hidden] -> [W, the rank's vocabulary] float32."""
+        """[W, hidden] -> [W, the vocabulary that the rank holds] float32."""
         assert self.weights.head is not None
         found = linear(hidden, self.weights.head, wide=True)
         softcap = self.spec.logits_softcap
         return found if softcap is None else torch.tanh(found / softcap) * softcap
 
-    def _embed(self, step: StepTensors) -> Tensor:
+    def _embed(self, token_ids: Tensor, stage: StageStep | None) -> Tensor:
         assert self.weights.embedding is not None
-        own = self.shard.vocab
-        token_ids = step.token_ids
+        own = self.shard.held_vocab
+        if stage is not None:
+            token_ids = self.groups.gather_rows(token_ids, stage.rows.counts)
+        here = (token_ids - own.start).clamp(0, len(own) - 1) if len(own) < self.spec.vocab_size else token_ids
+        hidden = embedding(here, self.weights.embedding)
         if len(own) < self.spec.vocab_size:
-            token_ids = (token_ids - own.start).clamp(0, len(own) - 1)
-        hidden = embedding(token_ids, self.weights.embedding)
-        if len(own) < self.spec.vocab_size:
-            elsewhere = (step.token_ids < own.start) | (step.token_ids >= own.stop)
-            hidden = self.groups.sum(hidden.masked_fill_(elsewhere[:, None], 0.0))
+            elsewhere = (token_ids < own.start) | (token_ids >= own.stop)
+            hidden = hidden.masked_fill_(elsewhere[:, None], 0.0)
+            if stage is not None:
+                hidden = self.groups.scatter_rows(hidden, stage.rows.counts)
+            hidden = self.groups.sum(hidden)
         return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
     def _received(self, step: StepTensors) -> Tensor:
@@ -167,13 +198,24 @@ class Decoder:
         _told(hook, index + 1)
         return attention.grouped_output(queries, weights, self.spec, described, self.kv, index, step, rows)
 
-    def _feed_forward(self, normed: Tensor, layer: LayerWeights, index: int, segments: Segments) -> Tensor:
+    def _rows_of_groups(self, index: int, stage: StageStep | None) -> GroupRows | None:
+        """In the feed-forward part of layer `index`: behind the last attention only the wanted rows go on."""
+        if stage is None:
+            return None
+        is_last = self.shard.is_last_stage and index + 1 == len(self.weights.layers)
+        return stage.wanted if is_last else stage.rows
+
+    def _feed_forward(
+        self, normed: Tensor, layer: LayerWeights, index: int, segments: Segments, rows: GroupRows | None
+    ) -> Tensor:
         if isinstance(layer.mlp, MlpWeights):
+            if rows is not None:
+                return self.groups.sum(batch_sharded(normed, layer.mlp, self.spec.activation, rows, self.groups))
             if gathers(self.shard, normed.shape[0]) and not segments:
                 return weight_gathered(normed, layer.mlp, self.spec.activation, self.groups)
             return self.groups.sum(dense(normed, layer.mlp, self.spec.activation, segments))
         assert self.experts is not None
-        return self.experts.forward(normed, layer.mlp, index)
+        return self.experts.forward(normed, layer.mlp, index, rows)
 
 
 def _told(hook: LayerHook | None, end: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import get_args
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adapters import AdapterFiles
+from engine.batch_sharding import StageStep, meet
 from engine.cuda_graphs import CapturedDecodes, can_capture, spare_blocks
 from engine.decoder import Decoder
 from engine.grammar import Grammars, refuse
@@ -33,8 +34,6 @@ from spec.layout import KVLayout, ParallelLayout
 from spec.model import ModelSpec
 from spec.sampling import SamplingParams
 from spec.shard import RankShard, Replicas, imbalance, replicas_for, shard_of, with_replicas
-
-PROMPT_ROWS_AT_ONCE = 64  # whose logits exist at the same time when log-probabilities of a prompt are asked for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -170,7 +169,7 @@ class Engine:
         """
         if not plan.slices:
             meanwhile()
-            self.decoder.follow()
+            self.decoder.follow(self._meet(None, 0))
             return StepResult((), ())
         if hook is not None and self._device_hooks is not None:
             hook = self._device_hooks.following(hook)
@@ -181,14 +180,16 @@ class Engine:
         if self._captured is not None and hook is None and self._captured.takes(slices):
             logits, best = self._captured.run(host)  # the device has its work
             meanwhile()
-            undrawn = logits[:0]
+            rest: Iterator[Tensor] = iter(())
         else:
             wanted, num_drawn = wanted_rows(slices)
-            hidden = self.decoder.forward(self._step_tensors(slices, host, wanted), hook, meanwhile)
+            step = self._step_tensors(slices, host, wanted)
+            stage = self._meet(step, num_drawn)
+            hidden = self.decoder.forward(step, hook, meanwhile, stage)
             if hidden is None:
                 return StepResult(((),) * len(slices), ((),) * len(slices))
-            logits, best = self.decoder.logits(hidden[:num_drawn]) if flat else hidden, None
-            undrawn = hidden[num_drawn:]
+            rest = self.decoder.heads(hidden, num_drawn, stage)
+            logits, best = next(rest), None
         masks = self._grammars.join(pending)
         found = iter(self._sampler.draw(logits, flat, masks.allowed, best) if flat else ())
         drawn = tuple(
@@ -196,7 +197,7 @@ class Engine:
             for piece, each in zip(slices, draws, strict=True)
         )
         drawn = self._grammars.settle(slices, draws, drawn, masks)
-        return StepResult(drawn, self._prompt_logprobs(slices, undrawn))
+        return StepResult(drawn, self._prompt_logprobs(slices, rest))
 
     def warm_up(self) -> None:
         """A small chunk and a decode step, so that the first request pays for no one-time set-up; on a GPU the graphs
@@ -253,6 +254,12 @@ class Engine:
         host.complete(slices, self.kv.num_blocks, self.spec.vocab_size, self.spec.max_context_tokens)
         return host
 
+    def _meet(self, step: StepTensors | None, num_drawn: int) -> StageStep | None:
+        """None where no group of the stage needs to know of the others."""
+        if self.shard.layout.mlp != "stage":
+            return None
+        return meet(self.groups, self.device, sorted(self._adapters), step, num_drawn)
+
     def _step_tensors(self, slices: tuple[Slice, ...], host: HostInputs, wanted: list[int] | None) -> StepTensors:
         return StepTensors(
             token_ids=self._on_device(host.token_ids),
@@ -285,12 +292,14 @@ class Engine:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
-    def _prompt_logprobs(self, slices: tuple[Slice, ...], hidden: Tensor) -> tuple[tuple[TokenLogprobs, ...], ...]:
-        """hidden: the rows of every slice's prompt_targets, in order. One tuple per slice, empty where none asked."""
+    def _prompt_logprobs(
+        self, slices: tuple[Slice, ...], runs: Iterator[Tensor]
+    ) -> tuple[tuple[TokenLogprobs, ...], ...]:
+        """runs: logits of the rows of every slice's prompt_targets, in order. One tuple per slice, empty where none
+        asked."""
         found: list[TokenLogprobs] = []
         asked = [(t, piece.prompt_logprobs or 0) for piece in slices for t in targets_of(piece)]
-        for start in range(0, len(asked), PROMPT_ROWS_AT_ONCE):
-            end = start + PROMPT_ROWS_AT_ONCE
-            found.extend(self._sampler.token_logprobs(self.decoder.logits(hidden[start:end]), asked[start:end]))
+        for logits in runs:
+            found.extend(self._sampler.token_logprobs(logits, asked[len(found) : len(found) + len(logits)]))
         each = iter(found)
         return tuple(tuple(itertools.islice(each, len(targets_of(piece)))) for piece in slices)

@@ -1,7 +1,4 @@
-"""The feed-forward part of a layer on one rank: dense, weight-gathered, or a mixture of experts.
-
-All return sums that are complete: what is cut among the ranks of a group is added up here.
-"""
+"""The feed-forward part of a layer on one rank: dense, weight-gathered, or a mixture of experts."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from engine.batch_sharding import GroupRows
 from engine.groups import Groups
 from engine.projection import Projection, Segments
 from engine.weights import MlpWeights, MoeWeights
@@ -23,6 +21,15 @@ from spec.shard import RankShard, Replicas, place_experts, split
 def dense(x: Tensor, weights: MlpWeights, activation: Activation, segments: Segments = ()) -> Tensor:
     """[T, hidden] -> [T, hidden], the rank's partial sums."""
     return weights.down(gated_activation(weights.gate_up(x, segments), activation), segments)
+
+
+def batch_sharded(x: Tensor, weights: MlpWeights, activation: Activation, rows: GroupRows, groups: Groups) -> Tensor:
+    """[T, hidden] -> [T, hidden], partial sums that only the ranks of the group still have to add up. Every rank of the
+    stage calls it; see engine/batch_sharding.py. `rows`: those of all groups."""
+    if not any(rows.counts):
+        return x
+    partial = dense(groups.gather_rows(x, rows.counts), weights, activation, rows.adapters)
+    return groups.scatter_rows(partial, rows.counts)
 
 
 def gathers(shard: RankShard, num_rows: int) -> bool:
@@ -98,15 +105,18 @@ class Experts:
             slots[list(resident)] = torch.arange(len(resident), device=device)
             self._slots.append(slots)
 
-    def forward(self, x: Tensor, weights: MoeWeights, index: int) -> Tensor:
-        """[T, hidden] -> [T, hidden], complete; every rank of the stage calls it for layer `index` of the stage."""
+    def forward(self, x: Tensor, weights: MoeWeights, index: int, rows: GroupRows | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], complete; every rank of the stage calls it for layer `index` of the stage.
+        `rows`: where the groups of the stage share each MLP, those of all groups."""
         expert_ids, expert_weights = self._route(x, weights, index)
         parts = self._parts(expert_ids, index)
         if self._shard.layout.dp == 1:  # all ranks of the stage hold the same rows
             out = self._local(x, weights, index, expert_ids, expert_weights, parts == self._part)
         else:
             out = self._dispatched(x, weights, index, expert_ids, expert_weights, parts)
-        if weights.shared is not None and x.shape[0]:
+        if weights.shared is not None and rows is not None:
+            out = out + batch_sharded(x, weights.shared, self._activation, rows, self._groups)
+        elif weights.shared is not None and x.shape[0]:
             out = out + dense(x, weights.shared, self._activation)
         return self._groups.sum(out)
 

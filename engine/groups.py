@@ -23,7 +23,8 @@ from spec.shard import RankShard
 
 
 class Groups:
-    """`tensor` are the tp ranks of this rank's group, `stage` all ranks of its stage; None where it is alone there."""
+    """`tensor` are the tp ranks of this rank's group, `stage` all ranks of its stage, `peers` those of one index in the
+    groups of its stage, one of each; None where it is alone there, or the layout has no use for them."""
 
     def __init__(
         self,
@@ -31,9 +32,10 @@ class Groups:
         device: torch.device,
         tensor: dist.ProcessGroup | None = None,
         stage: dist.ProcessGroup | None = None,
+        peers: dist.ProcessGroup | None = None,
     ) -> None:
         self.shard, self._device = shard, device
-        self._tensor, self._stage = tensor, stage
+        self._tensor, self._stage, self._peers = tensor, stage, peers
         self.waited_s = 0.0  # in receive(), for the stage before
         self._sends: list[tuple[dist.Work, Tensor]] = []  # a tensor lives until it has left
 
@@ -53,15 +55,7 @@ class Groups:
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The tensors of the group's ranks by index, of which the first dimension is `sizes[index]`."""
-        if self._tensor is None:
-            return [x]
-        most = max(sizes)
-        padded = x.new_zeros(most, *x.shape[1:])
-        padded[: x.shape[0]] = x
-        out = x.new_empty(len(sizes) * most, *x.shape[1:])
-        with _typed():
-            dist.all_gather_single(out, padded, group=self._tensor)
-        return [out[index * most : index * most + size] for index, size in enumerate(sizes)]
+        return [x] if self._tensor is None else _gathered(x, sizes, self._tensor)
 
     def broadcast(self, x: Tensor, index: int) -> None:
         """Of the group's rank `index`, into x."""
@@ -73,10 +67,7 @@ class Groups:
         """All to all in the stage: `rows` holds counts[r] rows for rank r, one after the other, and what comes back
         received[r] of each."""
         assert self._stage is not None
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        with _typed():
-            dist.all_to_all_single(out, rows.contiguous(), list(received), list(counts), group=self._stage)
-        return out
+        return _exchanged(rows, counts, received, self._stage)
 
     def exchange_counts(self, counts: Sequence[int]) -> list[int]:
         """counts[r] rows will go to rank r of the stage; returns how many come from each."""
@@ -86,6 +77,27 @@ class Groups:
             dist.all_to_all_single(out, torch.tensor(counts, device=self._device), group=self._stage)
         found: list[int] = out.tolist()
         return found
+
+    def gather_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all groups of the stage, one group after the other; `counts[group]` are its rows."""
+        assert self._peers is not None
+        return torch.cat(_gathered(x, counts, self._peers))
+
+    def scatter_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """The sum over the groups' tensors [sum(counts), ...], of it the rows of this rank's group."""
+        assert self._peers is not None
+        own = counts[self.shard.group]
+        pieces = _exchanged(x, counts, [own] * len(counts), self._peers)
+        return pieces.view(len(counts), own, *x.shape[1:]).sum(0, dtype=x.dtype)
+
+    def exchange_columns(self, x: Tensor, counts: Sequence[int], widths: Sequence[int]) -> Tensor:
+        """x: [sum(counts), widths[group]], of the rows of all groups the columns that this rank has. Returns all
+        columns, [counts[group], sum(widths)], of the rows of its group."""
+        assert self._peers is not None
+        group = self.shard.group
+        sent, received = [count * widths[group] for count in counts], [counts[group] * width for width in widths]
+        pieces = torch.split(_exchanged(x.flatten(), sent, received, self._peers), received)
+        return torch.cat([each.view(counts[group], width) for each, width in zip(pieces, widths, strict=True)], 1)
 
     def send(self, hidden: Tensor) -> None:
         """To the same place in the next stage; returns before it has arrived."""
@@ -123,7 +135,7 @@ def join(shard: RankShard, address: str, device: torch.device, timeout_s: float 
             world_size=layout.num_ranks,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-        tensor = stage = None
+        tensor = stage = peers = None
         for first in range(0, layout.num_ranks, layout.tp) if layout.tp > 1 else ():
             group = dist.new_group(list(range(first, first + layout.tp)))
             if first <= shard.rank < first + layout.tp:
@@ -132,7 +144,30 @@ def join(shard: RankShard, address: str, device: torch.device, timeout_s: float 
             group = dist.new_group(list(range(first, first + layout.stage_ranks)))
             if first <= shard.rank < first + layout.stage_ranks:
                 stage = group
-        return Groups(shard, device, tensor, stage)
+        for first in range(0, layout.num_ranks, layout.stage_ranks) if layout.mlp == "stage" else ():
+            for index in range(layout.tp):
+                ranks = list(range(first + index, first + layout.stage_ranks, layout.tp))
+                group = dist.new_group(ranks)
+                if shard.rank in ranks:
+                    peers = group
+        return Groups(shard, device, tensor, stage, peers)
+
+
+def _gathered(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    most = max(sizes)
+    padded = x.new_zeros(most, *x.shape[1:])
+    padded[: x.shape[0]] = x
+    out = x.new_empty(len(sizes) * most, *x.shape[1:])
+    with _typed():
+        dist.all_gather_single(out, padded, group=group)
+    return [out[index * most : index * most + size] for index, size in enumerate(sizes)]
+
+
+def _exchanged(x: Tensor, counts: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    with _typed():
+        dist.all_to_all_single(out, x.contiguous(), list(received), list(counts), group=group)
+    return out
 
 
 @contextlib.contextmanager

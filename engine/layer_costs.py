@@ -1,6 +1,6 @@
 """What a layer of each kind and the head cost on this device: what pipeline stages are balanced by.
 
-Timed is a decode step of ROWS sequences on the real weights, cut over tp as the worker's, without the sums over ranks:
+Timed is a decode step of ROWS sequences on the real weights, cut as the first rank's, without the sums over ranks:
 one layer of each kind is loaded for it, with the head, and is given back. Caches are swept between the times. Looking
 tokens up in the embedding costs next to nothing beside them, and counts with the layer.
 """
@@ -36,14 +36,14 @@ class LayerCosts:
     head: float
 
 
-def measure_layer_costs(files: ModelFiles, options: EngineOptions, tp: int) -> LayerCosts:
+def measure_layer_costs(files: ModelFiles, options: EngineOptions, layout: ParallelLayout) -> LayerCosts:
     """A second or so, and the time to load a layer of each kind. Raises as Engine() does."""
     spec, options = files.spec, dataclasses.replace(options, graph_rows=0)  # a worker of stages has no graphs
     first_of_kind = {_kind(spec, layer): layer for layer in reversed(range(spec.num_layers))}
     of_kind: dict[object, float] = {}
     heads: list[float] = []
     for kind, layer in first_of_kind.items():
-        of_kind[kind], head_s = _measure(files, options, tp, layer)
+        of_kind[kind], head_s = _measure(files, options, layout, layer)
         heads.append(head_s)
     return LayerCosts(tuple(of_kind[_kind(spec, layer)] for layer in range(spec.num_layers)), statistics.median(heads))
 
@@ -54,10 +54,16 @@ def _kind(spec: ModelSpec, layer: int) -> object:
 
 
 @torch.inference_mode()
-def _measure(files: ModelFiles, options: EngineOptions, tp: int, layer: int) -> tuple[float, float]:
-    """Seconds of (that layer, the head)."""
-    whole = shard_of(files.spec, ParallelLayout(tp=tp), 0)
-    shard = dataclasses.replace(whole, layers=range(layer, layer + 1), experts=whole.experts[layer : layer + 1])
+def _measure(files: ModelFiles, options: EngineOptions, layout: ParallelLayout, layer: int) -> tuple[float, float]:
+    """Seconds of (that layer, the head). Experts are cut over tp alone: those of other ranks cannot be asked here."""
+    group, cut = shard_of(files.spec, ParallelLayout(tp=layout.tp), 0), shard_of(files.spec, layout, 0)
+    shard = dataclasses.replace(
+        group,
+        layers=range(layer, layer + 1),
+        experts=group.experts[layer : layer + 1],
+        intermediate=cut.intermediate,
+        held_vocab=cut.held_vocab,
+    )
     context_tokens = min(CONTEXT_TOKENS, options.context_of(files.spec))
     blocks_each = -(-context_tokens // options.block_tokens)
     engine = Engine(files, options, ROWS * blocks_each, groups=Groups(shard, options.torch_device()))

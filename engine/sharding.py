@@ -1,7 +1,7 @@
 """The sharding table: how each word of a weight's shape (engine/families.py) is cut for a rank.
 
     queries, keys, heads, latent_*       by head: a rank holds its query heads and their KV heads
-    intermediate, shared_intermediate    by column of the MLP
+    intermediate, shared_intermediate    by column of the MLP, among the ranks that share it
     expert_intermediate, expert_pairs    by column of the expert, among the ranks that share it
     vocab                                by row of embedding and head
     every other word                     whole, on every rank
@@ -25,7 +25,7 @@ class Cutter:
     def __init__(self, spec: ModelSpec, shard: RankShard) -> None:
         self._sizes, self.spec, self.shard = sizes_of(spec), spec, shard
         cuts = {
-            "vocab": shard.vocab,
+            "vocab": shard.held_vocab,
             "heads": shard.heads,
             "queries": _scaled(shard.heads, spec.head_dim),
             "keys": _scaled(shard.kv_heads, spec.head_dim),
@@ -34,7 +34,8 @@ class Cutter:
             "expert_pairs": _scaled(shard.expert_intermediate, 2),
         }
         if spec.moe is not None:
-            cuts["shared_intermediate"] = split(spec.moe.shared_intermediate_size, shard.layout.tp, shard.index)
+            shared_size = spec.moe.shared_intermediate_size
+            cuts["shared_intermediate"] = split(shared_size, shard.layout.dense_tp, shard.dense_part)
         if (latent := spec.latent) is not None:
             cuts |= {
                 "latent_queries": _scaled(shard.heads, latent.plain_dim + latent.rope_dim),
@@ -86,6 +87,8 @@ class Cutter:
             return True
         if summed_over == "expert_intermediate":
             return shard.stage_rank % shard.layout.expert_tp == 0
+        if summed_over in ("intermediate", "shared_intermediate"):
+            return shard.dense_part == 0
         return shard.index == 0
 
 

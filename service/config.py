@@ -92,7 +92,7 @@ class EngineConfig(Section):
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3"] = "auto"  # auto: dtype
     quantisation: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"  # of the weights; auto: as they are stored
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    layout: str = "tp1"  # of the worker's ranks, a process each: "tp2", "pp2-tp2", "dp2-ep2"
+    layout: str = "tp1"  # of the worker's ranks, a process each: "tp2", "pp2-tp2", "dp2-ep2", "dp2-stage"
     threads: Count | None = None  # of each rank; None: the engine decides, or the host's cores shared out
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
     kv_memory: ByteSize | None = None  # of all ranks; bytes, or "512MiB"; None: from what is free

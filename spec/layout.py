@@ -80,13 +80,16 @@ class ParallelLayout:
     `mlp` "gathered": a rank of a group brings the whole MLP weights of a layer together for a share of the tokens, in
     place of all tokens with a share of the weights (weight-gathered, Pope et al. 2022, arXiv:2211.05102, section 3.2);
     only in steps of at least `gathered_tokens` tokens, where it moves less.
+
+    `mlp` "stage": MLP and vocabulary are cut among all ranks of a stage, so that attention alone is sharded by batch
+    (section 3.3 there; elsewhere "data-parallel attention"). Otherwise each group of `dp` has them whole.
     """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     ep: int = 1
-    mlp: Literal["stationary", "gathered"] = "stationary"
+    mlp: Literal["stationary", "gathered", "stage"] = "stationary"
     gathered_tokens: int = 512
 
     def __post_init__(self) -> None:
@@ -97,27 +100,29 @@ class ParallelLayout:
             raise InvalidConfiguration(
                 f"ep {self.ep} does not divide the {self.stage_ranks} ranks (tp {self.tp} x dp {self.dp}) of a stage"
             )
+        if self.mlp == "stage" and self.dp == 1:
+            raise InvalidConfiguration("mlp stage is for layouts with dp above 1: without, a stage is one group")
 
     @classmethod
     def parse(cls, text: str) -> ParallelLayout:
-        """From "tp2", "pp2-tp2", "ep4·tp2·dp2", "tp8-gathered"; what is not named is 1. Raises InvalidConfiguration."""
+        """From "tp2", "pp2-tp2", "ep4·tp2·dp2", "tp8-gathered", "dp2-stage"; what is not named is 1.
+
+        Raises InvalidConfiguration."""
         found: dict[str, Any] = {}
         for part in re.split(r"[\s,·x*_-]+", text.strip().lower()):
-            if part == "gathered":
-                found["mlp"] = part
-                continue
-            match = re.fullmatch(r"(tp|pp|dp|ep)=?(\d{1,5})", part)
-            if match is None or match[1] in found:
+            match = re.fullmatch(r"(tp|pp|dp|ep)=?(\d{1,5})|(gathered|stage)", part)
+            if match is None or (name := match[1] or "mlp") in found:
                 raise InvalidConfiguration(
-                    f'layout {text!r} is none; write for example "tp2", "pp2-tp2", "ep4-tp2-dp2", "tp8-gathered"'
+                    f'layout {text!r} is none; write for example "tp2", "pp2-tp2", "ep4-tp2-dp2", "tp8-gathered", '
+                    '"dp2-stage"'
                 )
-            found[match[1]] = int(match[2])
+            found[name] = match[3] or int(match[2])
         return cls(**found)
 
     def __str__(self) -> str:
         named = [f"{name}{getattr(self, name)}" for name in ("pp", "dp", "tp", "ep") if getattr(self, name) > 1]
-        if self.mlp == "gathered":
-            named.append("gathered")
+        if self.mlp != "stationary":
+            named.append(self.mlp)
         return "-".join(named) or "tp1"
 
     @property
@@ -127,6 +132,15 @@ class ParallelLayout:
     @property
     def num_ranks(self) -> int:
         return self.tp * self.dp * self.pp
+
+    @property
+    def dense_tp(self) -> int:
+        """Ranks that share each MLP and the vocabulary."""
+        return self.stage_ranks if self.mlp == "stage" else self.tp
+
+    def dense_part(self, group: int, index: int) -> int:
+        """Which of the `dense_tp` parts a rank holds. Parts of ranks of one index are neighbours."""
+        return index * self.dp + group if self.mlp == "stage" else index
 
     @property
     def expert_tp(self) -> int:

@@ -17,7 +17,11 @@ Replicas = Mapping[int, Mapping[int, int]]  # layer -> expert -> parts that hold
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankShard:
     """Ranges are half-open and of indices in the whole model. `stage_rank` is group · tp + index, the rank's number
-    within its stage."""
+    within its stage.
+
+    `vocab` is the run whose logits the rank has of its group's rows, `held_vocab` the one that it holds of embedding
+    and head: the same but where the stage's groups share the vocabulary. Those of one index have together the run of
+    the index."""
 
     layout: ParallelLayout
     rank: int
@@ -29,12 +33,18 @@ class RankShard:
     kv_heads: range
     intermediate: range
     vocab: range
+    held_vocab: range
     experts: tuple[tuple[int, ...], ...]  # of each of its layers the resident ones, in the order of packing
     expert_intermediate: range
 
     @property
     def stage_rank(self) -> int:
         return self.group * self.layout.tp + self.index
+
+    @property
+    def dense_part(self) -> int:
+        """Which of layout.dense_tp parts of MLPs and vocabulary the rank holds."""
+        return self.layout.dense_part(self.group, self.index)
 
     @property
     def is_first_stage(self) -> bool:
@@ -75,6 +85,7 @@ def shard_of(
     expert_index = stage_rank % layout.expert_tp
     layers = stage_layers(spec, layout.pp, layer_costs, head_cost)[stage]
     moe = spec.moe
+    dense_tp, dense_part = layout.dense_tp, layout.dense_part(group, index)
     return RankShard(
         layout=layout,
         rank=rank,
@@ -84,8 +95,9 @@ def shard_of(
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        intermediate=split(spec.intermediate_size, layout.tp, index, _multiple(spec.intermediate_size, layout.tp)),
+        intermediate=split(spec.intermediate_size, dense_tp, dense_part, _multiple(spec.intermediate_size, dense_tp)),
         vocab=split(spec.vocab_size, layout.tp, index),
+        held_vocab=split(spec.vocab_size, dense_tp, dense_part),
         experts=_experts(spec, layout, layers, stage_rank // layout.expert_tp, replicas or {}),
         expert_intermediate=range(0)
         if moe is None
@@ -117,6 +129,10 @@ def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
     if layout.mlp == "gathered" and spec.intermediate_size % layout.tp:
         raise InvalidConfiguration(
             f"weight-gathered MLPs need equal parts: tp {layout.tp} does not divide {spec.intermediate_size}"
+        )
+    if layout.dense_tp > min(spec.intermediate_size, spec.vocab_size):
+        raise InvalidConfiguration(
+            f"{layout.dense_tp} ranks exceed the MLP's {spec.intermediate_size} columns or {spec.vocab_size} tokens"
         )
     if layout.ep > 1 and spec.moe is None:
         raise InvalidConfiguration(f"ep {layout.ep} is for mixtures of experts; this model has none")

@@ -15,7 +15,7 @@ logger = logs.get(__name__)
 
 def measured_costs(files: ModelFiles, options: EngineOptions, layout: ParallelLayout) -> LayerCosts:
     """Says, too, how the stages are cut by them. Takes the time and raises as measure_layer_costs() does."""
-    costs = measure_layer_costs(files, options, layout.tp)
+    costs = measure_layer_costs(files, options, layout)
     stages = stage_layers(files.spec, layout.pp, costs.layers, costs.head)
     logger.info(
         "stages of %s layers; a layer takes %s ms, the head %.2f ms",

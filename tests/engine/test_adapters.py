@@ -62,9 +62,10 @@ def test_many_adapters_in_one_batch(world: tuple[Path, dict[str, Path]]) -> None
     run(Stepper(Engine(files, EngineOptions(device="cpu"), 60, adapters=loaded)), base, adapters)
 
 
-def test_adapters_are_cut_as_the_weights_are(world: tuple[Path, dict[str, Path]]) -> None:
+@pytest.mark.parametrize("layout", [ParallelLayout(tp=2, pp=2), ParallelLayout(dp=2, mlp="stage")], ids=str)
+def test_adapters_are_cut_as_the_weights_are(world: tuple[Path, dict[str, Path]], layout: ParallelLayout) -> None:
     base, adapters = world
-    with ranked_engine(base, ParallelLayout(tp=2, pp=2), 60, adapters=adapters) as engine:
+    with ranked_engine(base, layout, 60, adapters=adapters) as engine:
         run(Stepper(engine), base, adapters)
 
 

@@ -68,7 +68,12 @@ print(json.dumps(anonymous() - before))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("name", "layout", "shares"),
-    [("llama3", "tp2", [0.5, 0.5]), ("llama3", "pp2", [0.5, 0.5]), ("mixtral", "dp2-ep2", [0.5, 0.5])],
+    [
+        ("llama3", "tp2", [0.5, 0.5]),
+        ("llama3", "pp2", [0.5, 0.5]),
+        ("llama3", "dp2-stage", [0.5, 0.5]),
+        ("mixtral", "dp2-ep2", [0.5, 0.5]),
+    ],
 )
 def test_a_rank_holds_its_share_of_the_weights_to_three_percent(
     tmp_path: Path, name: str, layout: str, shares: list[float]

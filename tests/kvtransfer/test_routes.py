@@ -28,7 +28,9 @@ from kvtransfer.transport import Piece
 from legato.v1 import worker_pb2
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration, InvalidParameter
-from spec.layout import KVLayout
+from spec.hf_config import model_from_hf
+from spec.layout import KVLayout, ParallelLayout
+from spec.shard import shard_of
 
 
 def move(source: MemoryWorker, target: MemoryWorker, pieces: Sequence[Piece]) -> None:
@@ -175,3 +177,18 @@ def test_a_rank_that_cannot_be_is_refused(rank: worker_pb2.RankKV) -> None:
         ranks_from_proto(whole, [rank])
     with pytest.raises(InvalidParameter, match="ranks are none"):
         ranks_from_proto(whole, [])
+
+
+def test_kv_lies_alike_whoever_shares_the_mlp() -> None:
+    """Blocks are a group's own either way: plans to and from other layouts are the same, bytes and digests too."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 96, "vocab_size": 131, "max_position_embeddings": 64}
+    spec = model_from_hf({"model_type": "llama", "rms_norm_eps": 1e-5, **sizes})
+    layouts = [ParallelLayout(tp=2, dp=2, pp=2), ParallelLayout(tp=2, dp=2, pp=2, mlp="stage")]
+    found = []
+    for layout in layouts:
+        shards = [shard_of(spec, layout, rank) for rank in range(layout.num_ranks)]
+        kv = [RankKV(each.kv_layout(spec, 4, Dtype.FLOAT16), each.layers, each.kv_heads) for each in shards]
+        found.append(tuple(RankMemory(each, shard.group) for each, shard in zip(kv, shards, strict=True)))
+    assert found[0] == found[1]
+    assert layout_id(found[0]) == layout_id(found[1])

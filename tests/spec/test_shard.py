@@ -147,6 +147,17 @@ def test_kv_heads_are_replicated_where_ranks_exceed_them() -> None:
     assert [list(shard.heads) for shard in shards] == [list(range(8 * rank, 8 * rank + 8)) for rank in range(16)]
 
 
+def test_ranks_of_one_index_have_the_vocabulary_of_the_index_together() -> None:
+    spec = model_from_hf(LLAMA_405B | {"vocab_size": 1009})
+    shards = [shard_of(spec, ParallelLayout(tp=2, dp=3, mlp="stage"), rank) for rank in range(6)]
+    for index in range(2):
+        held = [token for shard in shards if shard.index == index for token in shard.held_vocab]
+        assert held == list(shards[index].vocab) == list(split(1009, 2, index))
+    columns = sorted(column for shard in shards for column in shard.intermediate)
+    assert columns == list(range(spec.intermediate_size))
+    assert [shard.heads for shard in shards[:2]] * 3 == [shard.heads for shard in shards]
+
+
 def test_an_uneven_split_is_as_even_as_can_be() -> None:
     for total, parts in itertools.product((1, 3, 7, 64, 131), (1, 2, 3, 5)):
         runs = [split(total, parts, part) for part in range(parts)]

@@ -25,10 +25,11 @@ class Running:
 
 
 class Stepper:
-    """Asks for the whole vocabulary's log-probabilities after every token, through draws and through prompt targets."""
+    """Asks for the whole vocabulary's log-probabilities after every token, through draws and through prompt targets;
+    without `prompts` through draws alone."""
 
-    def __init__(self, engine: Engine, seed: int = 0) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, seed: int = 0, *, prompts: bool = True) -> None:
+        self.engine, self.prompts = engine, prompts
         self.free = list(range(engine.kv.num_blocks))
         random.Random(seed).shuffle(self.free)
 
@@ -44,17 +45,18 @@ class Stepper:
         for running, count in shares:
             start, end = running.computed, running.computed + count
             assert end <= running.num_prompt or count == 1
-            targets = tuple(running.token_ids[start + 1 : min(end + 1, running.num_prompt)])
+            targets = tuple(running.token_ids[start + 1 : min(end + 1, running.num_prompt)]) if self.prompts else ()
             greedy = SamplingParams(temperature=0.0, logprobs=vocab)
             last = Draw(greedy, end, running.num_prompt, ()) if end >= running.num_prompt else None
             piece = tuple(running.token_ids[start:end])
             table = running.blocks[: self.engine.kv.layout.blocks_for(end)]
-            slices.append(Slice(running.name, piece, start, table, last, vocab, targets, running.adapter))
+            asked = vocab if self.prompts else None
+            slices.append(Slice(running.name, piece, start, table, last, asked, targets, running.adapter))
         result = self.engine.execute(StepPlan(0, tuple(slices)))
         for (running, count), drawn, prompt in zip(shares, result.drawn, result.prompt_logprobs, strict=True):
             rows = (*prompt, *(each.logprobs for each in drawn if each.logprobs is not None))
-            assert len(rows) == count
-            for offset, row in enumerate(rows):
+            assert len(rows) == (count if self.prompts else len(drawn))
+            for offset, row in enumerate(rows, count - len(rows)):
                 running.logprobs[running.computed + offset] = whole_row(row, vocab)
             running.computed += count
         return result

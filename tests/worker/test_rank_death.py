@@ -26,6 +26,7 @@ from tiny_llama import Shape, make_llama
 from legato.errors import LegatoError
 from service.config import EngineConfig, WorkerConfig, save
 from spec.errors import OutOfBlocks, WorkerLost
+from spec.layout import ParallelLayout
 from worker.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks share memory as Linux alone does it")
@@ -148,14 +149,19 @@ READY = "state=ready"
 MOMENTS = {"starting": "starting ranks", "loading": "loading weights", "idle": READY, "in a step": READY}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("layout", "victim"), [("tp2", 1), ("pp3", 2), ("pp3", 0)])
+@pytest.mark.parametrize(
+    ("layout", "victim", "moment"),
+    [
+        *((*each, moment) for each in (("tp2", 1), ("pp3", 2), ("pp3", 0)) for moment in MOMENTS),
+        ("dp2-stage", 1, "in a step"),
+    ],
+)
 async def test_whoever_is_killed_and_whenever(
     tmp_path: Path, model: Path, redis_url: str, moment: str, layout: str, victim: int
 ) -> None:
     worker = Worker(tmp_path, model, redis_url, layout, rank_timeout_s=30.0)
     try:
-        await worker.until(MOMENTS[moment], int(layout[-1]) - 1)
+        await worker.until(MOMENTS[moment], ParallelLayout.parse(layout).num_ranks - 1)
         pid = worker.process.pid if victim == 0 else worker.ranks[victim - 1].pid
         async with streaming(model, redis_url) if moment == "in a step" else contextlib.nullcontext():
             os.kill(pid, signal.SIGKILL)
