@@ -55,18 +55,27 @@ def weight_gathered(x: Tensor, weights: MlpWeights, activation: Activation, grou
 def _passing(weights: MlpWeights, part: int, groups: Groups) -> MlpWeights:
     """The weights of the group's rank `part`, which sends its own."""
 
-    def passed(projection: Projection) -> Projection:
-        own = projection.base
-        mine = part == groups.shard.index
-        weight = own.weight if mine else torch.empty_like(own.weight)
-        groups.broadcast(weight, part)
-        bias = own.bias
-        if bias is not None:
-            bias = bias if mine else torch.empty_like(bias)
-            groups.broadcast(bias, part)
-        return Projection(dataclasses.replace(own, weight=weight, bias=bias))
+    mine = part == groups.shard.index
 
-    return MlpWeights(passed(weights.gate_up), passed(weights.down))
+    def passed(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        tensor = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # collectives know no FP8
+        tensor = tensor.contiguous() if mine else torch.empty_like(tensor)
+        groups.broadcast(tensor, part)
+        return tensor
+
+    def passing(projection: Projection) -> Projection:
+        own = projection.base
+        if own.quantised is None:
+            weight, quantised = passed(own.weight), None
+        else:
+            quantised = own.quantised.with_rows(*map(passed, own.quantised.tensors()))
+            weight = quantised.codes
+        assert weight is not None
+        return Projection(dataclasses.replace(own, weight=weight, quantised=quantised, bias=passed(own.bias)))
+
+    return MlpWeights(passing(weights.gate_up), passing(weights.down))
 
 
 class Experts:

@@ -1,7 +1,8 @@
 """Quantised weights as checkpoints store them, brought into the one form of kernels/quantised.py without a loss.
 
 GPTQ                  qweight int32 [K · bits / 32, N], qzeros int32 [groups, N · bits / 32], scales [groups, N],
-                      g_idx [K]; a stored zero point is one too low ("gptq"), or as it is ("gptq_v2")
+                      g_idx [K], the group of each input; a stored zero point is one too low ("gptq"), or as it is
+                      ("gptq_v2")
 AWQ                   qweight int32 [K, N / 8], qzeros int32 [groups, N / 8], scales [groups, N]; the eight columns
                       of a word in the order 0 2 4 6 1 3 5 7
 FP8                   weight E4M3 [N, K], weight_scale_inv (DeepSeek) or weight_scale (compressed-tensors): [1],
@@ -34,7 +35,7 @@ from engine.quantised_heads import (
     is_fp8,
     packed_fp4,
 )
-from kernels.quantised import QuantisedWeight
+from kernels.quantised import Kind, QuantisedWeight, nibbles, ordered
 from spec.errors import InvalidModel, UnsupportedModel
 
 METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "modelopt")
@@ -101,7 +102,7 @@ class QuantisedTensors:
 
     def weight(self, name: str, expert: int | None = None) -> QuantisedWeight | None:
         """The weight that would be `name` ("...q_proj.weight"), or one expert of a stacked one; None: it is not
-        quantised, or in an order that only `dense` reads."""
+        quantised."""
         stem = name.removesuffix(".weight")
         if self._method == "gptq" and f"{stem}.qweight" in self._heads:
             return self._gptq(stem)
@@ -143,18 +144,19 @@ class QuantisedTensors:
 
     # ---- methods -----------------------------------------------------------------------------------------------------
 
-    def _gptq(self, stem: str) -> QuantisedWeight | None:
+    def _gptq(self, stem: str) -> QuantisedWeight:
         scales = self._read(f"{stem}.scales")
         num_inputs = self._heads[f"{stem}.qweight"].shape[0] * (32 // self._bits)
         group = group_inputs(self._heads, stem, num_inputs, self._group_size)
+        group_of = torch.arange(num_inputs) // group
         if f"{stem}.g_idx" in self._heads:
-            in_order = torch.arange(num_inputs) // group
-            if not torch.equal(self._read(f"{stem}.g_idx").long(), in_order):
-                raise UnsupportedModel(f"{stem} is GPTQ in the order of activations (desc_act), which is not known")
+            group_of = self._read(f"{stem}.g_idx").long()
+            if int(group_of.min()) < 0 or int(group_of.max()) >= scales.shape[0]:
+                raise InvalidModel(f"{stem}.g_idx names groups that are not there", tensor=f"{stem}.g_idx")
         add = 0 if self._config.get("checkpoint_format") == "gptq_v2" else 1
         codes = unpacked(self._read(f"{stem}.qweight"), self._bits, 0).T.contiguous()
         zeros = unpacked(self._read(f"{stem}.qzeros"), self._bits, 1) + add
-        return _from_codes(codes, scales, zeros, self._bits, group)
+        return _from_codes(codes, scales, zeros, self._bits, group, group_of)
 
     def _awq(self, stem: str) -> QuantisedWeight:
         scales = self._read(f"{stem}.scales")
@@ -192,20 +194,21 @@ def unpacked(words: Tensor, bits: int, dimension: int) -> Tensor:
     return codes.flatten(dimension, dimension + 1)
 
 
-def _from_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> QuantisedWeight:
-    """codes [N, K], scales and zeros [groups, N]: value = scale · (code - zero)."""
+def _from_codes(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int, group_of: Tensor | None = None
+) -> QuantisedWeight:
+    """codes [N, K], scales and zeros [groups, N]: value = scale · (code - zero). group_of [K]: where any inputs may
+    share a scale."""
+    kind: Kind = "int8" if bits == 8 else "int4"
     middle = 2 ** (bits - 1)
     offsets = (scales.float() * (middle - zeros)).T.contiguous()
     scales = scales.T.contiguous()
-    if bits == 8:
-        return QuantisedWeight("int8", (codes - middle).to(torch.int8), scales, codes.shape[1], group, offsets)
-    return QuantisedWeight("int4", nibbles(codes), scales, codes.shape[1], group, offsets)
-
-
-def nibbles(codes: Tensor) -> Tensor:
-    """[N, K] of 0 ... 15 to [N, K / 2] uint8, an even k in the low half."""
-    codes = codes.to(torch.uint8)
-    return codes[:, ::2] | codes[:, 1::2] << 4
+    codes = (codes - middle).to(torch.int8) if bits == 8 else codes.to(torch.uint8)
+    inputs = torch.arange(codes.shape[1])
+    if group_of is not None and not torch.equal(group_of, inputs // group):
+        return ordered(kind, codes, group_of, inputs, scales, offsets)
+    codes = codes if bits == 8 else nibbles(codes)
+    return QuantisedWeight(kind, codes, scales, inputs.numel(), group, offsets)
 
 
 def block_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> QuantisedWeight:

@@ -65,13 +65,19 @@ class Cutter:
         return tensor
 
     def cut_quantised(self, weight: QuantisedWeight, words: tuple[str, ...]) -> QuantisedWeight:
-        """As `cut` of [N, K]. Raises InvalidConfiguration where a group of columns that share a scale would be cut."""
+        """As `cut` of [N, K]. Raises InvalidConfiguration where a group of columns that share a scale would be cut,
+        and for weights that change size where they are to pass from rank to rank."""
         if (rows := self.ranges(words[0])) is not None:
             weight = weight[torch.cat([torch.arange(own.start, own.stop) for own in rows])]
         columns = self.ranges(words[1])
         if columns is None:
             return weight
         (own,) = columns
+        if weight.order is not None and self.shard.layout.mlp == "gathered" and words[1] == "intermediate":
+            raise InvalidConfiguration(
+                f"{self.shard.layout} passes weights from rank to rank, and those of GPTQ in the order of activations "
+                f"(desc_act) have other sizes on each; mlp stationary does not"
+            )
         if not weight.can_cut(own.start, own.stop):
             raise InvalidConfiguration(
                 f"{self.shard.layout} cuts {weight.k} columns at {own.start} and {own.stop}, within a quantised group "

@@ -21,7 +21,7 @@ from engine.projection import Projection
 from engine.sharding import Cutter
 from kernels.linear import PackedLinear, pack, pack_quantised
 from kernels.moe_mlp import PackedExperts, join_experts
-from kernels.quantised import Kind, QuantisedWeight, concatenate, dequantise, quantise
+from kernels.quantised import Kind, QuantisedWeight, alike, concatenate, dequantise, quantise
 from spec.model import LatentSpec
 from spec.shard import RankShard
 
@@ -205,7 +205,7 @@ class _Loader:
     def packed(self, parts: list[Part], bias: Tensor | None = None) -> PackedLinear:
         """One after the other along their rows, `parts` being emptied; quantised where they are so, and all alike."""
         stored = [part for part in parts if isinstance(part, QuantisedWeight)]
-        if len(stored) == len(parts) and _alike(stored):
+        if len(stored) == len(parts) and alike(stored):
             return pack_quantised(concatenate(stored).to(self._device), self._dtype, bias)
         for index, part in enumerate(parts):
             if isinstance(part, QuantisedWeight):
@@ -347,15 +347,6 @@ def _halves(rows: Part, head_rows: int, rotary_dim: int) -> Part:
 
 def _quantised(weight: Tensor, kind: Kind) -> QuantisedWeight:
     return quantise(weight, kind, INT4_GROUP if kind == "int4" else None)
-
-
-def _alike(weights: list[QuantisedWeight]) -> bool:
-    """Whether they can be one weight."""
-    kinds = {
-        (part.kind, part.k, part.group, *(None if tensor is None else tensor.dtype for tensor in part.tensors()))
-        for part in weights
-    }
-    return len(kinds) == 1
 
 
 def _fused(parts: list[Tensor], device: torch.device) -> Tensor:

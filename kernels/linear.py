@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kernels import quantised_linear
 from kernels.cpu.library import Library, library_for
-from kernels.quantised import QuantisedWeight, dequantise
+from kernels.ordered_columns import ordered_columns
+from kernels.quantised import QuantisedWeight, by_input, dequantise
 
 WIDE_COLUMNS = 8192
 
@@ -31,10 +32,11 @@ class PackedLinear:
     weight: Tensor  # [n, k], contiguous; panels, one dimension, where there is a library
     bias: Tensor | None  # [n], of `dtype`
     n: int
-    k: int
+    k: int  # inputs
     dtype: torch.dtype  # of x, and of what an embedding returns
     library: Library | None = None  # what packed the weight, and alone can read it
-    quantised: QuantisedWeight | None = None  # where there is no library; `weight` is its codes
+    quantised: QuantisedWeight | None = None  # where there is no library; `weight` is its codes, and it has no order
+    order: Tensor | None = None  # [columns] int64: the input that each column of the weight is of, -1: of none
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -54,20 +56,22 @@ def pack_quantised(weight: QuantisedWeight, dtype: torch.dtype, bias: Tensor | N
     assert bias is None or (bias.shape == (weight.n,) and bias.dtype == dtype)
     library = library_for(weight.codes.new_empty(0, dtype=dtype))
     bias = None if bias is None else bias.contiguous()
+    order, inputs, weight = weight.order, weight.inputs, dataclasses.replace(weight, order=None)
     if library is None:
-        return PackedLinear(weight.codes, bias, weight.n, weight.k, dtype, quantised=weight)
-    return PackedLinear(library.pack_quantised(weight), bias, weight.n, weight.k, dtype, library)
+        return PackedLinear(weight.codes, bias, weight.n, inputs, dtype, quantised=weight, order=order)
+    return PackedLinear(library.pack_quantised(weight), bias, weight.n, inputs, dtype, library, order=order)
 
 
 def unpack(packed: PackedLinear) -> Tensor:
     """[N, K]: in float32 where the weight is quantised, a copy where it is packed."""
     if packed.library is not None:
-        return packed.library.unpack(packed.weight, packed.n, packed.k)
-    return packed.weight if packed.quantised is None else dequantise(packed.quantised)
+        columns = packed.k if packed.order is None else packed.order.numel()
+        return by_input(packed.library.unpack(packed.weight, packed.n, columns), packed.order)
+    return packed.weight if packed.quantised is None else by_input(dequantise(packed.quantised), packed.order)
 
 
 def reference(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
-    if packed.quantised is not None:
+    if packed.quantised is not None and packed.order is None:
         return quantised_linear.reference(x, packed.quantised, packed.bias, wide=wide)
     weight = unpack(packed)
     if weight.dtype == x.dtype and not wide:
@@ -85,6 +89,8 @@ def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
     not rounded in between."""
     assert x.shape[1] == packed.k
     assert x.dtype == packed.dtype
+    if packed.order is not None:
+        x = ordered_columns(x, packed.order)
     if packed.quantised is not None:
         return quantised_linear.quantised_linear(x, packed.quantised, packed.bias, wide=wide)
     if packed.library is None:
@@ -95,7 +101,9 @@ def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
 def embedding(token_ids: Tensor, packed: PackedLinear) -> Tensor:
     """token_ids: [T] int64, each in [0, N). Returns [T, K] in packed.dtype."""
     if packed.library is not None:
-        return packed.library.embedding(token_ids, packed.weight, packed.n, packed.k, packed.dtype)
+        columns = packed.k if packed.order is None else packed.order.numel()
+        rows = packed.library.embedding(token_ids, packed.weight, packed.n, columns, packed.dtype)
+        return by_input(rows, packed.order)
     if packed.quantised is not None:
-        return dequantise(packed.quantised[token_ids]).to(packed.dtype)
+        return by_input(dequantise(packed.quantised[token_ids]).to(packed.dtype), packed.order)
     return F.embedding(token_ids, packed.weight)

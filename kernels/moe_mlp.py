@@ -34,6 +34,7 @@ class PackedExperts:
     down: tuple[PackedLinear, ...]  # [H, I] each
     addresses: Tensor  # [4, E] int64, on their device: of gate_up, its bias, down, its bias; 0 where there is no bias
     aligned: bool  # every address is a multiple of ALIGNMENT_BYTES
+    ordered: bool  # a weight has its columns in an order of its own, which only kernels/linear.py reads
 
     @property
     def hidden_size(self) -> int:
@@ -81,7 +82,8 @@ def join_experts(gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear]) 
     ]
     table = torch.tensor(addresses)
     aligned = not bool((table % ALIGNMENT_BYTES).any())
-    return PackedExperts(tuple(gate_up), tuple(down), table.to(down[0].weight.device), aligned)
+    ordered = any(part.order is not None for part in parts)
+    return PackedExperts(tuple(gate_up), tuple(down), table.to(down[0].weight.device), aligned, ordered)
 
 
 def reference(
@@ -99,7 +101,8 @@ def _one_by_one(
     product: Callable[..., Tensor],  # linear, or its reference
     activation: Callable[[Tensor, ActivationKind], Tensor],
 ) -> Tensor:
-    """Each expert as a plain layer; on a GPU the way of quantised ones, whose products have kernels of their own."""
+    """Each expert as a plain layer: on a GPU the way of quantised ones, whose products have kernels of their own, and
+    everywhere that of ordered ones."""
     num_tokens, experts_per_token = expert_ids.shape
     assert ((expert_ids >= -1) & (expert_ids < len(experts.down))).all()
     answers = x.new_zeros(num_tokens, experts_per_token, experts.hidden_size, dtype=torch.float32)
@@ -290,7 +293,7 @@ def moe_mlp(
     assert x.shape[1] == experts.hidden_size
     assert x.dtype == experts.down[0].dtype
     assert weights.shape == expert_ids.shape == (x.shape[0], expert_ids.shape[1])
-    if experts.library is not None:
+    if experts.library is not None and not experts.ordered:
         return experts.library.moe_mlp(
             x,
             experts.addresses,

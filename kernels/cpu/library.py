@@ -81,6 +81,7 @@ class Library:
         }
         self._rms_norm = self._by_dtype("rms_norm", _P, _P, _P, _P, _P, _N, _N, _F, _F, _I)
         self._gated_activation = self._by_dtype("gated_activation", _P, _P, _N, _N, _I, _I)
+        self._ordered_columns = self._by_dtype("ordered_columns", _P, _P, _P, _N, _N, _N, _I)
         self._rope_kv_write = self._by_two_dtypes(
             "rope_kv_write", *[_P] * 10, *[_N] * 10, _F, _F, _I, others=_KV_SUFFIX
         )
@@ -204,6 +205,24 @@ class Library:
         out = gate_up.new_empty(num_rows, size)
         self._gated_activation[gate_up.dtype](
             gate_up.data_ptr(), out.data_ptr(), num_rows, size, ACTIVATIONS.index(kind), torch.get_num_threads()
+        )
+        return out
+
+    def ordered_columns(self, x: Tensor, order: Tensor) -> Tensor:
+        """order: [C] int64, each in [-1, columns of x), which is not checked here."""
+        assert order.dtype == torch.int64
+        assert order.is_contiguous()
+        num_rows, size = x.shape
+        x = x.contiguous()
+        out = x.new_empty(num_rows, order.numel())
+        self._ordered_columns[x.dtype](
+            x.data_ptr(),
+            order.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            order.numel(),
+            size,
+            torch.get_num_threads(),
         )
         return out
 
@@ -435,6 +454,9 @@ class Library:
 
     def gated_activation_function(self, x: torch.dtype) -> int:
         return _address(self._gated_activation[x])
+
+    def ordered_columns_function(self, x: torch.dtype) -> int:
+        return _address(self._ordered_columns[x])
 
     def rope_kv_write_function(self, x: torch.dtype, blocks: torch.dtype) -> int:
         return _address(self._rope_kv_write[x, blocks])

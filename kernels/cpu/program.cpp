@@ -5,17 +5,19 @@
 
 namespace {
 
-enum Kind : int64_t { LINEAR, NORM, GATE, ROPE, ATTENTION, ROWS };
+enum Kind : int64_t { LINEAR, NORM, GATE, ROPE, ATTENTION, ROWS, COLUMNS };
 
 // Mirrored by program.py. Buffers are numbers; what an operation does not need is 0, and -1 in the place of a buffer.
 struct Operation {
     int64_t kind;
     void *function;
     int64_t in, residual, out;
-    const void *weight, *second;      // LINEAR: panels, bias; NORM: weight; ROPE: norms of queries and keys; ATTENTION: sinks
+    const void *weight, *second;      // LINEAR: panels, bias; NORM: weight; ROPE: norms of queries and keys; ATTENTION: sinks;
+                                      // COLUMNS: their order
     void *keys, *values;              // ROPE, ATTENTION: of the layer, at the strides below
     const float *cos, *sin;           // ROPE
-    int64_t num_outputs, depth;       // LINEAR; NORM, GATE: depth is the row's size, num_outputs the activation; ROWS: bytes
+    int64_t num_outputs, depth;       // LINEAR; NORM, GATE: depth is the row's size, num_outputs the activation; ROWS: bytes;
+                                      // COLUMNS: depth of the row that is read, num_outputs of the one written
     int64_t num_heads, num_kv_heads, key_dim, value_dim, rotary_offset, rotary_dim;
     int64_t block_tokens, block_stride, head_stride, token_stride, window;
     float eps, offset, scale, softcap;
@@ -36,6 +38,7 @@ using Rope = void (*)(const void *, const float *, const float *, const int64_t 
 using Attend = void (*)(const void *, const void *, const void *, const int32_t *, const int32_t *, const int32_t *,
                         const void *, void *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                         int64_t, int64_t, float, float, int);
+using Columns = void (*)(const void *, const void *, void *, int64_t, int64_t, int64_t, int);
 
 void take_rows(const char *from, char *to, int64_t row_bytes, const Step &step) {
     if (!step.wanted) {
@@ -79,6 +82,9 @@ void legato_run_program(const Operation *operations, int64_t count, void *const 
                                       o->weight, out, step->num_sequences, o->num_heads, o->num_kv_heads, o->key_dim,
                                       o->value_dim, o->block_tokens, step->table_stride, o->block_stride, o->head_stride,
                                       o->token_stride, o->window, o->scale, o->softcap, threads);
+                break;
+            case COLUMNS:
+                ((Columns)o->function)(in, o->weight, out, rows, o->num_outputs, o->depth, threads);
                 break;
             case ROWS:
                 take_rows((const char *)in, (char *)out, o->depth, *step);

@@ -20,7 +20,7 @@ from kernels.cpu.library import ACTIVATIONS, NO_WINDOW, Library
 from kernels.kv_rows import row_dims
 from kernels.linear import PackedLinear
 
-_LINEAR, _NORM, _GATE, _ROPE, _ATTENTION, _ROWS = range(6)
+_LINEAR, _NORM, _GATE, _ROPE, _ATTENTION, _ROWS, _COLUMNS = range(7)
 _ALIGNMENT_ELEMENTS = 64
 
 
@@ -73,6 +73,7 @@ class Program:
         assert library.operation_bytes() == ctypes.sizeof(_Operation)
         self._library, self._dtype = library, dtype
         self._widths: list[int] = []
+        self._ordered: dict[int, int] = {}  # number of columns -> buffer
         self._recorded: list[_Operation] = []
         self._kept: list[Tensor] = []  # what the operations point at
         self._packed: Any = None
@@ -90,6 +91,9 @@ class Program:
         return len(self._widths) - 1
 
     def linear(self, source: int, packed: PackedLinear, target: int) -> None:
+        depth = packed.k
+        if packed.order is not None:
+            source, depth = self._ordered_columns(source, packed.order), packed.order.numel()
         function = self._library.linear_function(self._dtype, packed.weight.dtype, self._dtype)
         self._record(
             _LINEAR,
@@ -99,8 +103,16 @@ class Program:
             weight=packed.weight,
             second=packed.bias,
             num_outputs=packed.n,
-            depth=packed.k,
+            depth=depth,
         )
+
+    def _ordered_columns(self, source: int, order: Tensor) -> int:
+        """The buffer that has them until the next ones of their number."""
+        if (target := self._ordered.get(order.numel())) is None:
+            target = self._ordered[order.numel()] = self.buffer(order.numel())
+        function, size = self._library.ordered_columns_function(self._dtype), self._widths[source]
+        self._record(_COLUMNS, function, source, target, weight=order, num_outputs=order.numel(), depth=size)
+        return target
 
     def rms_norm(
         self, source: int, weight: Tensor, eps: float, target: int, *, stream: int | None = None, offset: float = 0.0

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from quantised_models import METHODS, quantise_folder
@@ -55,7 +56,7 @@ def test_logits_are_those_of_the_weights_it_stands_for(method: str, plain: Path,
         assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE, quantisation
 
 
-@pytest.mark.parametrize("method", ["gptq-int4", "fp8-blocks", "nvfp4"])
+@pytest.mark.parametrize("method", ["gptq-int4", "gptq-int4-order", "gptq-int8-order", "fp8-blocks", "nvfp4"])
 def test_it_is_cut_among_ranks(method: str, plain: Path, tmp_path: Path) -> None:
     values = quantise_folder(plain, tmp_path / "quantised", method)
     expected = oracle_of(plain, values, TOKENS)
@@ -71,6 +72,7 @@ def test_it_is_cut_among_ranks(method: str, plain: Path, tmp_path: Path) -> None
         ("deepseek-v3", "fp8-blocks", ParallelLayout()),
         ("deepseek-v3", "fp8-blocks", ParallelLayout(tp=2, ep=2)),
         ("qwen3-moe", "awq", ParallelLayout()),
+        ("qwen3-moe", "gptq-int4-order", ParallelLayout(tp=2)),
     ],
     ids=str,
 )
@@ -143,16 +145,56 @@ def test_what_is_not_known_is_refused(config: object, error: type, words: str, p
         open_model(tmp_path / "quantised")
 
 
-def test_the_order_of_activations_is_refused(plain: Path, tmp_path: Path) -> None:
-    quantise_folder(plain, tmp_path / "quantised", "gptq-int4")
+@pytest.mark.parametrize("method", ["gptq-int4-order", "gptq-int8-order"])
+def test_any_inputs_may_share_a_scale(method: str, plain: Path, tmp_path: Path) -> None:
+    """As desc_act has it: what is read is what NumPy reads by g_idx, and it stays in codes, fused."""
+    quantise_folder(plain, tmp_path / "quantised", method)
+    stored = load_file(tmp_path / "quantised" / "model.safetensors")
+    files = open_model(tmp_path / "quantised")
+    bits = 4 if "int4" in method else 8
+    shifts = np.arange(0, 32, bits)
+    for projection in ("mlp.down_proj", "mlp.up_proj", "self_attn.o_proj"):
+        stem = f"model.layers.2.{projection}"
+        parts = {suffix: stored[f"{stem}.{suffix}"].numpy() for suffix in ("qweight", "qzeros", "scales", "g_idx")}
+        assert (np.diff(parts["g_idx"]) < 0).any()
+        codes = (parts["qweight"][:, None, :] >> shifts[:, None] & 2**bits - 1).reshape(-1, parts["qweight"].shape[1])
+        zeros = (parts["qzeros"][:, :, None] >> shifts & 2**bits - 1).reshape(parts["qzeros"].shape[0], -1) + 1
+        group_of = parts["g_idx"]
+        expected = parts["scales"].astype(np.float64)[group_of] * (codes - zeros[group_of])
+        np.testing.assert_allclose(files.tensor(f"{stem}.weight").double().numpy(), expected.T, rtol=0, atol=1e-6)
+    layer = Engine(files, EngineOptions(device="cpu"), 20).decoder.weights.layers[2]
+    for projection in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
+        assert projection.base.order is not None
+        assert projection.base.weight.dtype == torch.uint8
+
+
+def test_groups_that_are_not_there_are_said(plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "gptq-int4-order")
     file = tmp_path / "quantised" / "model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        if name.endswith("g_idx"):
-            tensors[name] = tensors[name].flip(0)
-    save_file(tensors, file)
-    with pytest.raises(UnsupportedModel, match="desc_act"):
-        Engine(open_model(tmp_path / "quantised"), EngineOptions(device="cpu"), 20)
+    for outside in (-1, 4):
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.up_proj.g_idx"][7] = outside
+        save_file(tensors, file)
+        with pytest.raises(InvalidModel, match=r"up_proj\.g_idx"):
+            Engine(open_model(tmp_path / "quantised"), EngineOptions(device="cpu"), 20)
+
+
+@pytest.mark.parametrize("method", ["gptq-int4", "fp8-blocks"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("float16", 0.05)])  # float16: no CPU kernels
+def test_weights_pass_from_rank_to_rank(method: str, dtype: str, tolerance: float, plain: Path, tmp_path: Path) -> None:
+    values = quantise_folder(plain, tmp_path / "quantised", method)
+    expected = oracle_of(plain, values, TOKENS)
+    layout = ParallelLayout(tp=2, mlp="gathered", gathered_tokens=3)
+    with ranked_engine(tmp_path / "quantised", layout, 20, dtype=dtype) as engine:
+        assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < tolerance
+
+
+def test_weights_of_other_sizes_on_each_rank_do_not_pass(plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "gptq-int4-order")
+    files = open_model(tmp_path / "quantised")
+    shard = shard_of(files.spec, ParallelLayout(tp=2, mlp="gathered"), 0)
+    with pytest.raises(InvalidConfiguration, match="desc_act"):
+        load_weights(files, shard, torch.float32, torch.device("cpu"))
 
 
 def test_a_quantised_tensor_that_is_missing_is_said(plain: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from bench.quantised_folder import (
 METHODS = {
     "gptq-int4": gptq(8, symmetric=False),
     "gptq-int4-symmetric": gptq(24),  # the last group is short
+    "gptq-int4-order": gptq(16, symmetric=False, in_order=False),
+    "gptq-int8-order": gptq(24, bits=8, in_order=False),
     "gptq-int8": gptq(8, bits=8, symmetric=False),
     "awq": awq(8),
     "fp8-blocks": block_fp8(8),
