@@ -64,11 +64,14 @@ class Decoder:
         rows have gone on to the next. The KV of every row is written on the way.
 
         The hook is called when a write is issued: done on the CPU, on a GPU queued on the current stream;
-        `meanwhile()` once, before the layers. `stage`: where the groups of the stage share each MLP.
+        `meanwhile()` once: before the layers, which on the CPU this thread computes; on a GPU when they are queued.
+        `stage`: where the groups of the stage share each MLP.
         """
         layers = self.weights.layers
         stream = self._embed(step.token_ids, stage) if self.shard.is_first_stage else self._received(step)
-        meanwhile()
+        on_cpu = self._device.type == "cpu"
+        if on_cpu:
+            meanwhile()
         if self.recorded is not None and not step.adapters:
             return self._leave(self.recorded.run(stream, step, hook))
         normed = self._norm(stream, layers[0].attention_norm)
@@ -82,7 +85,10 @@ class Decoder:
             output = self._feed_forward(normed, layer, index, segments, self._rows_of_groups(index, stage))
             following = layers[index + 1].attention_norm if index + 1 < len(layers) else self.weights.final_norm
             normed, stream = self._join(output, layer.mlp_post_norm, following, stream)
-        return self._leave(normed if self.shard.is_last_stage else stream)
+        left = self._leave(normed if self.shard.is_last_stage else stream)
+        if not on_cpu:
+            meanwhile()
+        return left
 
     def _leave(self, rows: Tensor) -> Tensor | None:
         if self.shard.is_last_stage:

@@ -162,10 +162,10 @@ class Engine:
     ) -> StepResult:
         """Writes the KV of every slice's tokens into its blocks and draws where a slice says so.
 
-        The hook hears which layers have written. `meanwhile()` is called once, on this thread, when the layers are
-        about to be computed: what it starts elsewhere runs beside them. Only a rank of the last stage has a result; in
-        the others nothing is drawn. A plan without slices is a rank's share of a step in which its group has no
-        sequence. Raises WorkerLost when the ranks lose each other.
+        The hook hears which layers have written. `meanwhile()` is called once, on this thread: on a GPU when the
+        layers are queued, on the CPU, where this thread computes them, right before. Only a rank of the last stage has
+        a result; in the others nothing is drawn. A plan without slices is a rank's share of a step in which its group
+        has no sequence. Raises WorkerLost when the ranks lose each other.
         """
         if not plan.slices:
             meanwhile()

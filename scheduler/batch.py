@@ -9,8 +9,9 @@
 A plan is out until it is committed; several may be, on their way through pipeline stages, and are committed in order.
 Of `steps_out` plans each takes its share of the sequences. A sequence is in one of them at most, but for chunks of
 known tokens, which follow each other: only the last draws. One caller at a time; time is an argument, on the caller's
-clock. Who comes and goes between steps is in scheduler/membership.py. Request errors are raised by add() and adopt()
-there, or come as Failed events; everything else that goes wrong in here is an assertion.
+clock. commit() is in scheduler/commit.py, who comes and goes between steps in scheduler/membership.py, and how the next
+plan is made while a step is computed in scheduler/ahead.py. Request errors are raised by add() and adopt(), or come as
+Failed events; everything else that goes wrong in here is an assertion.
 """
 
 from __future__ import annotations
