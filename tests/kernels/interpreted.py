@@ -6,6 +6,7 @@ not be set where kernels compile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -25,8 +26,10 @@ from kernels import (
     quantised_linear,
     rms_norm,
     rope_kv_write,
+    sampling,
 )
 from kernels.cpu import library
+from kernels.jit import jit, tl
 from kernels.kv_rows import SCALE_BYTES, dequantise_rows, quantise_rows
 
 GUARD = 64
@@ -285,7 +288,92 @@ def test_moe_mlp(
     assert_close(moe_mlp.launch(x, experts, expert_ids, weights, kind), expected)
 
 
+def sampled(scores: Tensor, choices: list[tuple[float, int, float, float]], first_id: int = 0) -> Tensor:
+    """What kernel and reference both draw, a row for each choice."""
+    options = in_poison(torch.tensor([sampling.options_of(*choice) for choice in choices], dtype=torch.float64))
+    streams = torch.tensor([sampling.stream_of(seed, 9) for seed in range(len(choices))])
+    token_ids, keys = sampling.launch(scores, options, streams, first_id)
+    expected_ids, expected = sampling.reference(scores, options, streams, first_id)
+    assert torch.equal(token_ids, expected_ids)
+    found = token_ids != sampling.NO_TOKEN
+    torch.testing.assert_close(keys[found], expected[found], rtol=1e-12, atol=1e-12)
+    assert not keys[~found].isfinite().any()
+    return token_ids
+
+
+FILTERS = [  # temperature, top-k, top-p, min-p
+    (0.0, 5, 0.5, 0.3),
+    (1.0, 0, 1.0, 0.0),
+    (2.5, 1, 1.0, 0.0),
+    (1.0, 7, 1.0, 0.0),
+    (1.0, 10_000, 0.9, 0.0),
+    (0.3, 0, 1e-6, 0.0),
+    (2.5, 0, 0.999, 0.01),
+    (1.0, 0, 1.0, 0.1),
+    (1.0, 0, 1.0, 1.0),
+    (1.5, 20, 0.8, 0.02),
+]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "choices"),
+    [
+        (1, torch.float32, FILTERS[3::3]),
+        (64, torch.float32, FILTERS[2::3]),
+        (123, torch.float32, FILTERS),
+        (123, torch.float16, FILTERS[3::3]),
+        (123, torch.bfloat16, FILTERS[3::3]),
+    ],
+)
+def test_sampling(
+    vocab: int, dtype: torch.dtype, choices: list[tuple[float, int, float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "TILE_TOKENS", 64)
+    sampled(in_poison((3 * torch.randn(len(choices), vocab)).to(dtype)), choices)
+
+
+def test_sampling_among_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps of a half, both zeros among them, over three tiles; of a part of the vocabulary that begins at 500."""
+    monkeypatch.setattr(sampling, "TILE_TOKENS", 64)
+    scores = torch.randn(len(FILTERS), 150).mul(2).round().div(2).mul(torch.tensor([1.0, -1.0]).repeat(75))
+    assert (sampled(in_poison(scores), FILTERS, first_id=500) >= 500).all()
+
+
+@jit
+def _kept_kernel(scores_ptr, options_ptr, found_ptr, vocab, greatest, TILE: tl.constexpr):
+    temperature, top_k, top_p = tl.load(options_ptr), tl.load(options_ptr + 1), tl.load(options_ptr + 2)
+    greatest = tl.load(scores_ptr + greatest)
+    edge, quota = sampling._kept_from(scores_ptr, vocab, temperature, top_k, top_p, greatest, sampling.MASS_BITS, TILE)
+    tl.store(found_ptr, edge)
+    tl.store(found_ptr + 1, quota)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_edge_among_neighbouring_scores(sign: int) -> None:
+    """Numbers of float32 with none between them, on both sides of a power of two: where the filters end, exactly."""
+    for top_k, top_p in ((1, 1.0), (20, 1.0), (69, 1.0), (0, 0.01), (0, 0.4), (50, 0.7), (0, 0.99)):
+        bits = torch.randint(-3, 4, (70,), dtype=torch.int32) + 0x3F800000
+        scores = in_poison(sign * bits.view(torch.float32))
+        options = torch.tensor(sampling.options_of(1e6, top_k, top_p, 0.0), dtype=torch.float64)  # all masses are equal
+        found = options.new_empty(2, dtype=torch.int64)
+        _kept_kernel[(1,)](scores, options, found, 70, int(scores.argmax()), 64)
+        kept = math.ceil(top_p * (top_k or 70))
+        edge = scores.sort(descending=True).values[kept - 1]
+        assert found[0] == (int(edge.view(torch.int32)) if sign > 0 else int(edge.view(torch.int32)) ^ 0x7FFFFFFF)
+        assert found[1] == kept - int((scores > edge).sum())
+
+
+def test_sampling_of_rows_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TILE_TOKENS", 64)
+    scores = torch.randn(8, 100)
+    scores[0, 70], scores[1, 3], scores[2], scores[3, 1:] = float("nan"), float("inf"), -float("inf"), -float("inf")
+    scores[4:, ::2] = -float("inf")
+    choices = [FILTERS[row] for row in (9, 4, 6, 9, 1, 4, 9, 3)]
+    assert sampled(in_poison(scores), choices)[:4].tolist() == [*[sampling.NO_TOKEN] * 3, 0]
+
+
 def test_an_empty_batch_of_rows() -> None:
+    assert sampling.launch(torch.empty(0, 8), torch.empty(0, 4), torch.empty(0, dtype=torch.int64))[0].shape == (0,)
     assert quantised_linear.launch(torch.empty(0, 8), drawn_weight(FORMS["mxfp4"], 4, 8)).shape == (0, 4)
     assert gated_activation.launch(torch.empty(0, 8), "silu").shape == (0, 4)
     assert rms_norm.launch(torch.empty(0, 8), torch.ones(8), 1e-5)[0].shape == (0, 8)

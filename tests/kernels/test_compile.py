@@ -36,6 +36,7 @@ from kernels import (  # noqa: E402
     quantised_linear,
     rms_norm,
     rope_kv_write,
+    sampling,
 )
 from kernels.kv_rows import SCALE_BYTES  # noqa: E402
 
@@ -159,6 +160,11 @@ def launch_quantised_linear(dtype: torch.dtype, form: str, n: int, k: int, num_r
     quantised_linear.launch(torch.zeros(num_rows, k, dtype=dtype), drawn_weight(FORMS[form], n, k))
 
 
+def launch_sampling(dtype: torch.dtype, vocab: int, first_id: int = 0) -> None:
+    options = torch.tensor([sampling.options_of(1.0, 50, 0.9, 0.05)] * 4, dtype=torch.float64)
+    sampling.launch(torch.zeros(4, vocab, dtype=dtype), options, torch.zeros(4, dtype=torch.int64), first_id)
+
+
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
     "rms_norm bf16 576": (rms_norm, "_kernel", lambda: launch_rms_norm(BRAIN, 576)),
@@ -236,6 +242,10 @@ CASES: dict[str, tuple[ModuleType, str, Callable[[], None]]] = {
         "_kernel",
         lambda: launch_quantised_linear(SINGLE, "fp8 per 128", 512, 576, 40),
     ),
+    "sampling fp32 151936": (sampling, "_kernel", lambda: launch_sampling(SINGLE, 151_936)),
+    "sampling fp32 a rank's 32064": (sampling, "_kernel", lambda: launch_sampling(SINGLE, 32_064, 32_064)),
+    "sampling bf16 49153": (sampling, "_kernel", lambda: launch_sampling(BRAIN, 49_153)),
+    "sampling fp16 431": (sampling, "_kernel", lambda: launch_sampling(HALF, 431)),
     "experts' sum": (moe_mlp, "_combine_kernel", lambda: launch_moe_mlp(BRAIN, 8, 768, 2048, 4, False)),
 }
 
