@@ -3,10 +3,11 @@
 run ── check the ticket, open the hand-over (sender.open)
     ── bring back or fetch what others hold of the prefix
     ── add to the scheduler ──▶ steps are planned, executed, committed: chunks leave (sender.begin, reached, computed)
-    │                          Tokens: the first token is answered at once
-    │                          Failed, or the hand-over failed: the call ends typed
+    │                          Tokens: the first token is answered at once, the sequence goes
+    │                          Failed, or the hand-over failed: the call ends typed, the sequence goes
+    │                          chunks on their way hold their blocks by themselves
     ── finish the hand-over (sender.finish) ──▶ HandedOver
-    ── whatever happened: it is answered; then nothing is in flight (sender.close); then blocks are given back
+    ── whatever happened: it is answered; then nothing is in flight (sender.close)
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class PrefillCall:
         self._fetches = fetches
         self._spans = spans
         self._ticket: worker_pb2.Ticket | None = None
+        self._taken_tokens = 0  # positions before are not needed here, or in chunks that have begun
         self.sender: Sender | None = None  # set before the sequence is the scheduler's
-        self._drawn = False  # the sequence is held for the hand-over, or has ended
+        self._drawn = False  # the sequence has ended here
         self._ended_here = False  # with its first token: nothing is handed over
 
     async def run(self) -> None:
@@ -74,6 +76,7 @@ class PrefillCall:
         identity = identity_of(state, core.record)
         ticket = self._ticket = verified_ticket(core, reservation)
         self.reservation_id = ticket.reservation_id
+        self._taken_tokens = ticket.first_token
         tokens = (*state.prompt_token_ids, *state.output_token_ids)
         self.sender = await sender_for(
             core, self._peers, ticket, reservation, self._request.decode_address, identity, tokens
@@ -99,6 +102,9 @@ class PrefillCall:
                 case LegatoError():
                     raise event
         self._drawn = True
+        with self._core.loop.lock:
+            self._core.scheduler.release(self.sequence_id)
+        self._core.loop.wake()  # somebody may wait for these blocks
         self._spans.record(names.SPAN_PREFILL_QUEUE, unix_ns(event.queued_s), unix_ns(event.started_s))
         self._spans.record(
             names.SPAN_PREFILL_COMPUTE,
@@ -130,15 +136,21 @@ class PrefillCall:
         self._spans.record(names.SPAN_HANDOFF_FINISH, first.drawn_ns, now_ns, context=transfer)
         self.answers.put_nowait(worker_pb2.PrefillEvent(handed_over=worker_pb2.PrefillEvent.HandedOver(transfer=stats)))
 
+    def leaving(self, block_table: tuple[int, ...], end: int) -> tuple[int, ...]:
+        """The blocks of a step's chunk that ends at token `end`: from what no chunk before has taken; a block is taken
+        once it is full. In the engine loop's thread, in the order of the steps."""
+        assert self._ticket is not None
+        first, size = self._taken_tokens, self._core.record.kv_layout.block_tokens
+        self._taken_tokens = max(first, end if end >= self._ticket.num_tokens else end - end % size)
+        return block_table[first // size : -(-end // size)]
+
     async def close(self) -> None:
         """After run(), however it ended; must run to its end."""
         core = self._core
-        with core.loop.lock:
-            if not self._drawn:
+        if not self._drawn:
+            with core.loop.lock:
                 core.scheduler.abort(self.sequence_id, time.monotonic())
+            core.loop.wake()
         if self.sender is not None:
             await self.sender.close(finished_without_handoff=self._ended_here)
-        with core.loop.lock:
-            core.scheduler.release(self.sequence_id)
-        core.loop.wake()  # somebody may wait for these blocks
         self.closed.set()

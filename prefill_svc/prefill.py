@@ -1,8 +1,8 @@
 """legato.v1.Prefill: one call is one sequence; prefill_svc/call.py is its course.
 
 Events of the engine loop reach a call through its queue. The loop's own thread takes a hold on the blocks of a chunk
-when the step that computes it is planned, so that nothing can happen to them before they are sent; everything else runs
-in the event loop.
+when the step that computes it is planned, so that nothing can happen to them before they are sent, although the
+sequence ends; everything else runs in the event loop.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 if call is None or call.sender is None:
                     continue
                 end = piece.start + len(piece.token_ids)
-                core.hold(group, piece.block_table)
-                release = functools.partial(core.unhold, group, piece.block_table)
+                blocks = call.leaving(piece.block_table, end)
+                core.hold(group, blocks)
+                release = functools.partial(core.unhold, group, blocks)
                 self._event_loop.call_soon_threadsafe(call.sender.begin, end, group, piece.block_table, release)
                 leaving.setdefault(group, []).append((call, end))
                 nbytes += len(piece.token_ids) * self._token_bytes

@@ -8,6 +8,10 @@
 
 What leaves before the step has ended is told to nobody as KV: a step that fails leaves bytes in reserved blocks, which
 the decode worker does not admit. Chunks leave and are told in order; the next one leaves while the last one lands.
+
+A transfer that failed or outran its clock may still read its blocks here, which are given back all the same. No Chunk
+of it was told or ever will be, so what it reads lands in blocks that their owner has out of use until no write can land
+there any more; those bytes may be anything. What is not given back before that is known is the owner's memory alone.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ class _Chunk:
         self.first = self.num_tokens = 0  # what is sent of it: whole blocks, and what the last one held back
         self.layers = 0  # [0, layers) are in the blocks
         self.is_computed = False
+        self.has_left = False  # some of it
         self.digests: SentDigests | None = None  # None: not digested
 
 
@@ -140,7 +145,10 @@ class Departures:
         while (chunk := await self._chunks.get()) is not None:
             self._unsettled += 1
             await self._guarded(self._send(chunk))
-            self._posted.put_nowait(_Done(chunk))
+            if self._failed.done() and not chunk.has_left:
+                self._settled(chunk)  # those before it may take long, and read nothing of it
+            else:
+                self._posted.put_nowait(_Done(chunk))
         self._posted.put_nowait(None)
         await settling
         self._target.link.leave(self._name)
@@ -193,6 +201,7 @@ class Departures:
             return
         self.first_write_ns = self.first_write_ns or time.time_ns()
         try:
+            chunk.has_left = True
             transfer = target.peer.post(staged.region, pieces)
         except BaseException:
             target.link.landed(self._name, nbytes)
@@ -224,9 +233,12 @@ class Departures:
                 await self._guarded(self._settle(posted))
                 continue
             await self._guarded(self._finish(posted.chunk))
-            posted.chunk.release()
-            self._unsettled -= 1
-            self._changed.set()
+            self._settled(posted.chunk)
+
+    def _settled(self, chunk: _Chunk) -> None:
+        chunk.release()
+        self._unsettled -= 1
+        self._changed.set()
 
     async def _settle(self, shipment: _Shipment) -> None:
         began_s = max(shipment.posted_s, self._landed_s)  # those that were posted before it have the link first

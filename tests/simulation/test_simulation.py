@@ -16,6 +16,7 @@ import pytest
 from decode_svc.placements import Placed, Placements
 from kvtransfer import ticket as tickets
 from legato.v1 import worker_pb2
+from prefill_svc.call import PrefillCall
 from router.journey import Journey
 from scheduler.handoff import Reservations
 from scheduler.reservation import Entry, ReservationStage
@@ -103,6 +104,11 @@ def cut_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Core, "cut", lambda self, transport, link_id: None)
 
 
+def source_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of chunks that are on their way go with their sequence."""
+    monkeypatch.setattr(PrefillCall, "leaving", lambda self, block_table, end: ())
+
+
 def ticket_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its signature nor what it says."""
 
@@ -175,6 +181,7 @@ PLANTED = [
     (silence_is_quiet, (CUT_LINK, WRITES), "given away|not for it|not its own"),
     (stranger_is_believed, (RESTART, WRITES), "given away|not for it|not its own"),
     (cut_is_not_made, (PREFILL_DIES, WRITES), "given away|not for it|not its own"),
+    (source_is_not_held, (WRITES,), "not its own|which it is not"),
     (ticket_unchecked, (TICKETS,), "used before, or forged|given away"),
     (lease_never_expires, (MESSAGES,), "come to rest"),
     (late_message_accepted, (SLOW_LINK, CLIENT_LEAVES), "runs on .*, which was given up"),

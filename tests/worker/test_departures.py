@@ -225,6 +225,17 @@ async def test_blocks_are_held_until_what_left_has_landed() -> None:
     assert not link.departures.is_unproven
 
 
+async def test_blocks_of_what_never_left_are_given_back_while_others_are_read() -> None:
+    async with linked(faults={0: Fault(FaultKind.DELAY, delay_s=0.5)}) as link:
+        for end in (13, TOKENS):
+            link.begin(end)
+        link.departures.reached(13, 5)
+        await asyncio.sleep(0.05)
+        link.failed.set_result(RequestCancelled("given up"))
+        await until(lambda: link.released == [TOKENS])
+    assert link.released == [TOKENS, 13]
+
+
 @pytest.mark.parametrize("kind", [FaultKind.FAIL, FaultKind.LOSE_PEER])
 async def test_a_transfer_that_fails_leaves_the_hand_over_unproven(kind: FaultKind) -> None:
     async with linked(faults={1: Fault(kind)}) as link:
