@@ -6,7 +6,8 @@
 
 What is made ahead is frozen data and nothing is changed for it: to drop it is to forget it. Whether it holds is never
 remembered, it is compared with what is. Where somebody ends, comes, has gone, is to be held, or lacks a block, follow()
-changes nothing and says None, and n is committed and n + 1 planned as if nothing had been made ahead.
+changes nothing and says None, and n is committed and n + 1 planned as if nothing had been made ahead. Where it is known
+before that somebody ends with step n, by length or for a hand-over, or guesses, or is constrained, nothing is made.
 
 Between follow() and commit() two steps that draw are out for each sequence. Others may come in between (a request, an
 abort, a hand-over); the one who plans must not.
@@ -49,7 +50,7 @@ class PlansAhead(Commits):
         slices, missing, size = [], 0, self.config.block_tokens
         for piece, sequence in zip(plan.slices, sequences, strict=True):
             known = sequence.known_tokens
-            if piece.draw is None or not self._may_go_on(sequence, known):
+            if piece.draw is None or not self._may_go_on(sequence):
                 return None
             table = sequence.table()
             missing += known + 1 > len(table) * size
@@ -62,7 +63,7 @@ class PlansAhead(Commits):
         running, most = self._roster.running, self.config.max_sequences
         return (not self._roster.waiting or len(running) == most) and running == list(sequences)
 
-    def _may_go_on(self, sequence: Sequence, known_tokens: int) -> bool:
+    def _may_go_on(self, sequence: Sequence) -> bool:
         """With a token more it is one decode that depends on nothing else of it."""
         params = sequence.params
         is_plain = params.speculation is None and params.constraint is None and not params.needs_history
