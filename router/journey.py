@@ -212,8 +212,9 @@ class Journey:
                         self._placer.drop_target(placement)
                 case Failure(error, worker):
                     if worker is not placement.prefill or worker is None or not placement.handed_over:
-                        self._failed = worker
-                        raise self._as_ours(error)
+                        cause = await self._cause(Failure(error, worker), placement)
+                        self._failed = cause.worker
+                        raise self._as_ours(cause.error)
                 case worker_pb2.SequenceOutput() if event.sequence_id != placement.sequence_id:
                     placement.put_aside(event)
                 case worker_pb2.SequenceOutput() if event.moved:
@@ -287,6 +288,19 @@ class Journey:
         return drawn
 
     # -- its end ------------------------------------------------------------------------------------------------------
+
+    async def _cause(self, failure: Failure, placement: Placement) -> Failure:
+        """A hand-over that its decode worker saw break off ended for a reason that the prefill worker knows, and may
+        say a moment later."""
+        call = self._prefill_call
+        if call is None or failure.worker is not placement.decode or type(failure.error) is not TransferFailed:
+            return failure
+        await asyncio.wait({call}, timeout=LAST_WORD_S)
+        while not placement.events.empty():
+            event = placement.events.get_nowait()
+            if isinstance(event, Failure) and event.worker in (placement.prefill, None):
+                return event
+        return failure
 
     def _as_ours(self, error: LegatoError) -> LegatoError:
         """A worker that says "cancelled" when nobody here did is on its way out."""

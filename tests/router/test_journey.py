@@ -153,6 +153,16 @@ async def test_a_prefill_worker_fails(router: ToyRouter, fault: str) -> None:
     await router.at_rest()
 
 
+async def test_the_client_hears_the_prefill_workers_own_error(router: ToyRouter) -> None:
+    """And not that the decode worker saw the hand-over end, which is known sooner."""
+    prefills, _ = await two_pools(router)
+    prefills[0].faults.handoff_error_once = InternalError("planted")
+    prefills[0].faults.handoff_error_delay_s = 0.1
+    with pytest.raises(InternalError, match="planted"):
+        await ask(router)
+    await router.at_rest()
+
+
 async def test_where_nobody_else_can_prefill_another_decode_worker_is_tried(router: ToyRouter) -> None:
     """It may be the link between these two that is broken."""
     prefills, _ = await two_pools(router, prefills=1)

@@ -69,6 +69,7 @@ class Faults:
     error_before_first_once: LegatoError | None = None
     error_after_first_once: LegatoError | None = None
     handoff_error_once: LegatoError | None = None
+    handoff_error_delay_s: float = 0.0  # after the decode worker has heard Quiet
     die_before_first: bool = False
     die_after_first: bool = False
     prefill_delay_s: float = 0.0
@@ -216,6 +217,7 @@ class ToyPrefill(ToyWorker, worker_pb2_grpc.PrefillServicer):
             if error := self.faults.once("handoff_error_once"):
                 await call.write(messages(quiet=messages.Quiet()))
                 await call.done_writing()
+                await asyncio.sleep(self.faults.handoff_error_delay_s)
                 raise error
             if finished:
                 await call.write(messages(quiet=messages.Quiet(finished_without_handoff=True)))
@@ -364,7 +366,17 @@ class ToyDecode(ToyWorker, worker_pb2_grpc.DecodeServicer):
                     running.admitted = True
                     yield replies(admitted=replies.Admitted())
                 case "quiet":
-                    self.sequences.pop(sequence_id, None)
+                    running = self.sequences.pop(sequence_id, None)
+                    if running is not None and not message.quiet.finished_without_handoff:
+                        self._say_that_the_writer_stopped(running)
+
+    def _say_that_the_writer_stopped(self, running: Running) -> None:
+        error = TransferFailed("the writer stopped")
+        output = worker_pb2.SequenceOutput(
+            sequence_id=running.state.sequence_id, error=reason_to_proto(error), error_message=error.message
+        )
+        if running.router_id in self.subscribers:
+            self.subscribers[running.router_id].put_nowait(worker_pb2.StepOutput(sequences=[output]))
 
     async def Subscribe(
         self, request: worker_pb2.SubscribeRequest, context: object
