@@ -167,6 +167,7 @@ def logprobs_of(engine: Engine, window: list[int]) -> torch.Tensor:
         query_starts=torch.tensor([0, count], dtype=torch.int32),
         context_lens=torch.tensor([count], dtype=torch.int32),
         wanted_rows=None,
+        live=None,
     )
     hidden = engine.decoder.forward(step)
     assert hidden is not None

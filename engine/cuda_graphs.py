@@ -5,12 +5,16 @@ the smallest that holds it. Its inputs lie in tensors that stay where they are, 
 padding: token 0 at position 0 of a spare block behind those of the KV memory that sequences own. A padding row reads
 and writes there alone, and nothing reads what it gives.
 
-Head and argmax are in the graph. All graphs share one pool of memory: one runs at a time.
+Head and argmax are in the graph, and the sums over the ranks of a group, too: these all replay the same graph in the
+same step. What goes from stage to stage does so outside. All graphs share one pool of memory: one runs at a time.
+
+A device or library that cannot capture leaves the steps as they are, launched kernel by kernel; `failure` says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor
 from engine.decoder import Decoder
 from engine.inputs import HostInputs
 from engine.step import StepTensors
+from engine.weights import ModelWeights, MoeWeights
 from scheduler.plan import Slice
 from spec.layout import KVLayout
 from spec.model import ModelSpec
@@ -28,8 +33,14 @@ MOST_PADDING = 7  # rows: what lies between two neighbours of sizes_up_to
 
 
 def can_capture(spec: ModelSpec, shard: RankShard, device: torch.device) -> bool:
-    """One rank with dense layers. Experts count on the way which rows they get, and padding would be counted."""
-    return device.type == "cuda" and shard.layout.num_ranks == 1 and spec.moe is None
+    """Not where groups send rows to each other: how many go where is known to the host alone."""
+    apart = shard.layout.dp == 1 or (spec.moe is None and shard.layout.mlp != "stage")
+    return device.type == "cuda" and apart
+
+
+def waits_for_the_device(weights: ModelWeights) -> bool:
+    """Quantised experts are computed one by one, each on its rows, and the host counts them."""
+    return any(isinstance(layer.mlp, MoeWeights) and layer.mlp.experts.is_quantised for layer in weights.layers)
 
 
 def spare_blocks(layout: KVLayout) -> int:
@@ -52,8 +63,7 @@ def is_plain_decode(piece: Slice) -> bool:
 class DecodeInputs:
     """The tensors that the graphs read. They belong to one device, and a step is written into their first rows.
 
-    The spare blocks are those from `first_spare` on. The host's side is free to be written again when the step that it
-    was written for has ended."""
+    The spare blocks are those from `first_spare` on."""
 
     def __init__(
         self,
@@ -67,9 +77,10 @@ class DecodeInputs:
         self._block_tokens, self._first_spare = layout.block_tokens, first_spare
         rows, width = self.sizes[-1], min(layout.blocks_for(max_context_tokens), max(first_spare, 1))
         pinned = device.type == "cuda"
-        self._host_rows = torch.zeros(4, rows, dtype=torch.int64, pin_memory=pinned)
+        self._landed = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        self._host_rows = torch.zeros(5, rows, dtype=torch.int64, pin_memory=pinned)
         self._host_tables = torch.zeros(rows * width, dtype=torch.int32, pin_memory=pinned)
-        self._rows = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self._landed_tables = torch.zeros(rows * width, dtype=torch.int32, device=device)
         self._tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self._query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -85,6 +96,7 @@ class DecodeInputs:
             query_starts=self._query_starts[: size + 1],
             context_lens=self._rows[3].view(torch.int32)[:size],
             wanted_rows=None,
+            live=self._rows[4, :size],
         )
 
     def size_for(self, num_rows: int) -> int:
@@ -92,8 +104,10 @@ class DecodeInputs:
 
     def fill(self, host: HostInputs | None, size: int) -> None:
         """The rows of `host`, one for each sequence, then padding up to `size`. Queued on the current stream."""
+        if self._landed is not None:
+            self._landed.synchronize()  # the host's side has been read
         count, width = (0, 1) if host is None else (host.num_tokens, host.block_tables.shape[1])
-        token_ids, positions, slots, contexts = self._host_rows.numpy()
+        token_ids, positions, slots, contexts, live = self._host_rows.numpy()
         tables = self._host_tables.numpy()[: size * width].reshape(size, width)
         if host is not None:
             token_ids[:count], positions[:count], slots[:count] = host.token_ids, host.positions, host.slots
@@ -104,60 +118,106 @@ class DecodeInputs:
         # All different in a step. A graph is captured over more rows of padding, which write equal KV over one another.
         slots[count:size] = self._first_spare * self._block_tokens + np.arange(size - count) % MOST_PADDING
         contexts.view(np.int32)[count:size] = 1
+        live[:count], live[count:size] = 1, 0
         self._rows.copy_(self._host_rows, non_blocking=True)
         landed = self._landed_tables[: tables.size]
         landed.copy_(self._host_tables[: tables.size], non_blocking=True)
+        if self._landed is not None:
+            self._landed.record()
         self._tables[:size, :width] = landed.view(size, width)
 
 
+class GraphRecorder:
+    """Of the current GPU. What it returns does the recorded work again, on the current stream."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # kernels are compiled and libraries set up before anything is captured
+            work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+
 class CapturedDecodes:
-    """The graphs of one decoder, for steps of up to `most_rows` plain decodes.
+    """The graphs of one rank's decoder, for steps of up to `most_rows` plain decodes.
 
-    Nothing is captured before capture(). What run() returns is written over by the next run()."""
+    Nothing is captured before capture(). What run() returns is written over by the next run(). `recorder` makes what
+    records: one for all sizes."""
 
-    def __init__(self, decoder: Decoder, most_rows: int, device: torch.device) -> None:
-        kv, spec = decoder.kv, decoder.spec
+    def __init__(
+        self,
+        decoder: Decoder,
+        most_rows: int,
+        device: torch.device,
+        recorder: Callable[[], Callable[[Callable[[], None]], Callable[[], None]]] = GraphRecorder,
+    ) -> None:
+        kv, spec, shard = decoder.kv, decoder.spec, decoder.shard
         assert kv.spare_blocks >= spare_blocks(kv.layout)
-        self._decoder, self._most_rows = decoder, most_rows
+        self._decoder, self._most_rows, self._device, self._recorder = decoder, most_rows, device, recorder
         self._inputs = DecodeInputs(kv.layout, kv.num_blocks, most_rows, spec.max_context_tokens, device)
         rows = self._inputs.sizes[-1]
-        self._logits = torch.zeros(rows, spec.vocab_size, device=device)
+
+        def stream() -> Tensor:
+            return torch.zeros(rows, spec.hidden_size, dtype=decoder.dtype, device=device)
+
+        self._came = None if shard.is_first_stage else stream()
+        self._leaves = None if shard.is_last_stage else stream()
+        self._logits = torch.zeros(rows if shard.is_last_stage else 0, len(shard.vocab), device=device)
         self._greatest = torch.zeros(rows, device=device)
         self._places = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, Callable[[], None]] = {}
+        self.failure = ""  # of capture(): why there are no graphs
 
     def takes(self, slices: Sequence[Slice]) -> bool:
         return bool(self._graphs) and len(slices) <= self._most_rows and all(map(is_plain_decode, slices))
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Largest first, so that the smaller ones find their memory in the pool."""
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        graphs = {}
+        """Largest first, so that the smaller ones find their memory in the pool. Called by all ranks of the worker at
+        once: where one cannot capture, none has graphs. Raises WorkerLost when the ranks lose each other."""
+        self._graphs, self.failure = {}, ""
+        record, graphs = self._recorder(), {}
         for size in reversed(self._inputs.sizes):
             self._inputs.fill(None, size)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before anything is captured
-                self._compute(size)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._compute(size)
-            graphs[size] = graph
-        torch.cuda.synchronize()
+            failure = ""
+            try:
+                graphs[size] = record(functools.partial(self._compute, size))
+            except Exception as error:  # whatever it is, steps go on without graphs
+                failure = f"{size} rows: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            failed = torch.full((1,), int(bool(failure)), device=self._device)
+            if int(self._decoder.groups.sum_all(failed)):
+                self.failure = failure or f"{size} rows: another rank could not"
+                return
         self._graphs = graphs
 
-    def run(self, host: HostInputs) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Logits [n, vocab] float32, and of each row the index and the value of the greatest, [n] each."""
-        count = host.num_tokens
+    def run(self, host: HostInputs) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+        """Logits [n, the rank's vocabulary] float32, and where that is all of it, of each row the index and the value
+        of the greatest, [n] each. None in a stage that is not the last, whose rows have gone on to the next."""
+        count, groups = host.num_tokens, self._decoder.groups
         size = self._inputs.size_for(count)
         self._inputs.fill(host, size)
-        self._graphs[size].replay()
-        return self._logits[:count], (self._places[:count], self._greatest[:count])
+        if self._came is not None:
+            groups.receive(self._came[:count])
+        self._graphs[size]()
+        if self._leaves is not None:
+            groups.send(self._leaves[:count].clone())  # the next step writes over them
+            return None
+        whole = self._logits.shape[1] == self._decoder.spec.vocab_size
+        return self._logits[:count], (self._places[:count], self._greatest[:count]) if whole else None
 
     def _compute(self, size: int) -> None:
-        hidden = self._decoder.forward(self._inputs.step(size))
-        assert hidden is not None
-        logits = self._decoder.logits(hidden)
+        step = self._inputs.step(size)
+        stream = self._decoder.embed(step.token_ids) if self._came is None else self._came[:size]
+        rows = self._decoder.compute(stream, step)
+        if self._leaves is not None:
+            self._leaves[:size] = rows
+            return
+        logits = self._decoder.logits(rows)
         self._logits[:size] = logits
         torch.max(logits, dim=1, out=(self._greatest[:size], self._places[:size]))

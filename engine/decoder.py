@@ -67,13 +67,26 @@ class Decoder:
         `meanwhile()` once: before the layers, which on the CPU this thread computes; on a GPU when they are queued.
         `stage`: where the groups of the stage share each MLP.
         """
-        layers = self.weights.layers
-        stream = self._embed(step.token_ids, stage) if self.shard.is_first_stage else self._received(step)
+        first = self.shard.is_first_stage
+        stream = self.embed(step.token_ids, stage) if first else self._received(step)
         on_cpu = self._device.type == "cpu"
         if on_cpu:
             meanwhile()
+        rows = self.compute(stream, step, hook, stage)
+        if not self.shard.is_last_stage:
+            self.groups.send(rows.clone() if self.recorded is not None else rows)  # the next step writes over them
+        if not on_cpu:
+            meanwhile()
+        return rows if self.shard.is_last_stage else None
+
+    def compute(
+        self, stream: Tensor, step: StepTensors, hook: LayerHook | None = None, stage: StageStep | None = None
+    ) -> Tensor:
+        """The layers alone: [T, hidden] of the residual stream, as it comes to this stage, -> what leaves it; of the
+        last stage the final hidden states of the wanted rows, normed."""
+        layers = self.weights.layers
         if self.recorded is not None and not step.adapters:
-            return self._leave(self.recorded.run(stream, step, hook))
+            return self.recorded.run(stream, step, hook)
         normed = self._norm(stream, layers[0].attention_norm)
         for index, layer in enumerate(layers):
             rows = step.wanted_rows if self.shard.is_last_stage and index + 1 == len(layers) else None
@@ -82,19 +95,12 @@ class Decoder:
                 stream = stream[rows]
             normed, stream = self._join(output, layer.attention_post_norm, layer.mlp_norm, stream)
             segments = step.adapters if rows is None else step.wanted_adapters
-            output = self._feed_forward(normed, layer, index, segments, self._rows_of_groups(index, stage))
+            assert rows is None or step.live is None
+            of_groups = self._rows_of_groups(index, stage)
+            output = self._feed_forward(normed, layer, index, segments, of_groups, step.live)
             following = layers[index + 1].attention_norm if index + 1 < len(layers) else self.weights.final_norm
             normed, stream = self._join(output, layer.mlp_post_norm, following, stream)
-        left = self._leave(normed if self.shard.is_last_stage else stream)
-        if not on_cpu:
-            meanwhile()
-        return left
-
-    def _leave(self, rows: Tensor) -> Tensor | None:
-        if self.shard.is_last_stage:
-            return rows
-        self.groups.send(rows.clone() if self.recorded is not None else rows)  # the next step writes over them
-        return None
+        return normed if self.shard.is_last_stage else stream
 
     def place_kv(self, kv: KVMemory) -> None:
         """Between two steps; nothing of the KV memory before is kept."""
@@ -120,7 +126,7 @@ class Decoder:
             return
         nothing = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self._device)
         if stage is not None and self.shard.is_first_stage:
-            self._embed(torch.empty(0, dtype=torch.int64, device=self._device), stage)
+            self.embed(torch.empty(0, dtype=torch.int64, device=self._device), stage)
         for index, layer in enumerate(self.weights.layers):
             if stage is not None or isinstance(layer.mlp, MoeWeights):
                 self._feed_forward(nothing, layer, index, (), self._rows_of_groups(index, stage))
@@ -153,7 +159,8 @@ class Decoder:
         softcap = self.spec.logits_softcap
         return found if softcap is None else torch.tanh(found / softcap) * softcap
 
-    def _embed(self, token_ids: Tensor, stage: StageStep | None) -> Tensor:
+    def embed(self, token_ids: Tensor, stage: StageStep | None = None) -> Tensor:
+        """[T] -> [T, hidden], of the first stage."""
         assert self.weights.embedding is not None
         own = self.shard.held_vocab
         if stage is not None:
@@ -212,7 +219,13 @@ class Decoder:
         return stage.wanted if is_last else stage.rows
 
     def _feed_forward(
-        self, normed: Tensor, layer: LayerWeights, index: int, segments: Segments, rows: GroupRows | None
+        self,
+        normed: Tensor,
+        layer: LayerWeights,
+        index: int,
+        segments: Segments,
+        rows: GroupRows | None,
+        live: Tensor | None = None,
     ) -> Tensor:
         if isinstance(layer.mlp, MlpWeights):
             if rows is not None:
@@ -221,7 +234,7 @@ class Decoder:
                 return weight_gathered(normed, layer.mlp, self.spec.activation, self.groups)
             return self.groups.sum(dense(normed, layer.mlp, self.spec.activation, segments))
         assert self.experts is not None
-        return self.experts.forward(normed, layer.mlp, index, rows)
+        return self.experts.forward(normed, layer.mlp, index, rows, live)
 
 
 def _told(hook: LayerHook | None, end: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.adapters import AdapterFiles
 from engine.batch_sharding import StageStep, meet
-from engine.cuda_graphs import CapturedDecodes, can_capture, spare_blocks
+from engine.cuda_graphs import CapturedDecodes, can_capture, spare_blocks, waits_for_the_device
 from engine.decoder import Decoder
 from engine.grammar import Grammars, refuse
 from engine.groups import Groups
@@ -132,6 +132,7 @@ class Engine:
         self._kv_layout = kv_layout_for(self.spec, options, self.shard)
         self.kv = self._kv_memory(num_blocks, kv_buffer)
         weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
+        self._graph_rows = 0 if waits_for_the_device(weights) else self._graph_rows
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
         self._captured = self._graphs()
         self._device_hooks = DeviceHooks() if self.device.type == "cuda" else None
@@ -147,6 +148,11 @@ class Engine:
         self.kv = self._kv_memory(num_blocks, kv_buffer)
         self.decoder.place_kv(self.kv)
         self._captured = self._graphs()
+
+    @property
+    def graph_failure(self) -> str:
+        """Why decode steps are launched kernel by kernel though graphs were wanted; "" where that is not so."""
+        return "" if self._captured is None else self._captured.failure
 
     def _kv_memory(self, num_blocks: int, kv_buffer: memoryview | None) -> KVMemory:
         value_dim = None if self.spec.latent is None else self.spec.latent.kv_rank
@@ -177,17 +183,21 @@ class Engine:
         draws = [draws_of(piece) for piece in slices] if self.shard.is_last_stage else []
         pending, flat = self._grammars.start(slices, draws), list(itertools.chain.from_iterable(draws))
         host = self._inputs_of(slices, plan.ahead)
-        if self._captured is not None and hook is None and self._captured.takes(slices):
-            logits, best = self._captured.run(host)  # the device has its work
+        rest: Iterator[Tensor] = iter(())
+        none_drawn = StepResult(((),) * len(slices), ((),) * len(slices))
+        if self._captured is not None and not (hook and hook.ends) and self._captured.takes(slices):
+            found_rows = self._captured.run(host)  # the device has its work
             meanwhile()
-            rest: Iterator[Tensor] = iter(())
+            if found_rows is None:
+                return none_drawn
+            logits, best = found_rows
         else:
             wanted, num_drawn = wanted_rows(slices)
             step = self._step_tensors(slices, host, wanted)
             stage = self._meet(step, num_drawn)
             hidden = self.decoder.forward(step, hook, meanwhile, stage)
             if hidden is None:
-                return StepResult(((),) * len(slices), ((),) * len(slices))
+                return none_drawn
             rest = self.decoder.heads(hidden, num_drawn, stage)
             logits, best = next(rest), None
         masks = self._grammars.join(pending)
@@ -238,6 +248,8 @@ class Engine:
             lambda layer: load_experts(self._files, placed, layer, dtype, self.device, self._quantisation),
         )
         self._replicas = replicas
+        if self._captured is not None:
+            self._captured.capture()  # graphs hold the addresses of the experts that were
         return before, after
 
     def prepare(self, slices: tuple[Slice, ...]) -> None:
@@ -269,6 +281,7 @@ class Engine:
             query_starts=self._on_device(host.query_starts),
             context_lens=self._on_device(host.context_lens),
             wanted_rows=None if wanted is None else self._on_device(np.asarray(wanted, np.int64)),
+            live=None,
             **self._adapter_rows(slices, host.slice_of, wanted),
         )
 

@@ -114,11 +114,17 @@ class Experts:
             slots[list(resident)] = torch.arange(len(resident), device=device)
             self._slots.append(slots)
 
-    def forward(self, x: Tensor, weights: MoeWeights, index: int, rows: GroupRows | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, weights: MoeWeights, index: int, rows: GroupRows | None = None, live: Tensor | None = None
+    ) -> Tensor:
         """[T, hidden] -> [T, hidden], complete; every rank of the stage calls it for layer `index` of the stage.
-        `rows`: where the groups of the stage share each MLP, those of all groups."""
-        expert_ids, expert_weights = self._route(x, weights, index)
+
+        `rows`: where the groups of the stage share each MLP, those of all groups. `live`: see StepTensors; rows of
+        padding go to no expert and count for none."""
+        expert_ids, expert_weights = self._route(x, weights, index, live)
         parts = self._parts(expert_ids, index)
+        if live is not None:
+            parts = torch.where(live[:, None] > 0, parts, -1)
         if self._shard.layout.dp == 1:  # all ranks of the stage hold the same rows
             out = self._local(x, weights, index, expert_ids, expert_weights, parts == self._part)
         else:
@@ -129,7 +135,7 @@ class Experts:
             out = out + dense(x, weights.shared, self._activation)
         return self._groups.sum(out)
 
-    def _route(self, x: Tensor, weights: MoeWeights, index: int) -> tuple[Tensor, Tensor]:
+    def _route(self, x: Tensor, weights: MoeWeights, index: int, live: Tensor | None) -> tuple[Tensor, Tensor]:
         moe = self._moe
         logits = x.float() @ weights.router.T
         if weights.router_bias is not None:
@@ -146,7 +152,8 @@ class Experts:
             group_score=moe.group_score,
         )
         chosen = expert_ids.flatten()  # bincount would wait for the device
-        self.loads[index].scatter_add_(0, chosen, torch.ones_like(chosen))
+        counts = torch.ones_like(chosen) if live is None else live[:, None].expand_as(expert_ids).flatten()
+        self.loads[index].scatter_add_(0, chosen, counts)
         return expert_ids, expert_weights
 
     def _parts(self, expert_ids: Tensor, index: int) -> Tensor:

@@ -38,7 +38,7 @@ class LayerCosts:
 
 def measure_layer_costs(files: ModelFiles, options: EngineOptions, layout: ParallelLayout) -> LayerCosts:
     """A second or so, and the time to load a layer of each kind. Raises as Engine() does."""
-    spec, options = files.spec, dataclasses.replace(options, graph_rows=0)  # a worker of stages has no graphs
+    spec, options = files.spec, dataclasses.replace(options, graph_rows=0)  # a layer alone is timed as it is launched
     first_of_kind = {_kind(spec, layer): layer for layer in reversed(range(spec.num_layers))}
     of_kind: dict[object, float] = {}
     heads: list[float] = []
@@ -90,6 +90,7 @@ def _decode_step(context_tokens: int, blocks_each: int, block_tokens: int, devic
         query_starts=torch.arange(ROWS + 1, dtype=torch.int32, device=device),
         context_lens=torch.full((ROWS,), context_tokens, dtype=torch.int32, device=device),
         wanted_rows=None,
+        live=None,
     )
 
 

@@ -20,5 +20,6 @@ class StepTensors:
     query_starts: Tensor  # [S + 1] int32, rising from 0 to T
     context_lens: Tensor  # [S] int32, tokens in the KV memory including this step's
     wanted_rows: Tensor | None  # [W] int64, rows whose hidden state is asked for; None: all of them, in order
+    live: Tensor | None  # [T] int64, 1 or 0: the rows that are a sequence's; None: all, and none is padding
     adapters: Segments = ()  # rows of [0, T)
     wanted_adapters: Segments = ()  # rows of [0, W)

@@ -100,7 +100,7 @@ class EngineConfig(Section):
     max_step_tokens: Count = 512  # a step computes at most this many: the chunk size
     max_sequences: Count = 64  # running at once
     max_context_tokens: Count | None = None  # None: the model's
-    cuda_graphs: Literal["auto", "off"] = "auto"  # auto: on a GPU, where the model and the layout allow them
+    cuda_graphs: Literal["auto", "off"] = "auto"  # auto: on a GPU, where the host need not wait for it within a step
     micro_batches: Count | None = None  # steps that are on their way through the stages; None: one a stage
     expert_replicas: Annotated[int, Field(ge=0)] = 0  # more of each layer's experts, by load; where ep spreads them
     rank_timeout_s: Seconds = 30.0  # a rank that keeps the others waiting for longer is lost

@@ -98,6 +98,11 @@ LINK_LATENCY = Metric("legato.link.latency", "s", "what a write of one byte took
 HANDOFFS_REFUSED = Metric("legato.handoffs.refused", "{handoff}", "hand-overs refused, by reason")
 MOVES = Metric("legato.moves", "{sequence}", "moves to another decode worker, by why they stayed; OK: they went")
 PREEMPTIONS = Metric("legato.preemptions", "{sequence}", "sequences that gave their blocks up")
+GRAPHS_REFUSED = Metric(
+    "legato.cuda_graphs.refused",
+    "{worker}",
+    "workers whose GPU could not capture decode steps: they are launched singly",
+)
 TOKENS_FETCHED = Metric("legato.tokens.fetched", "{token}", "tokens whose KV was fetched from another worker")
 TIER_BYTES = Metric("legato.tier.bytes", "By", "KV bytes stored in tiers, and loaded from them")
 TIER_HITS = Metric("legato.tier.hits", "{block}", "KV blocks brought back from a tier, by tier")

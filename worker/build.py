@@ -252,6 +252,9 @@ class _Builder:
         )
         lanes = self._lanes(record, memory.num_blocks, draft_model is not None)
         meter = Meter(telemetry)
+        if engine.graph_failure:
+            meter.graphs_refused()
+            logger.warning("no CUDA graphs, each kernel of a decode step is launched: %s", engine.graph_failure)
         group = [rank for rank in ranks if rank.group == 0]
         tiers = open_tiers(self._config.kv_tiers, content_salt(record, self._files).decode(), group)
         shared_digests()  # compiled where it must be, before anybody waits for it

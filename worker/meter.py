@@ -51,6 +51,9 @@ class Meter:
         for placed, found in (("before", before), ("after", after)):
             self._histograms[names.EXPERT_IMBALANCE.name].record(found, {"placed": placed})
 
+    def graphs_refused(self) -> None:
+        self._counters[names.GRAPHS_REFUSED.name].add(1)
+
     def preempted(self) -> None:
         self._counters[names.PREEMPTIONS.name].add(1)
 

@@ -97,6 +97,8 @@ class Rank:
                     case "warm_up":
                         assert self._engine is not None
                         self._engine.warm_up()
+                        if self._engine.graph_failure:
+                            logger.warning("no CUDA graphs: %s", self._engine.graph_failure)
                         self._tell(Report(ready=Report.Ready()))
                     case "replicate":
                         assert self._engine is not None

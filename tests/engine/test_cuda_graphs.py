@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_llama import SHAPES, make_llama
+from tiny_models import make_model
 from torch import Tensor
 
-from engine.cuda_graphs import DecodeInputs, can_capture, is_plain_decode, sizes_up_to, spare_blocks
+from engine.cuda_graphs import CapturedDecodes, DecodeInputs, can_capture, is_plain_decode, sizes_up_to, spare_blocks
 from engine.engine import Engine, EngineOptions
 from engine.model_files import open_model
 from engine.sampling import draw
@@ -58,8 +60,11 @@ def test_who_captures(tmp_path: Path) -> None:
     spec, cuda = open_model(make_llama(tmp_path, SHAPES[0])).spec, torch.device("cuda")
     assert can_capture(spec, shard_of(spec, ParallelLayout(), 0), cuda)
     assert not can_capture(spec, shard_of(spec, ParallelLayout(), 0), torch.device("cpu"))
-    for layout in (ParallelLayout(tp=2), ParallelLayout(pp=2)):
-        assert not can_capture(spec, shard_of(spec, layout, 0), cuda)
+    experts = open_model(make_model(tmp_path / "mixtral", "mixtral")).spec
+    for layout in (ParallelLayout(), ParallelLayout(tp=2), ParallelLayout(pp=2), ParallelLayout(tp=2, ep=2)):
+        assert can_capture(experts, shard_of(experts, layout, 0), cuda)
+    assert not can_capture(experts, shard_of(experts, ParallelLayout(dp=2, ep=2), 0), cuda)
+    assert can_capture(spec, shard_of(spec, ParallelLayout(dp=2), 0), cuda)
 
 
 @pytest.fixture(
@@ -81,7 +86,7 @@ def _prefilled(engine: Engine, lengths: list[int], first_spare: int) -> tuple[Sl
     for row, length in enumerate(lengths):
         count = engine.kv.layout.blocks_for(length + 1)
         table, blocks = tuple(blocks[:count]), blocks[count:]
-        tokens = [drawn.randrange(431) for _ in range(length + 1)]
+        tokens = [drawn.randrange(engine.spec.vocab_size) for _ in range(length + 1)]
         engine.execute(StepPlan(0, (Slice(str(row), tuple(tokens[:length]), 0, table, None),)))
         slices.append(Slice(str(row), (tokens[length],), length, table, Draw(GREEDY, length + 1, length, ())))
     return tuple(slices)
@@ -146,3 +151,46 @@ def test_a_greatest_that_is_known_is_what_is_drawn() -> None:
     known = (torch.tensor([2, 0]), torch.tensor([1.0, float("nan")]))
     assert [each.token_id for each in draw(logits, draws)] == [1, 0]
     assert [each.token_id for each in draw(logits, draws, None, known)] == [2, NO_TOKEN]
+
+
+def test_padding_counts_for_no_expert(tmp_path: Path) -> None:
+    engine = Engine(open_model(make_model(tmp_path, "mixtral")), EngineOptions(dtype="float32", device="cpu"), 20)
+    first_spare = 20 - spare_blocks(engine.kv.layout)
+    inputs = DecodeInputs(engine.kv.layout, first_spare, 8, engine.spec.max_context_tokens, torch.device("cpu"))
+    slices = _prefilled(engine, [3, 7, 5, 2, 9], first_spare)
+    experts = engine.decoder.experts
+    assert experts is not None
+    experts.loads.zero_()
+    expected_logits = _unpadded(engine, slices)
+    expected = experts.loads.clone()
+    experts.loads.zero_()
+    torch.testing.assert_close(_padded(engine, inputs, slices), expected_logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(experts.loads, expected)
+    assert experts.loads.sum() == 5 * 2 * engine.spec.num_layers
+
+
+def test_a_capture_that_fails_leaves_steps_as_they_are(tmp_path: Path) -> None:
+    """Its reason is there, graphs of before are gone, and a later capture that does not fail is used."""
+    engine = Engine(open_model(make_llama(tmp_path, SHAPES[0])), EngineOptions(device="cpu"), 20)
+    engine._graph_rows = 4
+    engine.place_kv(20)
+    engine.kv.tensor.zero_()
+    tried: list[str] = []
+
+    def refusing(work: Callable[[], None]) -> Callable[[], None]:
+        tried.append("")
+        if len(tried) == 5:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return work
+
+    engine._captured = CapturedDecodes(engine.decoder, 4, torch.device("cpu"), lambda: refusing)
+    engine._captured.capture()
+    assert engine._captured.takes((DECODE,))
+    engine._captured.capture()
+    assert engine.graph_failure == "2 rows: RuntimeError: operation not permitted when stream is capturing"
+    assert not engine._captured.takes((DECODE,))
+    assert len(tried) == 5
+    engine._captured.capture()
+    assert engine.graph_failure == ""
+    assert engine._captured.takes((DECODE,))
+    assert engine.execute(StepPlan(0, (DECODE,))).drawn[0][0].token_id >= 0

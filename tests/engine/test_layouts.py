@@ -93,9 +93,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, ob
 
 def compare(
     folder: Path, oracle: object, layout: ParallelLayout, copies: int = 0, prompts: bool = True, **options: object
-) -> None:
+) -> list[int]:
     """Sequences of several lengths in steps that mix chunks and single tokens, on groups drawn from their names. With
-    `copies` experts are placed anew after every third step. `prompts`: see Stepper."""
+    `copies` experts are placed anew after every third step. `prompts`: see Stepper. Returns how
+    many steps each rank replayed."""
     placed, steps = [], 0
     with ranked_engine(folder, layout, **options) as engine:
         generator = random.Random(1)
@@ -109,6 +110,7 @@ def compare(
                 found = engine.replicate_experts(copies)
                 assert found == found[:1] * layout.num_ranks
                 placed.append(found[0])
+        replays = engine.replays()
     assert all(1.0 <= after <= before for before, after in placed)
     assert any(after < before for before, after in placed) == bool(copies)
     for each in running:
@@ -116,6 +118,25 @@ def compare(
         assert len(rows) == len(each.token_ids) if prompts else rows[-1] == len(each.token_ids) - 1
         found = np.stack([each.logprobs[row] for row in rows])
         assert worst_difference(found, reference_of(oracle, each.token_ids)[rows]) < TOLERANCE, each.name
+    return replays
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "copies"),
+    [
+        ("llama3", ParallelLayout(tp=2), 0),
+        ("qwen3-moe", ParallelLayout(pp=2), 0),
+        ("gpt-oss", ParallelLayout(tp=2, pp=2, ep=2), 2),
+        ("deepseek-v3", ParallelLayout(tp=2, ep=2), 0),
+    ],
+)
+def test_decode_steps_that_are_replayed(
+    name: str, layout: ParallelLayout, copies: int, models: dict[str, tuple[Path, object]]
+) -> None:
+    """Padded, and in tensors that stay, as a GPU replays them; experts are placed anew between them."""
+    folder, oracle = models[name]
+    replays = compare(folder, oracle, layout, copies, block_tokens=7, replayed_rows=3)
+    assert min(replays) == max(replays) > 3
 
 
 def test_logits(case: tuple[str, ParallelLayout], models: dict[str, tuple[Path, object]]) -> None:

@@ -61,6 +61,12 @@ class RankedEngine:
             connection.send(copies)
         return [self.answer(connection) for connection in self.connections]
 
+    def replays(self) -> list[int]:
+        """Of each rank, steps that were replayed."""
+        for connection in self.connections:
+            connection.send("replays")
+        return [self.answer(connection) for connection in self.connections]
+
     def answer(self, connection: Any) -> Any:
         assert connection.poll(LIMIT_S), "a rank does not answer"
         found = connection.recv()
@@ -76,16 +82,18 @@ def ranked_engine(
     num_blocks: int = 300,
     replicas: Replicas | None = None,
     adapters: dict[str, Path] | None = None,
+    replayed_rows: int = 0,
     **options: Any,
 ) -> Iterator[RankedEngine]:
-    """`options` are those of EngineOptions."""
+    """`options` are those of EngineOptions. `replayed_rows`: decode steps of so many are computed as on a GPU, padded
+    and in tensors that stay, by what computes again where a GPU replays a graph."""
     address = f"127.0.0.1:{free_port()}"
     connections, processes = [], []
     try:
         for rank in range(layout.num_ranks):
             here, there = _CONTEXT.Pipe()
-            arguments = (there, str(folder), layout, rank, address, num_blocks, replicas, adapters or {}, options)
-            process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
+            arguments = (there, str(folder), layout, rank, address, num_blocks, replicas, adapters or {})
+            process = _CONTEXT.Process(target=_rank, args=(*arguments, replayed_rows, options), daemon=True)
             process.start()
             there.close()
             connections.append(here)
@@ -120,6 +128,7 @@ def _rank(
     num_blocks: int,
     replicas: Replicas | None,
     adapters: dict[str, Path],
+    replayed_rows: int,
     options: dict[str, Any],
 ) -> None:
     import torch
@@ -139,6 +148,7 @@ def _rank(
         chosen = EngineOptions(device="cpu", **options)
         grammars = grammars_of(files, shard, 64)
         engine = Engine(files, chosen, num_blocks, groups=groups, replicas=replicas, adapters=loaded, grammars=grammars)
+        replays = _replay(engine, num_blocks, replayed_rows) if replayed_rows else []
         connection.send((files.spec, num_blocks, engine.kv.layout))
     except BaseException as error:
         connection.send(error)
@@ -146,9 +156,35 @@ def _rank(
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             plan = connection.recv()
+            if plan == "replays":
+                connection.send(len(replays))
+                continue
             try:
                 copies = plan if isinstance(plan, int) else None
                 connection.send(engine.execute(plan) if copies is None else engine.replicate_experts(copies))
             except BaseException as error:
                 connection.send(error)
     groups.close()
+
+
+def _replay(engine: Any, num_blocks: int, most_rows: int) -> list[str]:
+    """Gets an entry for each replayed step."""
+    from engine.cuda_graphs import CapturedDecodes
+
+    replays: list[str] = []
+
+    def record(work: Any) -> Any:
+        work()
+
+        def again() -> None:
+            replays.append("")
+            work()
+
+        return again
+
+    engine._graph_rows = most_rows
+    engine.kv = engine._kv_memory(num_blocks, None)
+    engine.decoder.place_kv(engine.kv)
+    engine._captured = CapturedDecodes(engine.decoder, most_rows, engine.device, lambda: record)
+    engine._captured.capture()
+    return replays

@@ -50,7 +50,7 @@ class Stepper:
             last = Draw(greedy, end, running.num_prompt, ()) if end >= running.num_prompt else None
             piece = tuple(running.token_ids[start:end])
             table = running.blocks[: self.engine.kv.layout.blocks_for(end)]
-            asked = vocab if self.prompts else None
+            asked = vocab if targets else None
             slices.append(Slice(running.name, piece, start, table, last, asked, targets, running.adapter))
         result = self.engine.execute(StepPlan(0, tuple(slices)))
         for (running, count), drawn, prompt in zip(shares, result.drawn, result.prompt_logprobs, strict=True):
