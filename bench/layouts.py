@@ -1,6 +1,7 @@
-"""A pipeline of two processes against one process: tokens per second of decode, and the bubble of each stage.
+"""Layouts of several processes against one process: tokens per second of decode, the bubble of each stage, and the
+weights that a rank holds.
 
-Both sides run what a worker runs (scheduler, executor, rank processes), one thread a process, without gRPC; turn by
+Each side runs what a worker runs (scheduler, executor, rank processes), one thread a process, without gRPC; turn by
 turn in each round. Timed is from the moment when every sequence has its first token to the end. The bubble share of a
 stage is the part of that time in which it waited while steps were out; it falls with the steps that are out at once.
 """
@@ -13,14 +14,17 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench.record import append_line
+from engine.profiling import weight_bytes
 from scheduler.sequence import Sequence
 from service.config import EngineConfig, WorkerConfig
+from spec.layout import ParallelLayout
 from spec.sampling import SamplingParams
 from telemetry.setup import setup
 from worker.build import build_core
@@ -32,25 +36,42 @@ from worker.loop import EngineLoop
 EXAMPLES = """examples:
   python -m bench.layouts                                    SmolLM2, pp 2 on two cores, a few minutes
   python -m bench.layouts --batches 8 32 --micro-batches 2 --rounds 5
-  python -m bench.layouts --layout pp4 --model ./Llama-3.2-1B
+  python -m bench.layouts --layouts pp4 --model ./Llama-3.2-1B
+  python -m bench.layouts --layouts tp2 dp2 dp2-stage --batches 8 32
 """
+
+
+ALONE = "tp1"
+
+
+class Case(NamedTuple):
+    batch: int
+    layout: str
+    steps_out: int  # at once
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     tokens_per_s: float
     bubbles: tuple[float, ...]  # share of each stage
+    ratio: float = 1.0  # to one process in the same round
 
 
 def main() -> None:
     options = parse_arguments()
-    alone, ranks = core_of("tp1", options), core_of(options.layout, options)
+    alone = core_of(ALONE, options)
+    turns, weights = dict[Case, list[Turn]](), {ALONE: weight_bytes(alone.engine.decoder.weights)}
     try:
-        turns = measure(alone, ranks, options)
+        for layout in options.layouts:  # one at a time: a process can be of one worker's ranks alone
+            ranks = core_of(layout, options)
+            try:
+                weights[layout] = weight_bytes(ranks.engine.decoder.weights)
+                measure(alone, ranks, layout, turns, options)
+            finally:
+                ranks.close()
     finally:
-        for core in (ranks, alone):
-            core.close()
-    report(turns, options)
+        alone.close()
+    report(turns, weights, options)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="smollm2", help="a folder, a .gguf file or smollm2 (default: %(default)s)")
-    parser.add_argument("--layout", default="pp2", help="with pp of 2 or more (default: %(default)s)")
+    parser.add_argument("--layouts", nargs="+", default=["pp2"], help="of several processes (default: pp2)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument(
         "--quantisation",
@@ -70,7 +91,9 @@ def parse_arguments() -> argparse.Namespace:
         help="of the weights; auto: as they are stored (default: %(default)s)",
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="sequences (default: 8 16 32)")
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4], help="out at once (default: 1 2 4)")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[1, 2, 4], help="out at once with pp (default: 1 2 4)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer (default: %(default)s)")
@@ -98,18 +121,19 @@ def core_of(layout: str, options: argparse.Namespace) -> Core:
     return core
 
 
-def measure(alone: Core, ranks: Core, options: argparse.Namespace) -> dict[tuple[int, int], list[Turn]]:
-    """By (batch, steps out at once); 0 of them is one process."""
+def measure(alone: Core, ranks: Core, layout: str, turns: dict[Case, list[Turn]], options: argparse.Namespace) -> None:
+    """Puts what it finds into `turns`."""
     assert isinstance(ranks.executor, AllRanks)
     torch.set_num_threads(1)
-    found: dict[tuple[int, int], list[Turn]] = {}
     for batch in options.batches:
         for number in range(options.rounds):
-            found.setdefault((batch, 0), []).append(run(alone, 1, batch, options, number))
-            for steps_out in options.micro_batches:
+            base = run(alone, 1, batch, options, number)
+            turns.setdefault(Case(batch, ALONE, 1), []).append(base)
+            for steps_out in options.micro_batches if ParallelLayout.parse(layout).pp > 1 else (1,):
                 ranks.executor.steps_out = steps_out
-                found.setdefault((batch, steps_out), []).append(run(ranks, steps_out, batch, options, number))
-    return found
+                turn = run(ranks, steps_out, batch, options, number)
+                turn = dataclasses.replace(turn, ratio=turn.tokens_per_s / base.tokens_per_s)
+                turns.setdefault(Case(batch, layout, steps_out), []).append(turn)
 
 
 def run(core: Core, steps_out: int, batch: int, options: argparse.Namespace, number: int) -> Turn:
@@ -153,26 +177,26 @@ def bubbles(before: dict[str, int], after: dict[str, int]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def report(turns: dict[tuple[int, int], list[Turn]], options: argparse.Namespace) -> None:
+def report(turns: dict[Case, list[Turn]], weights: dict[str, int], options: argparse.Namespace) -> None:
     of = f"{options.model} {options.dtype}, weights {options.quantisation}"
     table = Table(title=f"{of}: decode, one thread a process; medians of {options.rounds} rounds")
-    for name in ("batch", "processes", "steps out", "tokens/s", "to one process", "bubble of each stage"):
+    columns = ("batch", "layout", "steps out", "tokens/s", "to one process", "bubble of each stage", "rank 0, MiB")
+    for name in columns:
         table.add_column(name, justify="right")
     results = []
-    for (batch, steps_out), each in turns.items():
-        ratios = [turn.tokens_per_s / base.tokens_per_s for turn, base in zip(each, turns[batch, 0], strict=True)]
+    for case, each in sorted(turns.items()):
+        ratios = [turn.ratio for turn in each]
         shares = [statistics.median(shares) for shares in zip(*(turn.bubbles for turn in each), strict=True)]
         speed, ratio = statistics.median(turn.tokens_per_s for turn in each), statistics.median(ratios)
-        words = (options.layout, str(steps_out)) if steps_out else ("1", "1")
-        table.add_row(str(batch), *words, f"{speed:.1f}", f"{ratio:.2f}", "  ".join(f"{share:.0%}" for share in shares))
+        bubbles_said, mib = "  ".join(f"{share:.0%}" for share in shares), f"{weights[case.layout] / 2**20:.0f}"
+        table.add_row(*map(str, case), f"{speed:.1f}", f"{ratio:.2f}", bubbles_said, mib)
         results.append(
             {
-                "batch": batch,
-                "layout": options.layout if steps_out else "tp1",
-                "steps_out": steps_out or 1,
+                **case._asdict(),
                 "tokens_per_s": [turn.tokens_per_s for turn in each],
                 "ratios": ratios,
                 "bubbles": shares,
+                "weight_bytes_of_rank_0": weights[case.layout],
             }
         )
     Console().print(table)

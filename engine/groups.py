@@ -55,7 +55,15 @@ class Groups:
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The tensors of the group's ranks by index, of which the first dimension is `sizes[index]`."""
-        return [x] if self._tensor is None else _gathered(x, sizes, self._tensor)
+        if self._tensor is None:
+            return [x]
+        most = max(sizes)
+        padded = x.new_zeros(most, *x.shape[1:])
+        padded[: x.shape[0]] = x
+        out = x.new_empty(len(sizes) * most, *x.shape[1:])
+        with _typed():
+            dist.all_gather_single(out, padded, group=self._tensor)
+        return [out[index * most : index * most + size] for index, size in enumerate(sizes)]
 
     def broadcast(self, x: Tensor, index: int) -> None:
         """Of the group's rank `index`, into x."""
@@ -79,9 +87,11 @@ class Groups:
         return found
 
     def gather_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """The rows of all groups of the stage, one group after the other; `counts[group]` are its rows."""
+        """The rows of all groups of the stage, one group after the other; `counts[group]` are its rows. An all-to-all,
+        so that no group is padded to the rows of the largest (with Gloo it is the faster operation, too)."""
         assert self._peers is not None
-        return torch.cat(_gathered(x, counts, self._peers))
+        own = [x.shape[0]] * len(counts)
+        return _exchanged(torch.cat([x] * len(counts)), own, counts, self._peers)
 
     def scatter_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """The sum over the groups' tensors [sum(counts), ...], of it the rows of this rank's group."""
@@ -151,16 +161,6 @@ def join(shard: RankShard, address: str, device: torch.device, timeout_s: float 
                 if shard.rank in ranks:
                     peers = group
         return Groups(shard, device, tensor, stage, peers)
-
-
-def _gathered(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    most = max(sizes)
-    padded = x.new_zeros(most, *x.shape[1:])
-    padded[: x.shape[0]] = x
-    out = x.new_empty(len(sizes) * most, *x.shape[1:])
-    with _typed():
-        dist.all_gather_single(out, padded, group=group)
-    return [out[index * most : index * most + size] for index, size in enumerate(sizes)]
 
 
 def _exchanged(x: Tensor, counts: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
