@@ -78,7 +78,8 @@ def _rank(connection: Any, tp: int, index: int, vocab: int, address: str) -> Non
     torch.set_num_threads(1)
     none = range(0)
     layout = ParallelLayout(tp=tp)
-    shard = RankShard(layout, index, 0, 0, index, none, none, none, none, split(vocab, tp, index), (), none)
+    own = split(vocab, tp, index)
+    shard = RankShard(layout, index, 0, 0, index, none, none, none, none, own, own, (), none)
     groups = join(shard, address, torch.device("cpu"), timeout_s=60.0)
     sampler = Sampler(groups, vocab)
     with contextlib.suppress(EOFError, BrokenPipeError):
