@@ -30,6 +30,8 @@ from rich.table import Table
 
 from bench.record import append_line
 from engine.kv_memory import TORCH_DTYPES
+from kernels.cpu.copy_grid import shared_copy
+from kernels.cpu.row_digest import shared_row_sums
 from kvtransfer.digest import DigestPolicy
 from kvtransfer.layer_groups import layer_group_ends
 from kvtransfer.plan import RankKV
@@ -181,6 +183,7 @@ async def measure(pair: Pair, options: argparse.Namespace) -> dict[str, list[flo
 def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(1)
+    shared_row_sums(), shared_copy()  # compiled where they must be
     with paired(options) as pair:
         measured = asyncio.run(measure(pair, options))
         nbytes = options.tokens * pair.layout.token_bytes

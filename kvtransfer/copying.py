@@ -1,5 +1,7 @@
 """The pieces of a grid copied from memory to memory, or to and from a buffer in which they lie packed, one behind the
-other. Addresses are of memory of this process that the caller holds, and has found long enough."""
+other. Addresses are of memory of this process that the caller holds, and has found long enough.
+
+From memory to memory they go past the caches, and rows are digested on their way where the grid says which they are."""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import itertools
 
 from kernels.cpu.copy_grid import BRIEF_BYTES, Addresses, shared_copy
 from kvtransfer.grids import Grid, Offsets
+from kvtransfer.row_sums import add_rows, copy_and_add_rows
 
 _copy_briefly, _copy_at_length = ctypes.PyDLL(None).memmove, ctypes.CDLL(None).memmove
 for _function in (_copy_briefly, _copy_at_length):
@@ -18,6 +21,11 @@ _PACKED: Addresses = (None, None)
 
 
 def copy(grid: Grid, source: int, target: int) -> None:
+    """Also adds the rows that the grid names to its sums."""
+    if grid.rows is not None:
+        if copy_and_add_rows(grid, source, target):
+            return
+        add_rows(grid.rows.sums, grid, source)
     if not _copied_natively(grid, source, target, _source_places(grid), _target_places(grid)):
         for source_offset, target_offset, nbytes in itertools.chain.from_iterable(grid.windows()):
             _memmove(target + target_offset, source + source_offset, nbytes)
@@ -42,8 +50,8 @@ def _memmove(target: int, source: int, nbytes: int) -> None:
 
 
 def _copied_natively(grid: Grid, source: int, target: int, sources: Addresses, targets: Addresses) -> bool:
-    """False where it is one piece, or there is no compiled copy."""
-    if grid.num_pieces == 1 or (native := shared_copy()) is None:
+    """False where it is one piece that stays in the caches, or there is no compiled copy."""
+    if (grid.num_pieces == 1 and _PACKED in (sources, targets)) or (native := shared_copy()) is None:
         return False
     sizes = _address(grid.segment_bytes), _address(grid.unit_runs)
     native(source, target, sources, targets, sizes, len(grid.source_bases), len(grid.source_units), grid.nbytes)

@@ -4,6 +4,8 @@ Between layouts that are cut unlike each other a block falls into a piece per la
 into millions. But they repeat from segment to segment: piece (s, u) of a grid goes
 
     from source_bases[s] + source_units[u]  to target_bases[s] + target_units[u],  segment_bytes[s] · unit_runs[u] bytes
+
+Where a digest is taken of what a grid carries, it says which rows of KV that is.
 """
 
 from __future__ import annotations
@@ -19,8 +21,21 @@ from numpy.typing import NDArray
 from kvtransfer.transport import Piece
 
 Offsets = NDArray[numpy.int64]
+Sums = NDArray[numpy.uint64]  # [9]: of rows, see row_sums.py
 
 WINDOW_PIECES = 4096  # expanded at a time
+
+
+class Rows(NamedTuple):
+    """What the pieces of a grid hold: run number first_runs[u] + r is one plane and head, counted as (layer · planes +
+    plane) · num_heads + (head - first_head). In it lie the rows of tokens first_tokens[s] and on, one by one."""
+
+    first_tokens: Offsets  # [S]
+    first_runs: Offsets  # [U]
+    num_heads: int
+    first_head: int
+    row_bytes: int
+    sums: Sums  # to which they are added by whoever digests them
 
 
 class Grid(NamedTuple):
@@ -32,6 +47,7 @@ class Grid(NamedTuple):
     source_units: Offsets  # [U]
     target_units: Offsets  # [U]
     unit_runs: Offsets  # [U]
+    rows: Rows | None = None
 
     @property
     def num_pieces(self) -> int:
@@ -69,15 +85,29 @@ class Grid(NamedTuple):
                 yield from self._part(slice(segment, segment + 1), several)._split(piece_bytes)
 
     def _part(self, segments: slice, units: slice) -> Grid:
-        return Grid(*(column[segments] for column in self[:3]), *(column[units] for column in self[3:]))
+        rows = self.rows
+        if rows is not None:
+            rows = rows._replace(first_tokens=rows.first_tokens[segments], first_runs=rows.first_runs[units])
+        bases = self.source_bases[segments], self.target_bases[segments], self.segment_bytes[segments]
+        places = self.source_units[units], self.target_units[units], self.unit_runs[units]
+        return Grid(*bases, *places, rows)
 
     def _split(self, piece_bytes: int) -> Iterator[Grid]:
         if self.num_pieces > 1 or self.nbytes <= piece_bytes:
             yield self
             return
+        if self.rows is not None:
+            yield from self._split_by_runs(self.rows, max(1, piece_bytes // int(self.segment_bytes[0])))
+            return
         source, target, nbytes = self.pieces(0, 1)[0]
         for done in range(0, nbytes, piece_bytes):
             yield grid_of([Piece(source + done, target + done, min(piece_bytes, nbytes - done))])
+
+    def _split_by_runs(self, rows: Rows, step: int) -> Iterator[Grid]:
+        for run in range(0, int(self.unit_runs[0]), step):
+            units = self.source_units + run * self.segment_bytes, self.target_units + run * self.segment_bytes
+            part = rows._replace(first_runs=rows.first_runs + run)
+            yield Grid(*self[:3], *units, numpy.minimum(self.unit_runs - run, step), part)
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """Segment by segment, unit by unit."""
@@ -96,10 +126,10 @@ class Grid(NamedTuple):
 def grid_of(pieces: Sequence[Piece]) -> Grid:
     """Pieces that do not repeat: a segment each, of one unit. At least one."""
     sources, targets, sizes = numpy.array(pieces, dtype=numpy.int64).reshape(-1, 3).T.copy()
-    return Grid(sources, targets, sizes, *_ONE_UNIT)
+    return Grid(sources, targets, sizes, _ALONE, _ALONE, _ALONE + 1)
 
 
-_ONE_UNIT = tuple(numpy.array([number], dtype=numpy.int64) for number in (0, 0, 1))
+_ALONE = numpy.zeros(1, dtype=numpy.int64)
 
 
 def _groups(sizes: Offsets, group_bytes: int, group_members: int) -> Iterator[slice]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy
 from numpy.typing import NDArray
 
-from kvtransfer.grids import Grid, Offsets, TransferPlan
+from kvtransfer.grids import Grid, Offsets, Rows, Sums, TransferPlan
 from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
 
@@ -57,6 +57,7 @@ class Segments(NamedTuple):
     target_slots: Offsets
     num_tokens: Offsets
     is_whole: NDArray[numpy.bool_]  # a block on both sides
+    first_tokens: Offsets  # of the sequence
 
 
 def plan_transfer(
@@ -100,9 +101,8 @@ def segments_of(
     source_indices, source_slots = numpy.divmod(starts, source.block_tokens)
     target_indices, target_slots = numpy.divmod(starts, target.block_tokens)
     is_whole = (lengths == source.block_tokens) & (lengths == target.block_tokens)
-    return Segments(
-        source_table[source_indices], source_slots, target_table[target_indices], target_slots, lengths, is_whole
-    )
+    blocks = source_table[source_indices], target_table[target_indices]
+    return Segments(blocks[0], source_slots, blocks[1], target_slots, lengths, is_whole, starts)
 
 
 def grids_of(
@@ -112,8 +112,10 @@ def grids_of(
     target: RankKV,
     target_offset_bytes: int,
     layers: range,
+    sums: Sums | None = None,
 ) -> list[Grid]:
     """What one rank sends another of `layers`, in offsets into memories in which the ranks' own begin at those given.
+    Where `sums` are given, grids say which rows they carry, and pieces that touch stay apart.
 
     The segments are of ranks with these block sizes. Raises InvalidConfiguration as plan_transfer() does."""
     _check_convertible(source.layout, target.layout)
@@ -125,8 +127,15 @@ def grids_of(
     grids = []
     for first, last in _runs_of_equal(segments.is_whole):
         group = slice(first, last)
-        units = _units(source, target, layers, whole_blocks=bool(segments.is_whole[first]))
-        grids.append(Grid(source_bases[group], target_bases[group], segments.num_tokens[group] * row_bytes, *units))
+        units, first_runs = _units(source, target, layers, whole_blocks=bool(segments.is_whole[first]))
+        rows = None
+        if sums is not None:
+            heads = common(source.heads, target.heads)
+            rows = Rows(segments.first_tokens[group], first_runs, len(heads), heads.start, row_bytes, sums)
+        lengths = segments.num_tokens[group] * row_bytes
+        grids.append(Grid(source_bases[group], target_bases[group], lengths, *units, rows))
+    if sums is not None:
+        return grids
     if all(len(grid.source_units) == 1 for grid in grids):
         return [_merged(grids)]
     return [_merged([grid]) if len(grid.source_units) == 1 else grid for grid in grids]
@@ -163,8 +172,11 @@ def _runs_of_equal(flags: NDArray[numpy.bool_]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _units(source: RankKV, target: RankKV, asked: range, *, whole_blocks: bool) -> tuple[Offsets, Offsets, Offsets]:
-    """(source offset, target offset, number of heads' runs) within a block, of what the ranks have in common.
+def _units(
+    source: RankKV, target: RankKV, asked: range, *, whole_blocks: bool
+) -> tuple[tuple[Offsets, Offsets, Offsets], Offsets]:
+    """((source offset, target offset, number of heads' runs) within a block, the first run's number as Rows counts), of
+    what the ranks have in common.
 
     Only in whole blocks does one head's run touch the next, so only there do units grow beyond one head: to all heads
     in common and, where these are all that either rank holds, to all layers in common of those asked for."""
@@ -187,7 +199,9 @@ def _units(source: RankKV, target: RankKV, asked: range, *, whole_blocks: bool) 
         flat: Offsets = (runs * rank.layout.run_bytes).reshape(-1)
         return flat
 
-    return offsets(source), offsets(target), numpy.full(len(planes) * len(first_heads), runs_of_a_unit, numpy.int64)
+    runs = numpy.full(len(planes) * len(first_heads), runs_of_a_unit, numpy.int64)
+    first_runs: Offsets = (planes[:, None] * len(heads) + (first_heads - heads.start)).reshape(-1)
+    return (offsets(source), offsets(target), runs), first_runs
 
 
 def common(left: range, right: range) -> range:

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from kvtransfer.grids import Grid, TransferPlan
+from kvtransfer.grids import Grid, Sums, TransferPlan
 from kvtransfer.plan import RankKV, common, grids_of, segments_of
 from legato.v1 import worker_pb2
 from spec.errors import InvalidConfiguration, InvalidParameter
@@ -75,9 +75,10 @@ def plan_handoff(
     first_token: int,
     num_tokens: int,
     layers: range | None = None,
+    sums: Sequence[Sums | None] | None = None,
 ) -> TransferPlan:
     """The pieces that carry tokens [first_token, first_token + num_tokens) of all heads, in region offsets; of all
-    layers, or of some.
+    layers, or of some. `sums`: to which the rows are added that go to each target rank, None where they are not.
 
     The ranks are those of one group on either side; both block tables begin at token 0 of the sequence. Raises as
     plan_transfer() and routes_between() do."""
@@ -90,7 +91,8 @@ def plan_handoff(
         assert source.kv.layout.block_tokens == layouts[0].block_tokens
         assert target.kv.layout.block_tokens == layouts[1].block_tokens
         asked = route.layers if layers is None else layers
-        grids += grids_of(segments, source.kv, source.offset_bytes, target.kv, target.offset_bytes, asked)
+        counted = None if sums is None else sums[route.target]
+        grids += grids_of(segments, source.kv, source.offset_bytes, target.kv, target.offset_bytes, asked, counted)
     return TransferPlan(grids)
 
 

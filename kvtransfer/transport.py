@@ -57,6 +57,7 @@ class Peer(abc.ABC):
 
     link_id: int  # drawn at random by the writer; the owner knows the link by it
     connected: bool  # False once released, or once the peer is known to be lost; never True again
+    digests_rows = False  # while it copies them, of plans that say which rows they carry
     runs_over: str  # "shared memory", "unix socket", "tcp", or the names of libucp's transports, such as "rc_mlx5"
 
     @abc.abstractmethod

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import itertools
 import secrets
+import sys
 from collections.abc import Sequence
 
 from kvtransfer import libucp, ucx_key
@@ -67,13 +68,21 @@ class UcxPeer(Peer):
     def connected(self) -> bool:  # type: ignore[override]
         return not self._why and self.attached.done()
 
+    @property
+    def digests_rows(self) -> bool:  # type: ignore[override]
+        return bool(self._mapped_base)
+
     def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
         total_bytes = check_pieces(pieces, source.buffer.nbytes, self._region_bytes)
         if self._why:
             raise TransferFailed(self._why)
         source_address, held = address_of(source.buffer)
-        left = collections.deque(parts(planned(pieces), self._worker.max_header_bytes))
-        write = _Outgoing(Transfer(), held, source_address, total_bytes, left)
+        plan = planned(pieces)
+        if self._mapped_base:
+            left = [part for grid in plan.grids for part in grid.cut(TURN_BYTES, TURN_BYTES, sys.maxsize)]
+        else:
+            left = parts(plan, self._worker.max_header_bytes)
+        write = _Outgoing(Transfer(), held, source_address, total_bytes, collections.deque(left))
         write.transfer.set_running_or_notify_cancel()
         self._ledger.began(write.transfer)
         try:

@@ -17,7 +17,7 @@ from engine.groups import Groups, join
 from engine.layer_costs import LayerCosts
 from engine.model_files import open_model
 from engine.speculation import DraftModel
-from kernels.cpu.row_digest import shared_digests
+from kernels.cpu.row_digest import shared_row_sums
 from kvtransfer.plan import RankKV
 from legato.v1 import rank_pb2, worker_pb2
 from scheduler.batch import SchedulerConfig
@@ -257,7 +257,7 @@ class _Builder:
             logger.warning("no CUDA graphs, each kernel of a decode step is launched: %s", engine.graph_failure)
         group = [rank for rank in ranks if rank.group == 0]
         tiers = open_tiers(self._config.kv_tiers, content_salt(record, self._files).decode(), group)
-        shared_digests()  # compiled where it must be, before anybody waits for it
+        shared_row_sums()  # compiled where it must be, before anybody waits for it
         executor: StepExecutor = OneRank(engine, meter)
         if self._others is not None:
             stages = StageTimes(self._layout.pp, telemetry)

@@ -1,7 +1,7 @@
 """Chunks of one hand-over on their way out, layer group by layer group.
 
     begin()     a step will compute it          its blocks are held from here on
-    reached()   layers are in the blocks        they leave: staged, posted, digested while they move
+    reached()   layers are in the blocks        they leave: staged, posted, digested as they are copied or beside it
     computed()  the step is committed           all of it may leave, and it may be told
                 all landed                      told, and its blocks are given back
     end()       none follows
@@ -22,10 +22,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from kvtransfer.digest import DigestPolicy, SentDigests
+from kvtransfer.digest import DigestPolicy, SentDigests, counting
 from kvtransfer.plan import common
 from kvtransfer.routes import RankMemory, plan_handoff
 from kvtransfer.transport import Peer, Transfer
+from kvtransfer.writes import address_of
 from legato.v1 import worker_pb2
 from legato.v1.common_pb2 import TransferStats
 from service import logs
@@ -34,6 +35,9 @@ from worker.link import Link
 from worker.staging import Staging
 
 logger = logs.get(__name__)
+
+DIGESTED_SHARE = 2 / 3  # of what is ready leaves together: to digest it takes no longer than to send the rest
+LEAST_DIGESTED_BYTES = 1 << 20
 
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one group of layers; the waiting clock is the reservation's lease
 
@@ -67,7 +71,7 @@ class _Shipment(NamedTuple):
 
     chunk: _Chunk
     transfer: Transfer
-    digesting: asyncio.Future[None] | None
+    digesting: list[asyncio.Future[None]]  # beside it
     end_layer: int
     nbytes: int
     posted_s: float
@@ -185,17 +189,19 @@ class Departures:
             return  # what the chunk before is sent from is written anew
         departed = 0
         while departed < self._num_layers and await self._until(lambda: chunk.layers > departed):  # noqa: B023
+            if not departed and self._policy.covers(ticket.reservation_id, first):
+                chunk.digests = SentDigests(self._staging.routes(chunk.group))
             layers = range(departed, chunk.layers)
+            if chunk.digests is not None:
+                layers = layers[: self._together(layers, chunk.num_tokens)]
             await self._post(chunk, layers)
             departed = layers.stop
 
     async def _post(self, chunk: _Chunk, layers: range) -> None:
         target, first, count = self._target, chunk.first, chunk.num_tokens
         staged = await self._staging.stage(chunk.group, chunk.block_table, first, first + count, layers)
-        if not layers.start and self._policy.covers(target.ticket.reservation_id, first):
-            chunk.digests = SentDigests(staged.routes)
-        blocks = target.ticket.block_ids
-        pieces = plan_handoff(staged.ranks, staged.block_table, target.ranks, blocks, first, count, layers)
+        blocks, sums = target.ticket.block_ids, None if chunk.digests is None else chunk.digests.sums
+        pieces = plan_handoff(staged.ranks, staged.block_table, target.ranks, blocks, first, count, layers, sums)
         nbytes = count * sum(_layer_bytes(rank, layers) for rank in target.ranks)
         if not await self._may_write(nbytes):
             return
@@ -206,14 +212,19 @@ class Departures:
         except BaseException:
             target.link.landed(self._name, nbytes)
             raise
-        posted_s, digesting = time.monotonic(), None
-        if chunk.digests is not None:
-            given = staged.ranks, staged.landings, staged.block_table, first, count, layers
-            digesting = asyncio.get_running_loop().run_in_executor(self._pool, chunk.digests.update, *given)
+        posted_s, digesting = time.monotonic(), []
+        if chunk.digests is not None and not target.peer.digests_rows:
+            event_loop, calls = asyncio.get_running_loop(), counting(pieces, address_of(staged.region.buffer)[0])
+            digesting = [event_loop.run_in_executor(self._pool, call) for call in calls]
         self._posted.put_nowait(_Shipment(chunk, transfer, digesting, layers.stop, nbytes, posted_s))
         self.stats.pieces += len(pieces)
-        if digesting is not None:
-            await asyncio.wait([digesting])  # the next layers' digest goes on from this one's; who settles raises
+
+    def _together(self, layers: range, num_tokens: int) -> int:
+        """How many of `layers`, ready to leave, make one shipment. The receiver digests it while the next one moves,
+        and the last one when nothing moves any more, so that one is small."""
+        layer_bytes = max(1, num_tokens * sum(_layer_bytes(rank, layers) for rank in self._target.ranks) // len(layers))
+        least = -(-LEAST_DIGESTED_BYTES // layer_bytes)
+        return max(least, round(len(layers) * DIGESTED_SHARE))
 
     async def _may_write(self, nbytes: int) -> bool:
         """Once the link has room. False: the hand-over failed before."""
@@ -253,8 +264,7 @@ class Departures:
             raise
         finally:
             self._target.link.landed(self._name, shipment.nbytes)
-            if shipment.digesting is not None:
-                await shipment.digesting
+            await asyncio.gather(*shipment.digesting)
         now_s = time.monotonic()
         self.stats.moving_s += now_s - began_s
         self._landed_s = now_s

@@ -25,14 +25,17 @@ class LandingCheck:
         self.ranks, self.block_ids = ranks, block_ids
         self.first_token, self.num_tokens = first_token, num_tokens
         self._pool = pool
-        self._digests = [HeldDigest(rank, rank.landing) for rank in ranks]
+        given = block_ids, first_token, num_tokens
+        self._digests = [HeldDigest(rank, rank.landing, *given) for rank in ranks]
+        self._end_layer = 0  # of what is taken
 
     async def take(self, end_layer: int) -> None:
         """The model's layers before `end_layer` have landed. Raises InvalidParameter for tokens that have no block."""
-        event_loop, given = asyncio.get_running_loop(), (self.block_ids, self.first_token, self.num_tokens, end_layer)
-        await asyncio.gather(
-            *(event_loop.run_in_executor(self._pool, digest.update, *given) for digest in self._digests)
-        )
+        layers = range(self._end_layer, max(self._end_layer, end_layer))
+        self._end_layer = layers.stop
+        calls = [call for digest in self._digests for call in digest.counting(layers)]
+        event_loop = asyncio.get_running_loop()
+        await asyncio.gather(*(event_loop.run_in_executor(self._pool, call) for call in calls))
 
     async def compare(self, sent: Sequence[bytes]) -> None:
         """All has landed. Raises DigestMismatch."""

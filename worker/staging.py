@@ -33,10 +33,8 @@ class Staged(NamedTuple):
     """Some layers of one chunk, ready to be sent."""
 
     ranks: Sequence[RankMemory]
-    landings: Sequence[torch.Tensor]  # of each rank, [num_blocks, layers, planes, heads, block_tokens, row]
-    region: Region  # what the landings are the memory of
+    region: Region
     block_table: Sequence[int]  # from token 0 on
-    routes: Sequence[Route]
 
 
 class Staging:
@@ -55,6 +53,10 @@ class Staging:
         """Then what an earlier chunk was staged in is written anew by the next one."""
         return self._targets[0].layout.dtype is not self._source.ranks_of(group)[0].kv.layout.dtype
 
+    def routes(self, group: int) -> Sequence[Route]:
+        """Raises InvalidConfiguration when a target rank needs what no rank of the group holds."""
+        return routes_between(tuple(rank.kv for rank in self._source.ranks_of(group)), self._targets)
+
     async def stage(
         self, group: int, block_table: Sequence[int], first_token: int, end_token: int, layers: range
     ) -> Staged:
@@ -63,22 +65,21 @@ class Staging:
         Raises InvalidConfiguration when a target rank needs what no rank of the group holds, TransferFailed when the
         transport is closed."""
         ranks = self._source.ranks_of(group)
-        routes = routes_between(tuple(rank.kv for rank in ranks), self._targets)
-        readers = sorted({route.source for route in routes})
+        readers = sorted({route.source for route in self.routes(group)})
         size = ranks[0].kv.layout.block_tokens
         first, end = first_token // size, -(-end_token // size)
         await self._source.stage_out([ranks[number] for number in readers], block_table[first:end], layers)
         if not self.converts(group):
-            return Staged(ranks, [rank.landing for rank in ranks], self._source.region, block_table, routes)
-        scratch, landings, region = await asyncio.get_running_loop().run_in_executor(
+            return Staged(ranks, self._source.region, block_table)
+        scratch, region = await asyncio.get_running_loop().run_in_executor(
             self._pool, self._converted, ranks, readers, block_table[first:end], layers
         )
         table = [0] * first + list(range(end - first))  # of blocks before the first none is read
-        return Staged(scratch, landings, region, table, routes)
+        return Staged(scratch, region, table)
 
     def _converted(
         self, ranks: Sequence[CoreRank], readers: Sequence[int], block_ids: Sequence[int], layers: range
-    ) -> tuple[list[RankMemory], list[torch.Tensor], Region]:
+    ) -> tuple[list[RankMemory], Region]:
         """The blocks of `readers`, one rank's after the other's; the other ranks have none."""
         dtype, scratch, nbytes = self._targets[0].layout.dtype, [], 0
         for number, rank in enumerate(ranks):
@@ -87,7 +88,6 @@ class Staging:
             nbytes += len(block_ids) * layout.block_bytes if number in readers else 0
         region = self._scratch_of(nbytes)  # grows with the first layers of a chunk alone
         memory = torch.frombuffer(region.buffer, dtype=torch.uint8)
-        landings = []
         for number, (source, target) in enumerate(zip(ranks, scratch, strict=True)):
             held, layout = block_ids if number in readers else (), target.kv.layout
             there = memory[target.offset_bytes :][: len(held) * layout.block_bytes]
@@ -97,8 +97,7 @@ class Staging:
             for layer in common(layers, source.kv.layers) if held else ():  # one at a time: what is between is float32
                 layer -= start
                 landing[:, layer] = convert_rows(source.landing[:, layer].index_select(0, index), TORCH_DTYPES[dtype])
-            landings.append(landing)
-        return scratch, landings, region
+        return scratch, region
 
     def _scratch_of(self, nbytes: int) -> Region:
         if self._scratch is None or self._scratch.buffer.nbytes < nbytes:

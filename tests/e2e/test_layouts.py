@@ -14,6 +14,7 @@ from tiny_llama import SHAPES, make_llama
 
 import worker.departures
 import worker.serving
+from kvtransfer.grids import Grid, TransferPlan
 from kvtransfer.transport import Piece
 from spec.dtype import Dtype
 
@@ -84,6 +85,12 @@ def decode_core(running: Cluster) -> MemoryCore:
     return core
 
 
+class Faulty(list[Piece]):
+    """Other pieces than those whose rows are digested."""
+
+    grids: list[Grid]
+
+
 @pytest.mark.parametrize("fault", ["a flipped bit", "a stale block"])
 @pytest.mark.parametrize("pair", ["tp2 to pp2", "tp1 to tp4 of 2 KV heads", "latents, pp2 to tp4"])
 async def test_one_rank_with_other_bytes_is_enough_to_refuse(
@@ -94,22 +101,24 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
     monkeypatch.setattr(worker.serving, "build_core", builder({"prefill": prefill, "decode": decode}, model))
     plan, faults = worker.departures.plan_handoff, 0
 
-    def faulty(*arguments: Any) -> list[Piece]:
+    def faulty(*arguments: Any) -> TransferPlan | Faulty:
         nonlocal faults
         faults += 1
-        pieces = list(plan(*arguments))
+        planned = plan(*arguments)
         if faults > 1:
-            return pieces
+            return planned
         core = decode_core(running)
         rank, view = core.ranks[-1], core.memory.views[-1]
         start, stop = rank.offset_bytes, rank.offset_bytes + view.nbytes
-        there = [piece for piece in pieces if start <= piece.target_offset < stop]
+        there = [piece for piece in planned if start <= piece.target_offset < stop]
         assert there
-        if fault == "a stale block":
-            return [piece for piece in pieces if piece is not there[0]]
-        others = [piece for piece in pieces if piece is not there[-1]]
-        source, target, nbytes = there[-1]
-        return [*others, Piece(source, target, nbytes - 1), Piece(source + nbytes, target + nbytes - 1, 1)]
+        missing = there[0] if fault == "a stale block" else there[-1]
+        moved = Faulty(piece for piece in planned if piece is not missing)
+        moved.grids = planned.grids
+        if fault != "a stale block":
+            source, target, nbytes = missing
+            moved += [Piece(source, target, nbytes - 1), Piece(source + nbytes, target + nbytes - 1, 1)]
+        return moved
 
     async with cluster(model, redis_url) as running:
         monkeypatch.setattr(worker.departures, "plan_handoff", faulty)

@@ -16,14 +16,14 @@ from cluster import KEY, Cluster, cluster
 from tiny_llama import SHAPES, make_llama
 
 import kvtransfer.memory
-import worker.departures
+import kvtransfer.ucx_peer
 import worker.endpoints
 import worker.loop
 import worker.outgoing
 import worker.reserving
 from kvtransfer import ticket as tickets
+from kvtransfer.grids import Grid
 from kvtransfer.memory import Fault, FaultKind, MemoryTransport
-from kvtransfer.transport import Piece
 from legato.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from service.channel import channel
 from service.status import error_from_rpc
@@ -68,23 +68,22 @@ async def test_a_bit_that_flipped_on_the_way(model: Path, redis_url: str, monkey
 
 
 async def test_blocks_of_another_prompt(model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sender that reads the wrong blocks sends what does not match the digest of what it computed."""
-    plan = worker.departures.plan_handoff
+    """What lands comes from where another prompt's KV lies."""
+    copy = kvtransfer.ucx_peer.copy
     wrong = 0
 
-    def shifted(*arguments: Any) -> list[Piece]:
+    def shifted(grid: Grid, source: int, target: int) -> None:
         nonlocal wrong
-        pieces = list(plan(*arguments))
-        if wrong == 0:
+        copy(grid, source, target)
+        if grid.rows is not None and wrong == 0:
             wrong += 1
-            pieces = [Piece(piece.source_offset + piece.nbytes, piece.target_offset, piece.nbytes) for piece in pieces]
-        return pieces
+            copy(grid._replace(source_bases=grid.source_bases + grid.nbytes, rows=None), source, target)
 
     async with cluster(model, redis_url, prefill=0) as running:
         expected = (await greedy(running, PROMPT)).token_ids
     async with cluster(model, redis_url) as running:
         await greedy(running, [5] * 90)  # its KV lies in the prefill worker's blocks
-        monkeypatch.setattr(worker.departures, "plan_handoff", shifted)
+        monkeypatch.setattr(kvtransfer.ucx_peer, "copy", shifted)
         answer = await greedy(running, PROMPT)
         assert wrong == 1
         assert answer.token_ids == expected

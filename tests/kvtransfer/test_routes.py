@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_worker import MemoryWorker, make_worker, model_layout, random_kv
 
-from kvtransfer.digest import HeldDigest, SentDigests
+from kvtransfer.copying import copy
+from kvtransfer.digest import HeldDigest, SentDigests, counting
 from kvtransfer.plan import RankKV, plan_transfer
 from kvtransfer.routes import (
     RankMemory,
@@ -77,20 +78,30 @@ def test_both_sides_digest_the_same_per_target_rank(handoff) -> None:  # type: i
     whole, (source, source_group, source_blocks), (target, target_group, target_blocks), first, count = handoff
     source.fill(random_kv(whole, first + count, seed=8), source_blocks, source_group)
     source_ranks, target_ranks = source.of_group(source_group), target.of_group(target_group)
+    again = target.region.copy()
     move(source, target, plan_handoff(source_ranks, source_blocks, target_ranks, target_blocks, first, count))
     routes = routes_between(tuple(r.kv for r in source_ranks), tuple(r.kv for r in target_ranks))
     cut, end = whole.num_layers // 2, whole.num_layers
-    sending, landed = SentDigests(routes), []
-    for layers in (range(cut), range(cut, end)):
-        given = torch_views(source, source_group), source_blocks, first, count
-        sending.update(source_ranks, *given, layers)
+    copying, sending, landed = SentDigests(routes), SentDigests(routes), []
+    for layers in (range(cut, end), range(cut)):
+        given = source_ranks, source_blocks, target_ranks, target_blocks, first, count, layers
+        counted = plan_handoff(*given, sending.sums)
+        assert counted.nbytes == plan_handoff(*given).nbytes
+        for call in counting(counted, source.region.ctypes.data):
+            call()
+        for grid in plan_handoff(*given, copying.sums).grids:
+            for part in grid.cut(64, 200, 5):
+                copy(part, source.region.ctypes.data, again.ctypes.data)
+    assert (again == target.region).all(), "what is digested as it is copied is copied as it is without"
     for rank, view in zip(target_ranks, torch_views(target, target_group), strict=True):
-        holding = HeldDigest(rank, view)
-        for end_layer in (cut // 2, end):
-            holding.update(target_blocks, first, count, end_layer)
+        holding = HeldDigest(rank, view, target_blocks, first, count)
+        for layers in (range(cut // 2, end), range(cut // 2)):
+            for call in holding.counting(layers):
+                call()
         landed.append(holding.digest())
     sent = sending.digests()
     assert sent == landed
+    assert copying.digests() == landed
     by_content = {(rank.kv.layers, rank.kv.heads): digest for rank, digest in zip(target_ranks, landed, strict=True)}
     assert len(set(by_content.values())) == len(by_content), "ranks that hold other things have other digests"
 

@@ -30,6 +30,7 @@ from scheduler.handoff import HandoffConfig
 from scheduler.plan import Drawn, Slice, StepPlan, StepResult
 from service.config import WorkerConfig
 from service.messages import layout_to_proto
+from service.wire import spoken
 from spec.constraint import Constraint
 from spec.dtype import Dtype
 from spec.errors import InvalidParameter
@@ -187,6 +188,7 @@ def _core(config: WorkerConfig, telemetry: Telemetry, cut: Cut, model: Path, chu
         ],
         model_path=str(model),
         vocab_size=VOCAB,
+        wire=spoken(),
     )
     lanes = OneOfTheLanes.of(
         SchedulerConfig(

@@ -163,8 +163,9 @@ async def test_groups_of_layers_bring_the_bytes_and_digests_of_whole_chunks(
         chunks = [each.chunk for each in link.told if each.HasField("chunk")]
         for chunk in chunks:
             for rank, view, digest in zip(link.target.ranks, link_views(link), chunk.digests, strict=True):
-                held = HeldDigest(rank, view)
-                held.update(TARGET_BLOCKS, chunk.first_token, chunk.num_tokens, 5)
+                held = HeldDigest(rank, view, TARGET_BLOCKS, chunk.first_token, chunk.num_tokens)
+                for call in held.counting(range(5)):
+                    call()
                 assert held.digest() == digest
         found.append((link.target.region.tobytes(), [each.SerializeToString() for each in chunks]))
     assert found[0] == found[1] == found[2]
