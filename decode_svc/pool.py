@@ -30,7 +30,7 @@ class DecodePool:
         self._redis = connect(core.config.redis_url)
         self._config = core.config
         self._peers = Peers(core.transports, self._open_channel, core.regions)
-        self._quarantine = Quarantine(core.cut, self._open_channel, self._find_record)
+        self._quarantine = Quarantine(core.cut, self._open_channel, self._find_record, core.meter.quarantined)
         self.handoffs = Handoffs(self._placements, self._quarantine)
         self.prefix_sends = PrefixSends(core, self._peers)
         self._moves = Moves(self._placements, self._peers, spans)

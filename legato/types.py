@@ -243,6 +243,7 @@ class WorkerView:
     refused_handoffs: int
     moved_sequences: int  # that went on at another decode worker while they ran
     pid: int
+    quarantined_blocks: int  # of hand-overs that failed, into which a write may still land; of no use until none can
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class PrefillPool:
         self._peers = Peers(core.transports, self._open_channel, core.regions)
         self._meetings = Meetings(core, self._peers)
         self._fetches = Fetches(core, self._peers)
-        self._quarantine = Quarantine(core.cut, self._open_channel, self._find_record)
+        self._quarantine = Quarantine(core.cut, self._open_channel, self._find_record, core.meter.quarantined)
         self.handoffs = Handoffs(self._fetches, self._quarantine)
         self.prefix_sends = PrefixSends(core, self._peers)
         self._service = PrefillService(core, self._peers, self._fetches, spans)

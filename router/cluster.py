@@ -69,6 +69,7 @@ def view_of(worker: Worker) -> inference_pb2.GetClusterResponse.WorkerView:
         preemptions=load.preemptions,
         refused_handoffs=load.refused_handoffs,
         moved_sequences=load.moved_sequences,
+        quarantined_blocks=load.quarantined_blocks,
         pid=record.pid,
     )
 

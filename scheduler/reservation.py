@@ -123,6 +123,11 @@ class ReservationBook:
     def reserved_blocks(self) -> int:
         return sum(len(entry.held_blocks) for entry in self._live.values())
 
+    def quarantined_blocks(self) -> int:
+        """Of requests that failed, until their writer is quiet."""
+        failed = [entry for entry in self._live.values() if entry.stage is _S.CANCELLING]
+        return sum(len(entry.held_blocks) for entry in failed)
+
     def counts(self) -> dict[str, int]:
         """What must be zero when nothing runs (P3)."""
         stages = collections.Counter(entry.stage for entry in self._live.values())

@@ -96,6 +96,12 @@ TRANSFER_BYTES_TOTAL = Metric("legato.transfer.bytes", "By", "KV bytes handed ov
 LINK_RATE = Metric("legato.link.rate", "By/s", "what a link to another worker moved when the two met", RATES)
 LINK_LATENCY = Metric("legato.link.latency", "s", "what a write of one byte took then", LATENCIES)
 HANDOFFS_REFUSED = Metric("legato.handoffs.refused", "{handoff}", "hand-overs refused, by reason")
+QUARANTINE_DURATION = Metric(
+    "legato.quarantine.duration",
+    "s",
+    "how long memory of a broken hand-over was out of use, by proof: word, cut",
+    SECONDS,
+)
 MOVES = Metric("legato.moves", "{sequence}", "moves to another decode worker, by why they stayed; OK: they went")
 PREEMPTIONS = Metric("legato.preemptions", "{sequence}", "sequences that gave their blocks up")
 GRAPHS_REFUSED = Metric(

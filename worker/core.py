@@ -148,7 +148,7 @@ class Core:
     def load(self) -> worker_pb2.WorkerLoad:
         with self.loop.lock:
             load, totals = self.scheduler.load(), self.scheduler.totals()
-            reserved = self.reservations.reserved_blocks()
+            reserved, quarantined = self.reservations.reserved_blocks(), self.reservations.quarantined_blocks()
         return worker_pb2.WorkerLoad(
             waiting_requests=load.waiting,
             running_requests=load.running,
@@ -162,6 +162,7 @@ class Core:
             transferred_bytes=sum(transport.counts()["written_bytes"] for transport in self.transports.values()),
             refused_handoffs=self.meter.refused_handoffs,
             moved_sequences=self.meter.moved_sequences,
+            quarantined_blocks=quarantined,
         )
 
     def live(self) -> dict[str, int]:

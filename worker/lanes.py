@@ -248,6 +248,9 @@ class LaneReservations:
     def reserved_blocks(self) -> int:
         return sum(each.reserved_blocks() for each in self._each)
 
+    def quarantined_blocks(self) -> int:
+        return sum(each.quarantined_blocks() for each in self._each)
+
     def counts(self) -> dict[str, int]:
         return _sum(each.counts() for each in self._each)
 

@@ -78,6 +78,10 @@ class Meter:
         self.refused_handoffs += 1
         self._counters[names.HANDOFFS_REFUSED.name].add(1, {"reason": error.reason})
 
+    def quarantined(self, proof: str, duration_s: float) -> None:
+        """Memory of a broken hand-over is free again. `proof`: word, cut."""
+        self._histograms[names.QUARANTINE_DURATION.name].record(duration_s, {"proof": proof})
+
     def fetched(self, num_tokens: int) -> None:
         self.fetched_tokens += num_tokens
         self._counters[names.TOKENS_FETCHED.name].add(num_tokens)

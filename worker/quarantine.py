@@ -13,6 +13,7 @@ made again until its process has let go; docs/faults.md says what bounds that.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -36,11 +37,14 @@ class Quarantine:
         cut: Callable[[str, int], None],
         open_channel: Callable[[str], grpc.aio.Channel],
         find_record: Callable[[str], Awaitable[worker_pb2.WorkerRecord | None]],
+        proven: Callable[[str, float], None],
     ) -> None:
-        """`cut(transport, link_id)`: as Transport.cut() does, and raises; called beside the event loop."""
+        """`cut(transport, link_id)`: as Transport.cut() does, and raises; called beside the event loop. `proven(proof,
+        duration_s)` is told by what, "word" or "cut", and after how long."""
         self._cut = cut
         self._open_channel = open_channel
         self._find_record = find_record
+        self._proven = proven
         self._held: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -59,21 +63,24 @@ class Quarantine:
 
     async def _until_quiet(self, receiver: Receiver) -> None:
         assert receiver.ticket is not None and receiver.begin is not None
+        broke_s = time.monotonic()
         receiver.writer_gone()
-        while not await self._is_quiet(receiver.ticket, receiver.begin):
+        while not (proof := await self._proof(receiver.ticket, receiver.begin)):
             await asyncio.sleep(ASK_AGAIN_S)
         receiver.quiet()
+        self._proven(proof, time.monotonic() - broke_s)
 
-    async def _is_quiet(self, ticket: worker_pb2.Ticket, begin: Request.Begin) -> bool:
+    async def _proof(self, ticket: worker_pb2.Ticket, begin: Request.Begin) -> str:
+        """That it is quiet; "" while there is none."""
         if await self._says_so(ticket, begin.producer_address):
-            return True
+            return "word"
         try:
             await asyncio.to_thread(self._cut, begin.transport, begin.link_id)
         except TransferFailed as error:
             logger.warning("the memory of a hand-over from %s stays out of use: %s", ticket.producer_id, error.message)
-            return False
+            return ""
         logger.info("the link of %s, which did not say that it is quiet, was cut", ticket.producer_id)
-        return True
+        return "cut"
 
     async def _says_so(self, ticket: worker_pb2.Ticket, said_address: str) -> bool:
         """`said_address` comes from the stream: it is asked where the registry knows of no better."""

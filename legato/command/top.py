@@ -60,7 +60,18 @@ def render(view: ClusterView, before: ClusterView | None, interval_s: float) -> 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("worker", "state", "pid"):
         table.add_column(name, no_wrap=True)
-    for name in ("waiting", "running", "tokens due", "KV used", "tok/s", "KV moved", "preempted", "moved", "refused"):
+    for name in (
+        "waiting",
+        "running",
+        "tokens due",
+        "KV used",
+        "tok/s",
+        "KV moved",
+        "preempted",
+        "moved",
+        "refused",
+        "quarantined",
+    ):
         table.add_column(name, justify="right")
     earlier = {worker.worker_id: worker for worker in before.workers} if before else {}
     for worker in sorted(view.workers, key=lambda one: (one.role != "prefill", one.worker_id)):
@@ -89,6 +100,7 @@ def _row(worker: WorkerView, before: WorkerView | None, interval_s: float) -> li
         str(worker.preemptions),
         str(worker.moved_sequences),
         Text(str(worker.refused_handoffs), style="red" if worker.refused_handoffs else ""),
+        Text(str(worker.quarantined_blocks), style="yellow" if worker.quarantined_blocks else ""),
     ]
 
 

@@ -190,7 +190,7 @@ class GetClusterRequest(_message.Message):
 class GetClusterResponse(_message.Message):
     __slots__ = ("router_id", "workers", "router")
     class WorkerView(_message.Message):
-        __slots__ = ("worker_id", "role", "address", "state", "waiting_requests", "running_requests", "charged_tokens", "total_blocks", "free_blocks", "tokens_per_s", "transferred_bytes", "transport", "steps", "preemptions", "refused_handoffs", "pid", "moved_sequences")
+        __slots__ = ("worker_id", "role", "address", "state", "waiting_requests", "running_requests", "charged_tokens", "total_blocks", "free_blocks", "tokens_per_s", "transferred_bytes", "transport", "steps", "preemptions", "refused_handoffs", "pid", "moved_sequences", "quarantined_blocks")
         WORKER_ID_FIELD_NUMBER: _ClassVar[int]
         ROLE_FIELD_NUMBER: _ClassVar[int]
         ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,7 @@ class GetClusterResponse(_message.Message):
         REFUSED_HANDOFFS_FIELD_NUMBER: _ClassVar[int]
         PID_FIELD_NUMBER: _ClassVar[int]
         MOVED_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+        QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
         worker_id: str
         role: str
         address: str
@@ -225,7 +226,8 @@ class GetClusterResponse(_message.Message):
         refused_handoffs: int
         pid: int
         moved_sequences: int
-        def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., charged_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., refused_handoffs: _Optional[int] = ..., pid: _Optional[int] = ..., moved_sequences: _Optional[int] = ...) -> None: ...
+        quarantined_blocks: int
+        def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., charged_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., refused_handoffs: _Optional[int] = ..., pid: _Optional[int] = ..., moved_sequences: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
     class RouterView(_message.Message):
         __slots__ = ("waiting_requests", "running_requests", "finished_requests", "failed_requests", "ttft_s", "itl_s", "registry_reachable")
         WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]

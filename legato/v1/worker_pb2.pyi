@@ -123,7 +123,7 @@ class WorkerRecord(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., kv_layout: _Optional[_Union[KVLayout, _Mapping]] = ..., total_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[TransportEndpoint, _Mapping]]] = ..., model_path: _Optional[str] = ..., draining: bool = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[_Union[RankKV, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ..., rdma_devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs", "moved_sequences")
+    __slots__ = ("waiting_requests", "running_requests", "waiting_tokens", "free_blocks", "reserved_blocks", "steps", "computed_tokens", "generated_tokens", "preemptions", "transferred_bytes", "refused_handoffs", "moved_sequences", "quarantined_blocks")
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,7 @@ class WorkerLoad(_message.Message):
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
     REFUSED_HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     MOVED_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     waiting_requests: int
     running_requests: int
     waiting_tokens: int
@@ -148,7 +149,8 @@ class WorkerLoad(_message.Message):
     transferred_bytes: int
     refused_handoffs: int
     moved_sequences: int
-    def __init__(self, waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., refused_handoffs: _Optional[int] = ..., moved_sequences: _Optional[int] = ...) -> None: ...
+    quarantined_blocks: int
+    def __init__(self, waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., refused_handoffs: _Optional[int] = ..., moved_sequences: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

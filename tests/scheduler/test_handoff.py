@@ -331,7 +331,9 @@ def test_the_waiting_clock_frees_and_the_moving_clock_only_fails(consumer: Consu
     assert reservations.expire(5.0) == [waiting.reservation_id, done.reservation_id]
     assert reservations.next_expiry_s() == 13.0, "progress renews the lease"
     held = consumer.scheduler.pool.num_held
+    assert reservations.quarantined_blocks() == 0
     assert reservations.expire(13.0) == [moving.reservation_id]
+    assert reservations.quarantined_blocks() == 3
     assert reservations.expire(1e9) == []
     assert consumer.scheduler.pool.num_held == held == 3, "however long it takes to be quiet"
     assert reservations.next_expiry_s() is None

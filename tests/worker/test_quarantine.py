@@ -32,6 +32,7 @@ class Asked:
         self.asked: list[str] = []
         self.cuts: list[tuple[str, int]] = []
         self.records: dict[str, worker_pb2.WorkerRecord] = {}
+        self.proofs: list[str] = []
         self.unproven_cuts = 0  # so many cuts prove nothing
 
     @contextlib.asynccontextmanager
@@ -59,7 +60,9 @@ class Asked:
         async def find_record(worker_id: str) -> worker_pb2.WorkerRecord | None:
             return self.records.get(worker_id)
 
-        return Quarantine(self.cut, lambda address: channel(address, key), find_record)
+        return Quarantine(
+            self.cut, lambda address: channel(address, key), find_record, lambda proof, _: self.proofs.append(proof)
+        )
 
     async def says_so(self, said_address: str) -> bool:
         return await self.quarantine()._says_so(TICKET, said_address)
@@ -143,6 +146,7 @@ async def test_without_its_word_its_link_is_cut_until_that_is_proven(
     assert broken.is_gone
     assert broken.is_quiet
     assert there.cuts == [("sockets", 77)] * (unproven_cuts + 1)
+    assert there.proofs == ["cut"]
 
 
 async def test_with_its_word_nothing_is_cut() -> None:
@@ -153,3 +157,4 @@ async def test_with_its_word_nothing_is_cut() -> None:
         await emptied(quarantine)
     assert broken.is_quiet
     assert not there.cuts
+    assert there.proofs == ["word"]
