@@ -93,7 +93,7 @@ async def test_answers_keep_to_their_constraints_at_any_temperature(model: Path,
             whole = [answer for answer in found if answer.finish_reason == "stop"]
             assert all(keeps(text_of(answer)) for answer in whole), name
             assert all(len(answer.token_ids) == 200 for answer in found if answer.finish_reason != "stop"), name
-            assert len(whole) > (20 if name in ("object", "grammar") else 71), f"{name}: {len(whole)}"
+            assert len(whole) > (15 if name in ("object", "grammar") else 71), f"{name}: {len(whole)}"
             assert len({text_of(answer) for answer in whole}) > {"choice": 3, "object": 5}.get(name, 10), name
             assert any(answer.route.decode_worker_id and answer.route.transfer is not None for answer in found), name
         await running.assert_as_at_start()
