@@ -120,10 +120,13 @@ def adjusted(
     ]
     if not changed:
         return logits
-    scores = logits.clone()
+    # On a CPU by NumPy: torch would wake its threads, and wait for them where the cores are taken.
+    scores = torch.from_numpy(logits.numpy().copy()) if logits.is_cpu else logits.clone()
     for row in changed:
         mask = masks[row]
-        if mask is not None:
+        if mask is not None and scores.is_cpu:
+            scores.numpy()[row, ~mask] = -math.inf
+        elif mask is not None:
             scores[row].masked_fill_(torch.from_numpy(~mask).to(scores.device), -math.inf)
         _adjust(scores[row], draws[row], first_id)
     return scores
@@ -132,24 +135,37 @@ def adjusted(
 def _adjust(scores: torch.Tensor, each: Draw, first_id: int) -> None:
     """scores: [V], changed in place; only those of tokens that the bias or the history names."""
     params = each.params
-    named = np.fromiter((*params.logit_bias, *(each.history if params.has_penalties else ())), np.int64) - first_id
-    ids = np.unique(named[(named >= 0) & (named < scores.shape[0])])
+    history = np.asarray(each.history if params.has_penalties else (), np.int64) - first_id
+    biased = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias)) - first_id
+    named = np.concatenate((biased, history))
+    inside = (named >= 0) & (named < scores.shape[0])
+    ids, order = np.unique(named[inside], return_inverse=True)
     if not ids.size:
         return
-    places = torch.from_numpy(ids).to(scores.device)
-    values = scores[places].double().cpu().numpy()
-    if params.logit_bias:
-        values += [params.logit_bias.get(token_id, 0.0) for token_id in (ids + first_id).tolist()]
-    if params.has_penalties:
-        history = np.asarray(each.history, np.int64) - first_id
-        if params.repetition_penalty != 1.0:
-            changed = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-            values = np.where(np.isin(ids, history), changed, values)
-        output = history[each.prompt_tokens :]
-        output = output[(output >= 0) & (output < scores.shape[0])]
-        counts = np.bincount(np.searchsorted(ids, output), minlength=ids.size)
-        values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-    scores[places] = torch.from_numpy(values).float().to(scores.device)
+    index = np.full(named.size, ids.size)  # of each in `ids`; one more for those of other ranks
+    index[inside] = order
+    values = np.append(_picked(scores, ids), 0.0)
+    values[index[: biased.size]] += np.fromiter(params.logit_bias.values(), np.float64, biased.size)
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(index[biased.size :])
+        kept = values[seen]
+        values[seen] = np.where(kept > 0, kept / params.repetition_penalty, kept * params.repetition_penalty)
+    counts = np.bincount(index[biased.size + each.prompt_tokens :], minlength=values.size)
+    values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    _put(scores, ids, values[:-1])
+
+
+def _picked(scores: torch.Tensor, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    if scores.is_cpu:
+        return scores.numpy()[ids].astype(np.float64)
+    return scores[torch.from_numpy(ids).to(scores.device)].double().cpu().numpy()
+
+
+def _put(scores: torch.Tensor, ids: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+    if scores.is_cpu:
+        scores.numpy()[ids] = values
+    else:
+        scores[torch.from_numpy(ids).to(scores.device)] = torch.from_numpy(values).float().to(scores.device)
 
 
 def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:

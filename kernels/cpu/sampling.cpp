@@ -10,7 +10,7 @@
 namespace legato {
 namespace {
 
-constexpr ptrdiff_t FEW = LANES / 2, TILE = 64;
+constexpr ptrdiff_t FEW = LANES / 2, TILE = 64, LEVELS = 8;
 constexpr int MASS_BITS = 40;  // as in kernels/sampling.py
 constexpr uint64_t GAMMA = 0x9E3779B97F4A7C15;
 constexpr double LN2 = 0.693147180559945309, LOG2_E = 1.44269504088896341, BELOW_ONE = 1 - 0x1p-53;
@@ -48,9 +48,8 @@ Word mass_of(Real x) {
     const Real least = Real{} - (MASS_BITS + 2.0);
     x = x < least ? least : x;
     const Real shifted = x + SHIFT, fraction = (x - (shifted - SHIFT)) * LN2;
-    Real power = fraction * (1.0 / 479001600) + 1.0 / 39916800;
-    for (const double factor : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24,
-                                1.0 / 6, 0.5, 1.0, 1.0})
+    Real power = fraction * (1.0 / 3628800) + 1.0 / 362880;
+    for (const double factor : {1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
         power = power * fraction + factor;
     const Word exponent = bits_as<Word>(shifted) + (1023 + MASS_BITS);  // SHIFT's own low bits are 0
     const Real scaled = power * bits_as<Real>(exponent << 52);
@@ -83,7 +82,7 @@ struct Row {
     int64_t first_id;
     double temperature, top_k, top_p, floor;  // floor: least score - greatest that stays
     uint64_t stream;
-    int64_t total;  // of the masses of more tokens than these, or 0
+    uint64_t total;  // of the masses of more tokens than these, or 0
     float greatest = -INFINITY;
     std::vector<Candidate> &kept;
 
@@ -130,19 +129,27 @@ struct Row {
         if (kept.size() > count) cut();
     }
 
-    int64_t sum_of_masses() const {
+    // sums[0] of all masses; sums[n] of those of 2^(MASS_BITS - 2n) or more.
+    void sum_masses(uint64_t (&sums)[LEVELS + 1]) const {
         const double scale = this->scale();
-        Longs sums = {};
+        Longs parts[LEVELS + 1] = {};
         ptrdiff_t i = 0;
         for (; i + FEW <= width; i += FEW) {
             FewFloats each;
             memcpy(&each, scores + i, sizeof each);
-            sums += mass_of<Longs>((__builtin_convertvector(each, Doubles) - greatest) * scale);
+            const Longs mass = mass_of<Longs>((__builtin_convertvector(each, Doubles) - greatest) * scale);
+            parts[0] += mass;
+            for (int level = 1; level <= LEVELS; ++level)
+                parts[level] += mass & (Longs)(mass >= (uint64_t)1 << (MASS_BITS - 2 * level));
         }
-        uint64_t sum = 0;
-        for (int lane = 0; lane < FEW; ++lane) sum += sums[lane];
-        for (; i < width; ++i) sum += mass_of<uint64_t>((scores[i] - (double)greatest) * scale);
-        return (int64_t)sum;
+        for (int level = 0; level <= LEVELS; ++level)
+            for (int lane = 0; lane < FEW; ++lane) sums[level] += parts[level][lane];
+        for (; i < width; ++i) {
+            const uint64_t mass = mass_of<uint64_t>((scores[i] - (double)greatest) * scale);
+            sums[0] += mass;
+            for (int level = 1; level <= LEVELS; ++level)
+                if (mass >> (MASS_BITS - 2 * level)) sums[level] += mass;
+        }
     }
 
     void keep_from(double gap) {
@@ -151,17 +158,22 @@ struct Row {
             if (scores[i] >= least) kept.push_back({scores[i], (int32_t)i, 0});
     }
 
-    // Of masses that sum to `total` those below (1 - top_p) / width of it cannot be needed: together they are less than
-    // what top_p leaves out. Rounding is allowed for.
-    double nucleus_gap(int64_t total) const {
-        const double least = std::ldexp((1 - top_p) * (double)total / (double)width - 1, -MASS_BITS);
-        return least > 0 ? temperature * (std::log(least) - 1e-6) : -INFINITY;
+    uint64_t wanted_of(uint64_t total) const { return (uint64_t)std::ceil(top_p * (double)total); }
+
+    // The least score - greatest that the nucleus can need. Below the levels: of masses that sum to `total` those below
+    // (1 - top_p) / width of it cannot be needed, since together they are less than what top_p leaves out. Rounding is
+    // allowed for.
+    double nucleus_gap(const uint64_t (&sums)[LEVELS + 1]) const {
+        double least = (1 - top_p) * (double)sums[0] / (double)width;
+        for (int level = LEVELS; level > 0; --level)
+            if (sums[level] >= wanted_of(sums[0])) least = std::max(least, std::ldexp(1.0, MASS_BITS - 2 * level));
+        return least > 1 ? temperature * (std::log(std::ldexp(least - 1, -MASS_BITS)) - 1e-6) : -INFINITY;
     }
 
     // The fewest greatest of `kept` whose masses reach top_p of `total`, found by halving what is undecided.
-    void keep_nucleus(int64_t total) {
+    void keep_nucleus(uint64_t total) {
         const double scale = this->scale();
-        uint64_t wanted = (uint64_t)std::ceil(top_p * (double)total);
+        uint64_t wanted = wanted_of(total);
         for (Candidate &each : kept) each.mass = mass_of<uint64_t>((each.score - (double)greatest) * scale);
         auto begin = kept.begin(), end = kept.end();
         while (end - begin > 1) {
@@ -184,11 +196,12 @@ struct Row {
             keep_top_k();
             uint64_t sum = 0;
             for (const Candidate &each : kept) sum += mass_of<uint64_t>((each.score - (double)greatest) * scale());
-            if (nucleus) keep_nucleus((int64_t)sum);
+            if (nucleus) keep_nucleus(sum);
         } else if (nucleus) {
-            const int64_t sum = total ? total : sum_of_masses();
-            keep_from(total ? -INFINITY : nucleus_gap(sum));
-            keep_nucleus(sum);
+            uint64_t sums[LEVELS + 1] = {};
+            if (!total) sum_masses(sums);
+            keep_from(total ? -INFINITY : nucleus_gap(sums));
+            keep_nucleus(total ? total : sums[0]);
         } else {
             keep_from(floor);
             return;
@@ -285,7 +298,7 @@ void legato_sample(const float *scores, const int64_t *ids, const double *option
         for (ptrdiff_t row = begin; row < end; ++row) {
             const double *option = options + 4 * row;
             const Winner winner = Row{scores + row * width, ids, width, first_id, option[0], option[1], option[2],
-                                      option[3], (uint64_t)streams[row], totals[row], -INFINITY, kept}
+                                      option[3], (uint64_t)streams[row], (uint64_t)totals[row], -INFINITY, kept}
                                       .draw();
             token_ids[row] = winner.token_id;
             keys[row] = winner.key;
