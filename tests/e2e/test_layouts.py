@@ -110,10 +110,11 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
         core = decode_core(running)
         rank, view = core.ranks[-1], core.memory.views[-1]
         start, stop = rank.offset_bytes, rank.offset_bytes + view.nbytes
-        there = [piece for piece in planned if start <= piece.target_offset < stop]
+        pieces = list(planned)
+        there = [piece for piece in pieces if start <= piece.target_offset < stop]
         assert there
         missing = there[0] if fault == "a stale block" else there[-1]
-        moved = Faulty(piece for piece in planned if piece is not missing)
+        moved = Faulty(piece for piece in pieces if piece is not missing)
         moved.grids = planned.grids
         if fault != "a stale block":
             source, target, nbytes = missing
