@@ -98,15 +98,11 @@ class MemoryCore(Core):
 
     memory: MemoryWorker
     cut: Cut
-    steps_out = 1
 
     def submit(self, plans: Sequence[StepPlan], watch: Any, meanwhile: Callable[[], None]) -> None:
         meanwhile()
         drawn = [tuple(self._slice(piece, group) for piece in plan.slices) for group, plan in enumerate(plans)]
         self.results = [StepResult(each, ((),) * len(each)) for each in drawn]
-
-    def prepare(self, slices: Sequence[Slice]) -> None:
-        """It reads plans alone."""
 
     def result(self) -> Sequence[StepResult]:
         return self.results
@@ -229,8 +225,20 @@ def _core(config: WorkerConfig, telemetry: Telemetry, cut: Cut, model: Path, chu
         meter=Meter(telemetry),
     )
     core.memory, core.cut = memory, cut
-    core.executor = core
+    core.executor = MemorySteps(core)
     return core
+
+
+class MemorySteps:
+    """A MemoryCore as its loop sees it."""
+
+    steps_out = 1
+
+    def __init__(self, core: MemoryCore) -> None:
+        self.submit, self.result, self.totals = core.submit, core.result, core.totals
+
+    def prepare(self, slices: Sequence[Slice]) -> None:
+        """It reads plans alone."""
 
 
 def _no_constraints(constraint: Constraint) -> Matcher:
