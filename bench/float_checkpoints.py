@@ -24,7 +24,7 @@ def block_fp8(weight: Tensor, *, block: int, scales_name: str = "weight_scale_in
     tiles = padded.view(padded.shape[0] // block, block, -1, block)
     scales = _scales_of(tiles.abs().amax((1, 3)))
     codes = (tiles / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-    values = (codes.float() * scales[:, None, :, None]).view_as(padded)[:n, :k]
+    values = (codes.float() * scales[:, None, :, None]).view_as(padded)[:n, :k].contiguous()
     return {"weight": codes.view_as(padded)[:n, :k].contiguous(), scales_name: scales}, values
 
 
@@ -93,7 +93,7 @@ def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fp4(groups: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """groups [N, G, size], scales [N, G]: codes [N, G · size / 2] uint8, an even k in the low half, and the values."""
-    scaled = groups / scales[:, :, None]
+    scaled = (groups / scales[:, :, None]).contiguous()
     low, high = (torch.bucketize(scaled.abs(), _E2M1_BOUNDS, right=right) for right in (False, True))
     magnitudes = torch.where(high % 2 == 0, high, low)  # they differ halfway between two
     values = _E2M1[magnitudes].copysign(scaled) * scales[:, :, None]

@@ -70,6 +70,7 @@ FORMS = {  # the first is the reference
     "as stored": Form(AS_STORED),
     "GPTQ int8": Form(AS_STORED, gptq(128, bits=8)),
     "GPTQ int4": Form(AS_STORED, gptq(128)),
+    "GPTQ desc_act": Form(AS_STORED, gptq(128, in_order=False)),
     "AWQ int4": Form(AS_STORED, awq(64)),  # in groups that SmolLM2's 576 inputs are whole numbers of
     "FP8 tensor": Form(AS_STORED, FP8_TENSOR),
     "FP8 channel": Form(AS_STORED, FP8_CHANNELS),

@@ -17,6 +17,7 @@ from stepper import Stepper, worst_difference
 from tiny_llama import load_reference, reference_of
 from tiny_models import make_model
 
+from bench.integer_checkpoints import gptq
 from engine.engine import Engine, EngineOptions
 from engine.model_files import open_model
 from engine.weights import load_weights
@@ -85,6 +86,37 @@ def test_mixtures_of_experts(name: str, method: str, layout: ParallelLayout, tmp
     expected = oracle_of(plain, values, TOKENS)
     with ranked_engine(tmp_path / "quantised", layout, 20, dtype="float32") as engine:
         assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama-odd", "fp8-strategy-block"),
+        ("llama-odd", "fp8-tensor"),
+        ("phi4-partial", "fp8-strategy-block"),
+        ("phi4-partial", "gptq-int4-order"),
+        ("gemma2", "awq"),
+    ],
+)
+def test_odd_sizes_and_fused_projections(name: str, method: str, tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain", name)
+    values = quantise_folder(plain, tmp_path / "quantised", method)
+    expected = oracle_of(plain, values, TOKENS)
+    engine = Engine(open_model(tmp_path / "quantised"), EngineOptions(dtype="float32", device="cpu"), 20)
+    assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_head_may_be_quantised_too(in_order: bool, tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain", "llama3", vocab_size=136)
+    values = quantise_folder(plain, tmp_path / "quantised", "gptq-int4-order")
+    file = tmp_path / "quantised" / "model.safetensors"
+    tensors = load_file(file)
+    parts, values["lm_head.weight"] = gptq(tensors.pop("lm_head.weight"), group=16, in_order=in_order)
+    save_file(tensors | {f"lm_head.{suffix}": part for suffix, part in parts.items()}, file)
+    expected = oracle_of(plain, values, TOKENS)
+    engine = Engine(open_model(tmp_path / "quantised"), EngineOptions(dtype="float32", device="cpu"), 20)
+    assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE
 
 
 def test_a_cut_group_is_said(tmp_path: Path) -> None:
