@@ -49,7 +49,7 @@ class HuggingFaceFolder(ModelFiles):
         self._entries = {name: self._entries[stored] for name, stored in self._stored_names.items()}
         self._quantised: QuantisedTensors | None = None
         self._quantised_shapes: dict[str, tuple[int, ...]] = {}
-        if quantisation := config.get("quantization_config"):
+        if quantisation := config.get("quantization_config") or self._modelopt_config():
             self._quantised = QuantisedTensors(quantisation, self._entries, self._stored)
             self._quantised_shapes = self._quantised.shapes()
         embedding = self._entries.get(next(iter(tensor_shapes(self.spec))))
@@ -68,6 +68,18 @@ class HuggingFaceFolder(ModelFiles):
         except InvalidModel as error:
             raise InvalidModel(f"{file}: {error}", file=file) from None
         return dataclasses.replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *more))))
+
+    def _modelopt_config(self) -> object:
+        """What older folders of ModelOpt say in a file of its own in the place of `quantization_config`."""
+        file = self.path / "hf_quant_config.json"
+        if not file.exists():
+            return None
+        raw, parsed = _read_json(file, f"{self.path} is damaged")
+        self._config_bytes += raw
+        quantisation = parsed.get("quantization")
+        if not isinstance(quantisation, dict):
+            raise InvalidModel(f"{file} has no object quantization", file=file)
+        return {"quant_method": "modelopt", **quantisation} if quantisation.get("quant_algo") else None
 
     def check(self) -> None:
         if self._quantised is not None:

@@ -175,6 +175,8 @@ class QuantisedTensors:
             return mxfp4(codes.view(codes.shape[0], -1, 16), scales.view(torch.uint8))
         whole = global_scale(name)
         factor = self._read(whole).float().reshape(1)
+        if not 0.0 < float(factor) < float("inf"):
+            raise InvalidModel(f"tensor {whole} is {float(factor)}, expected a number above 0", tensor=whole)
         factor = 1.0 / factor if whole.endswith("weight_global_scale") else factor
         each = factor.expand(codes.shape[0]).contiguous()
         return QuantisedWeight("fp4", codes, scales, codes.shape[1] * 2, 16, output_scales=each)

@@ -274,6 +274,37 @@ def test_a_block_that_is_none_is_said(block: Any, error: type[Exception], plain:
         open_model(tmp_path / "quantised")
 
 
+def test_older_folders_of_modelopt_say_it_in_a_file_of_its_own(plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", "nvfp4-modelopt")
+    expected = open_model(tmp_path / "quantised").tensor("model.layers.0.mlp.up_proj.weight")
+    config, file = tmp_path / "quantised" / "config.json", tmp_path / "quantised" / "hf_quant_config.json"
+    settings = json.loads(config.read_text())
+    del settings["quantization_config"]
+    config.write_text(json.dumps(settings))
+    with pytest.raises(InvalidModel, match="expected"):
+        open_model(tmp_path / "quantised")
+    file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    assert torch.equal(open_model(tmp_path / "quantised").tensor("model.layers.0.mlp.up_proj.weight"), expected)
+    file.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    with pytest.raises(UnsupportedModel, match="W4A8_AWQ"):
+        open_model(tmp_path / "quantised")
+    file.write_text("[]")
+    with pytest.raises(InvalidModel, match="hf_quant_config"):
+        open_model(tmp_path / "quantised")
+
+
+@pytest.mark.parametrize(("method", "part"), [("nvfp4", "weight_global_scale"), ("nvfp4-modelopt", "weight_scale_2")])
+def test_a_scale_of_a_tensor_is_above_0(method: str, part: str, plain: Path, tmp_path: Path) -> None:
+    quantise_folder(plain, tmp_path / "quantised", method)
+    file = tmp_path / "quantised" / "model.safetensors"
+    for wrong in (0.0, float("nan"), float("inf")):
+        tensors = load_file(file)
+        tensors[f"model.layers.1.mlp.up_proj.{part}"].fill_(wrong)
+        save_file(tensors, file)
+        with pytest.raises(InvalidModel, match=rf"up_proj\.{part}"):
+            Engine(open_model(tmp_path / "quantised"), EngineOptions(device="cpu"), 20)
+
+
 GPTQ_PARTS, AWQ_PARTS = ("qweight", "qzeros", "scales", "g_idx"), ("qweight", "qzeros", "scales")
 MXFP4_PARTS = ("down_proj_blocks", "down_proj_scales")
 PARTS = {
