@@ -6,7 +6,6 @@ lane, without slices where a lane has nothing to do, for all ranks execute every
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
@@ -130,6 +129,8 @@ class Lanes:
 
     def load(self) -> Load:
         loads = [scheduler.load() for scheduler in self.schedulers]
+        if len(loads) == 1:
+            return loads[0]
         return Load(
             waiting=sum(load.waiting for load in loads),
             running=sum(load.running for load in loads),
@@ -271,7 +272,8 @@ def _soonest(times: Iterable[float | None]) -> float | None:
 
 
 def _sum(each: Iterable[dict[str, int]]) -> dict[str, int]:
-    found: collections.Counter[str] = collections.Counter()
+    """Of counts of the same names."""
+    found: dict[str, int] = {}
     for counts in each:
-        found.update(counts)
-    return dict(found)
+        found = {name: found.get(name, 0) + count for name, count in counts.items()} if found else counts
+    return found

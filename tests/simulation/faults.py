@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 LONGEST_WAIT_S = 1.0  # for a worker to write something
+LOOK_S = 0.3  # whether a fault has anybody left to trouble
 
 story = logging.getLogger("legato.simulation")
 
@@ -63,6 +64,14 @@ class Faults:
     async def _at(self, at_s: float) -> None:
         await asyncio.sleep(at_s - self._loop.time())
 
+    async def _until(self, end_s: float) -> None:
+        while not self._is_felt_by_nobody() and self._loop.time() < end_s:
+            await self._at(min(end_s, self._loop.time() + LOOK_S))
+
+    def _is_felt_by_nobody(self) -> bool:
+        """Then it may end, and the seed with it."""
+        return self._world.is_idle() and not self._world.schedule.plays_out
+
     async def _die(self, fault: Fault, end_s: float) -> None:
         """Of workers that write half die while they do."""
         length_s, until_s = end_s - self._loop.time(), self._loop.time() + LONGEST_WAIT_S
@@ -73,7 +82,7 @@ class Faults:
             await asyncio.sleep(0.002)
         end_s = min(self._loop.time() + length_s, max(end_s, self._begun_s + FAULTS_END_S))
         if self._crash(fault.target):
-            await self._at(end_s)
+            await self._until(end_s)
             self._restart(fault.target)
 
     def _crash(self, name: str) -> bool:
@@ -105,35 +114,35 @@ class Faults:
 
     async def _lose_redis(self, fault: Fault, end_s: float) -> None:
         self._store.is_away = True
-        await self._at(end_s)
+        await self._until(end_s)
         self._store.come_back(empty=self._rng.random() < 0.5)
 
     async def _slow_down(self, fault: Fault, end_s: float) -> None:
         self._network.slow_s[fault.target] = self._rng.choice((0.1, 0.5))
-        await self._at(end_s)
+        await self._until(end_s)
         self._network.slow_s.pop(fault.target, None)
 
     async def _cut(self, fault: Fault, end_s: float) -> None:
         one, other = fault.target.split("|")
         self._network.block(one, other)
-        await self._at(end_s)
+        await self._until(end_s)
         self._network.heal(one, other)
 
     async def _garble_messages(self, fault: Fault, end_s: float) -> None:
         self._network.mischief = self._rng.choice((0.03, 0.2))
-        await self._at(end_s)
+        await self._until(end_s)
         self._network.mischief = 0.0
 
     async def _spoil_writes(self, fault: Fault, end_s: float) -> None:
         self._fabric.faults = self._rng.choice((0.1, 0.5))
-        await self._at(end_s)
+        await self._until(end_s)
         self._fabric.faults = 0.0
 
     async def _stop(self, fault: Fault, end_s: float) -> None:
         process = self._world.process(fault.target)
         if process.is_alive and not process.is_stopped:
             self._network.stop(process)
-            await self._at(end_s)
+            await self._until(end_s)
             self._loop.go_on(process)
 
     async def _drain(self, fault: Fault, end_s: float) -> None:
@@ -141,12 +150,12 @@ class Faults:
         worker = self._world.workers[fault.target]
         if worker.is_up and worker.process.is_alive and not worker.process.is_stopped:
             self._loop.call_soon(worker.drain, context=worker.process.context)
-            await self._at(end_s)
+            await self._until(end_s)
             if worker.process.is_alive and self._crash(fault.target):
                 self._restart(fault.target)
 
     async def _try_tickets(self, fault: Fault, end_s: float) -> None:
-        while self._loop.time() < end_s:
+        while self._loop.time() < end_s and not self._is_felt_by_nobody():
             await asyncio.sleep(self._rng.uniform(0.0, 0.2))
             if self._network.begun:
                 await self._loop.spawn(Process("rogue"), self._try_a_ticket(*self._rng.choice(self._network.begun)))

@@ -12,11 +12,13 @@ they stand, as kill -9 does: no `finally` runs, nobody is told but by the networ
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import contextvars
 import heapq
 import random
 import secrets
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -38,23 +40,54 @@ class Process:
         self.is_stopped = False
         self.context = contextvars.Context()
         self.context.run(_process.set, self)
-        self.waiting: list[asyncio.Handle] = []  # what came due while it was stopped
+        self.waiting: list[Handle] = []  # what came due while it was stopped
 
     @staticmethod
     def current() -> Process:
         return _process.get()
 
 
-class SimulatedLoop(asyncio.BaseEventLoop):
+class Handle:
+    """As asyncio's: what is to be called, unless it is cancelled before."""
+
+    __slots__ = ("args", "callback", "context", "when_s")
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context, when_s: float
+    ) -> None:
+        self.callback: Callable[..., object] | None = callback
+        self.args = args
+        self.context = context
+        self.when_s = when_s
+
+    def cancel(self) -> None:
+        self.callback = None
+        self.args = ()
+
+    def cancelled(self) -> bool:
+        return self.callback is None
+
+    def when(self) -> float:
+        return self.when_s
+
+
+class SimulatedLoop(asyncio.AbstractEventLoop):
+    """Of asyncio's loop all that the product uses, and no more, so that a callback costs little beyond what it does."""
+
+    get_debug = False.__bool__  # asked at every task and future; a method in Python would cost more than they do
+    is_closed = False.__bool__
+
     def __init__(self, rng: random.Random) -> None:
-        super().__init__()
         self.now_s = MONOTONIC_AT_START_S
         self.callbacks = 0
-        self._rng = rng
         self.tasks: list[asyncio.Task[Any]] = []  # held, so that those of dead processes are not collected and run on
-        self._never_run: list[asyncio.Handle] = []  # of dead processes, held likewise
+        self.failed: Callable[[str, BaseException | None], None] = lambda message, error: None  # nobody waits for it
+        self._rng = rng
+        self._ready: collections.deque[Handle] = collections.deque()
+        self._timers: list[tuple[float, int, Handle]] = []  # a heap
+        self._timers_set = 0
+        self._never_run: list[Handle] = []  # of dead processes, held likewise
         self._is_over = False
-        self.set_task_factory(self._make_task)
 
     def time(self) -> float:
         return self.now_s
@@ -62,47 +95,98 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def unix_ns(self) -> int:
         return int((UNIX_AT_START_S + self.now_s - MONOTONIC_AT_START_S) * 1e9)
 
+    # ---- what asyncio asks for -------------------------------------------------------------------------------------
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, work: Any, *, name: str | None = None, context: Any = None) -> asyncio.Task[Any]:  # type: ignore[override]
+        task = asyncio.Task(work, loop=self, name=name, context=context)
+        self.tasks.append(task)
+        return task
+
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> Handle:  # type: ignore[override]
+        handle = Handle(callback, args, context or contextvars.copy_context(), self.now_s)
+        self._ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon  # there is no other thread
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Handle:  # type: ignore[override]
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Handle:  # type: ignore[override]
+        handle = Handle(callback, args, context or contextvars.copy_context(), when)
+        if when <= self.now_s:
+            self._ready.append(handle)
+        else:
+            self._timers_set += 1
+            heapq.heappush(self._timers, (when, self._timers_set, handle))
+        return handle
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        self.failed(context["message"], context.get("exception"))
+
+    # ---- the course of time ----------------------------------------------------------------------------------------
+
+    def run_until_complete(self, future: Any) -> Any:
+        """As asyncio's. `future` is a coroutine, and no process's."""
+        task = self.create_task(future)
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(finalizer=lambda generator: self.call_soon(self.create_task, generator.aclose()))
+        asyncio._set_running_loop(self)
+        try:
+            while not task.done():
+                if not self._ready:
+                    self._jump()
+                self._run(self._ready.popleft())
+        finally:
+            asyncio._set_running_loop(None)
+            sys.set_asyncgen_hooks(*hooks)
+        return task.result()
+
+    def _jump(self) -> None:
+        """To the next timer that is still wanted, and all others of its moment."""
+        timers = self._timers
+        while timers and timers[0][2].callback is None:
+            heapq.heappop(timers)
+        assert timers, "nothing is ready and no timer is set: whoever waits now waits for ever"
+        self.now_s = timers[0][0]
+        while timers and timers[0][0] == self.now_s:
+            self._ready.append(heapq.heappop(timers)[2])
+
+    def _run(self, handle: Handle) -> None:
+        callback = handle.callback
+        if callback is None:
+            return
+        process = handle.context.get(_process)
+        if process is None or self._is_over or (process.is_alive and not process.is_stopped):
+            self.callbacks += 1
+            try:
+                handle.context.run(callback, *handle.args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self.failed(f"in {callback}", error)
+        elif process.is_alive:
+            process.waiting.append(handle)
+        else:
+            self._never_run.append(handle)
+
+    # ---- processes and threads -------------------------------------------------------------------------------------
+
     def spawn(self, process: Process, work: Coroutine[Any, Any, Any], name: str = "") -> asyncio.Task[Any]:
-        return self.create_task(work, name=name or None, context=process.context.copy())  # type: ignore[no-any-return]
+        return self.create_task(work, name=name or None, context=process.context.copy())
 
     def go_on(self, process: Process) -> None:
         """A stopped process runs again: first all that came due meanwhile, in order."""
         process.is_stopped = False
-        self._ready.extend(process.waiting)  # type: ignore[attr-defined]
+        self._ready.extend(process.waiting)
         process.waiting.clear()
 
-    def _make_task(self, loop: asyncio.AbstractEventLoop, work: Any, context: Any = None) -> asyncio.Task[Any]:
-        task = asyncio.Task(work, loop=loop, context=context)
-        self.tasks.append(task)
-        return task
-
-    def _run_once(self) -> None:
-        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
-        if not ready:
-            while scheduled and scheduled[0]._cancelled:
-                heapq.heappop(scheduled)
-            assert scheduled, "nothing is ready and no timer is set: whoever waits now waits for ever"
-            self.now_s = max(self.now_s, scheduled[0]._when)
-        while scheduled and scheduled[0]._when <= self.now_s:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False
-            if not handle._cancelled:
-                ready.append(handle)
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if handle._cancelled:
-                continue
-            process = handle._context.get(_process)
-            if process is None or self._is_over or (process.is_alive and not process.is_stopped):
-                self.callbacks += 1
-                handle._run()
-            elif process.is_alive:
-                process.waiting.append(handle)
-            else:
-                self._never_run.append(handle)
-
-    def _write_to_self(self) -> None:
-        """call_soon_threadsafe: there is no other thread that sleeps."""
+    def run_in(self, process: Process, callback: Callable[..., object], *args: Any) -> None:
+        """Now, if it runs; else when it goes on, or never. For who runs in no process."""
+        self._run(Handle(callback, args, process.context, self.now_s))
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         """Work that takes virtual time returns a future in place of its result."""
@@ -134,7 +218,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             if (error := task.exception()) is not None
         ]
         self._is_over = True
-        self._ready.extend(self._never_run)  # type: ignore[attr-defined]
+        self._ready.extend(self._never_run)
         me = asyncio.current_task()
         for _ in range(MOST_CANCELLATIONS):
             pending = [task for task in self.tasks if not task.done() and task is not me]

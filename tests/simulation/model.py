@@ -8,6 +8,7 @@ So what a request's answer must be, and what every row that is read must hold, i
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -29,6 +30,7 @@ EOS = 0
 LAYERS, PLANES, HEADS = 2, 2, 2
 IDENTITY = worker_pb2.ModelIdentity(model_id="simulated", revision="r1", compute_dtype="float32")
 _MASK = (1 << 64) - 1
+_POSITIONS = numpy.arange(256)
 _SALTS: Words = numpy.random.default_rng(0).integers(1, 1 << 63, (LAYERS, PLANES, HEADS), dtype=numpy.uint64)
 
 
@@ -39,11 +41,11 @@ def _mix(state: int, value: int) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Truth:
-    """Of one request: prompt and whole answer, and the entry of each of these tokens."""
+    """Of one request: prompt and whole answer, and the rows of KV of each of these tokens."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    entries: Words
+    rows: Words  # [tokens, layers, planes, heads]
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -62,7 +64,8 @@ def truth_of(prompt: tuple[int, ...], seed: int, max_tokens: int) -> Truth:
         entries.append(state)
         if answer[-1] == EOS:
             break
-    return Truth(prompt, tuple(answer), numpy.array(entries, dtype=numpy.uint64))
+    words = numpy.array(entries, dtype=numpy.uint64)
+    return Truth(prompt, tuple(answer), words[:, None, None, None] ^ _SALTS)
 
 
 def layout_of(block_tokens: int, layers: int = LAYERS, heads: int = HEADS) -> KVLayout:
@@ -90,7 +93,7 @@ class Memory:
         self.buffer = memoryview(bytearray(sum(sizes)))
         self.ranks: list[CoreRank] = []
         self.offsets: list[int] = []
-        self._views: list[Words] = []  # of each rank, [num_blocks, layers, planes, heads, block_tokens]
+        self._views: list[tuple[Words, slice, slice]] = []  # of each rank, [num_blocks, layers, planes, heads, slots]
         offset = 0
         for number, ((layers, heads), layout, size) in enumerate(zip(self.rectangles, layouts, sizes, strict=True)):
             own = self.buffer[offset : offset + size]
@@ -98,35 +101,32 @@ class Memory:
             kv = RankKV(layout, layers, heads)
             self.ranks.append(CoreRank(kv, 0, offset, landing=landing, number=number))
             self.offsets.append(offset)
-            self._views.append(numpy.frombuffer(own, dtype=numpy.uint64).reshape(layout.shape(num_blocks)[:-1]))
+            view = numpy.frombuffer(own, dtype=numpy.uint64).reshape(layout.shape(num_blocks)[:-1])
+            self._views.append((view, slice(layers.start, layers.stop), slice(heads.start, heads.stop)))
             offset += size
 
     def block_of(self, offset_bytes: int) -> int:
         """The block that holds this byte of the buffer."""
-        number = next(n for n in reversed(range(len(self.offsets))) if self.offsets[n] <= offset_bytes)
+        number = bisect.bisect_right(self.offsets, offset_bytes) - 1
         return (offset_bytes - self.offsets[number]) // self.ranks[number].kv.layout.block_bytes
 
-    def write(self, table: Sequence[int], first: int, entries: Words) -> None:
-        blocks, slots = self._places(table, first, len(entries))
-        for (layers, heads), view in zip(self.rectangles, self._views, strict=True):
-            view[blocks, :, :, :, slots] = _rows(entries, layers, heads)
+    def write(self, table: Sequence[int], first: int, rows: Words) -> None:
+        """`rows` [tokens, layers, planes, heads], of the tokens from `first` on."""
+        blocks, slots = self._places(table, first, len(rows))
+        for view, layers, heads in self._views:
+            view[blocks, :, :, :, slots] = rows[:, layers, :, heads]
 
-    def holds(self, table: Sequence[int], first: int, entries: Words) -> bool:
-        """Whether the tokens from `first` on are those of these entries, in every layer and head."""
-        blocks, slots = self._places(table, first, len(entries))
+    def holds(self, table: Sequence[int], first: int, rows: Words) -> bool:
+        """Whether these are the rows of the tokens from `first` on, in every layer and head."""
+        blocks, slots = self._places(table, first, len(rows))
         return all(
-            bool((view[blocks, :, :, :, slots] == _rows(entries, layers, heads)).all())
-            for (layers, heads), view in zip(self.rectangles, self._views, strict=True)
+            numpy.array_equal(view[blocks, :, :, :, slots], rows[:, layers, :, heads])
+            for view, layers, heads in self._views
         )
 
     def _places(self, table: Sequence[int], first: int, count: int) -> tuple[NDArray[numpy.int64], ...]:
-        positions = numpy.arange(first, first + count)
-        return numpy.asarray(table, dtype=numpy.int64)[positions // self.block_tokens], positions % self.block_tokens
-
-
-def _rows(entries: Words, layers: range, heads: range) -> Words:
-    salts = _SALTS[layers.start : layers.stop, :, heads.start : heads.stop]
-    return entries[:, None, None, None] ^ salts
+        positions = _POSITIONS[first : first + count]
+        return numpy.array(table)[positions // self.block_tokens], positions % self.block_tokens
 
 
 class WrongKV(AssertionError):
@@ -152,7 +152,7 @@ class Engine:
             end = piece.start + len(piece.token_ids)
             if piece.token_ids != truth.tokens[piece.start : end]:
                 raise WrongKV(f"{piece.sequence_id} computes other tokens than its own from {piece.start} on")
-            if piece.start and not self._memory.holds(piece.block_table, 0, truth.entries[: piece.start]):
+            if piece.start and not self._memory.holds(piece.block_table, 0, truth.rows[: piece.start]):
                 raise WrongKV(f"{piece.sequence_id} reads KV that is not its own in {piece.block_table}")
             self._write(piece, truth)
             drawn.append((Drawn(truth.tokens[end]),) if piece.draw is not None else ())
@@ -164,4 +164,4 @@ class Engine:
 
     def _write(self, piece: Slice, truth: Truth) -> None:
         end = piece.start + len(piece.token_ids)
-        self._memory.write(piece.block_table, piece.start, truth.entries[piece.start : end])
+        self._memory.write(piece.block_table, piece.start, truth.rows[piece.start : end])

@@ -158,7 +158,7 @@ class Call:
             at_s = self.network.loop.time() + self.network.delay_s(self.client.name, self.server_host) + delay_s
             if not delay_s:
                 at_s = self._to_server_at_s = max(at_s, self._to_server_at_s + TICK_S)
-            self._carry(at_s, self.server, lambda: not self._server_is_cut, deliver, given)
+            self.network.loop.call_at(at_s, self._arrive_at_server, deliver, given, context=_NOBODY)
 
     def to_client(self, deliver: Callable[..., None], *given: Any, is_message: bool = False) -> None:
         if self._client_is_cut:
@@ -167,7 +167,7 @@ class Call:
             at_s = self.network.loop.time() + self.network.delay_s(self.server_host, self.client.name) + delay_s
             if not delay_s:
                 at_s = self._to_client_at_s = max(at_s, self._to_client_at_s + TICK_S)
-            self._carry(at_s, self.client, lambda: not self._client_is_cut, deliver, given)
+            self.network.loop.call_at(at_s, self._arrive_at_client, deliver, given, context=_NOBODY)
 
     def _delays(self, is_message: bool) -> tuple[float, ...]:
         """Of each copy of a message, beyond the network's own; 0 keeps its place in the order."""
@@ -181,24 +181,33 @@ class Call:
             return (0.0, network.rng.uniform(0.0, 1.0))
         return (network.rng.uniform(0.0, 0.1),) if mood < 1.0 else (0.0,)
 
-    def _carry(
-        self, at_s: float, target: Process, stands: Callable[[], bool], deliver: Callable[..., None], given: Any
-    ) -> None:
-        network = self.network
+    def _arrive_at_server(self, deliver: Callable[..., None], given: Any) -> None:
+        if self._server_is_cut:
+            return
+        if self.network.is_blocked(self.client.name, self.server_host):
+            self._hold(self._arrive_at_server, deliver, given)
+        else:
+            assert self.server is not None
+            self.network.loop.run_in(self.server, self._read_at_server, deliver, given)
 
-        def arrive() -> None:
-            if not stands():
-                return
-            if network.is_blocked(self.client.name, self.server_host):
-                network.hold(self.client.name, self.server_host, arrive)
-            else:
-                network.loop.call_soon(land, context=target.context)
+    def _read_at_server(self, deliver: Callable[..., None], given: Any) -> None:
+        if not self._server_is_cut:
+            deliver(*given)
 
-        def land() -> None:
-            if stands():
-                deliver(*given)
+    def _arrive_at_client(self, deliver: Callable[..., None], given: Any) -> None:
+        if self._client_is_cut:
+            return
+        if self.network.is_blocked(self.client.name, self.server_host):
+            self._hold(self._arrive_at_client, deliver, given)
+        else:
+            self.network.loop.run_in(self.client, self._read_at_client, deliver, given)
 
-        network.loop.call_at(at_s, arrive, context=_NOBODY)
+    def _read_at_client(self, deliver: Callable[..., None], given: Any) -> None:
+        if not self._client_is_cut:
+            deliver(*given)
+
+    def _hold(self, arrive: Callable[..., None], deliver: Callable[..., None], given: Any) -> None:
+        self.network.hold(self.client.name, self.server_host, lambda: arrive(deliver, given))
 
     def cut(self, why: str) -> None:
         """The connection is gone, for both ends; what is on its way to the handler may still be read by it."""
@@ -282,9 +291,9 @@ class ClientCall:
             call.server, call.server_end = server.process, end
             if server.process.is_stopped:
                 network.loop.call_later(KEEPALIVE_S, self._not_answered, server.process, context=_NOBODY)
-        network.loop.call_soon(end.begin, self._path, data, context=server.process.context)
+        network.loop.run_in(server.process, end.begin, self._path, data)
         if is_first:
-            network.loop.call_soon(self._wake, context=call.client.context)
+            network.loop.run_in(call.client, self._wake)
             for early in self._early:
                 early()
             self._early.clear()

@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import collections
 import logging
-import multiprocessing
 import sys
 import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,21 +18,8 @@ sys.path[0] = str(ROOT)  # not this folder, whose modules are named like others'
 
 from tests.simulation import schedule  # noqa: E402
 from tests.simulation.loop import MONOTONIC_AT_START_S, Process  # noqa: E402
-from tests.simulation.world import PHASES, Outcome, Violation, play  # noqa: E402
-
-SHARE = 50  # seeds that a process plays in one go
-
-
-def play_share(seeds: range) -> tuple[list[Outcome], list[str]]:
-    outcomes, broken = [], []
-    for seed in seeds:
-        try:
-            outcomes.append(play(seed))
-        except Violation as violation:
-            broken.append(str(violation))
-        except Exception:  # of the simulation itself, or of the product where nothing waits for it: no seed passes so
-            broken.append(f"seed {seed}\n{traceback.format_exc()}")
-    return outcomes, broken
+from tests.simulation.shares import Tally, play_shares  # noqa: E402
+from tests.simulation.world import PHASES, Violation, play  # noqa: E402
 
 
 def main() -> int:
@@ -50,38 +35,29 @@ def main() -> int:
 
 
 def play_all(seeds: range, jobs: int) -> int:
-    started_s, done = time.perf_counter(), 0
-    ends: collections.Counter[str] = collections.Counter()
-    hits: collections.Counter[tuple[str, str]] = collections.Counter()
-    refused: collections.Counter[str] = collections.Counter()
-    failures: list[str] = []
-    virtual_s, fetched_tokens = 0.0, 0
-    shares = [seeds[at : at + SHARE] for at in range(0, len(seeds), SHARE)]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for outcomes, broken in pool.imap_unordered(play_share, shares):
-            for outcome in outcomes:
-                ends += outcome.ends
-                hits += outcome.hits
-                refused += outcome.refused
-                virtual_s += outcome.lasted_s
-                fetched_tokens += outcome.fetched_tokens
-            for message in broken:
-                print(f"\n{message}", flush=True)
-            failures += broken
-            done += len(outcomes) + len(broken)
-            took_s = time.perf_counter() - started_s
-            left_s = took_s / done * (len(seeds) - done)
-            print(f"\r{done} of {len(seeds)} seeds, {len(failures)} broken, {left_s:.0f} s left ", end="", flush=True)
-    took_s = time.perf_counter() - started_s
+    started_s, all_of_them = time.perf_counter(), Tally()
+    for tally in play_shares(seeds, jobs):
+        for message in tally.broken:
+            print(f"\n{message}", flush=True)
+        all_of_them.add(tally)
+        done, broken = all_of_them.seeds + len(all_of_them.broken), len(all_of_them.broken)
+        took_s = time.perf_counter() - started_s
+        left_s = took_s / done * (len(seeds) - done)
+        print(f"\r{done} of {len(seeds)} seeds, {broken} broken, {left_s:.0f} s left ", end="", flush=True)
+    each_ms, each_virtual_s = took_s / len(seeds) * 1e3, all_of_them.virtual_s / len(seeds)
     print(
-        f"\r{done} seeds in {took_s:.0f} s: {took_s / done * 1e3:.1f} ms and {virtual_s / done:.1f} simulated s each\n"
+        f"\rseeds {seeds.start} to {seeds.stop - 1} in {took_s:.0f} s: {each_ms:.1f} ms of {jobs} processes"
+        f" and {each_virtual_s:.1f} simulated s each\n"
     )
-    table(hits)
-    print("\nrequests:", ", ".join(f"{count} {end}" for end, count in ends.most_common()))
-    print("refused hand-over messages:", ", ".join(f"{count} {why}" for why, count in refused.most_common()))
-    print(f"tokens of prefixes fetched: {fetched_tokens}")
-    print(f"broken promises: {len(failures)}")
-    return 1 if failures else 0
+    table(all_of_them.hits)
+    for title, counts in (
+        ("requests", all_of_them.ends),
+        ("refused hand-over messages", all_of_them.refused),
+        ("done", all_of_them.done),
+    ):
+        print(f"{title}:", ", ".join(f"{count} {name}" for name, count in counts.most_common()))
+    print(f"broken promises: {broken}")
+    return 1 if broken else 0
 
 
 def table(hits: collections.Counter[tuple[str, str]]) -> None:

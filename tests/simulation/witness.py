@@ -97,7 +97,7 @@ class Witness:
 
     def count(self, worker: Worker) -> None:
         """At the end of its life."""
-        self._world.fetched_tokens += worker.core.meter.fetched_tokens
+        self._world.done["tokens of prefixes fetched"] += worker.core.meter.fetched_tokens
         self._world.refused.update(worker.core.reservations._each[0].refused)
 
     def audit(self, worker: Worker) -> None:
@@ -109,6 +109,6 @@ class Witness:
             hashes, size = scheduler.prefix.hashes(truth.tokens), scheduler.config.block_tokens
             for index, content in enumerate(hashes):
                 block = scheduler.pool.find(content)
-                entries = truth.entries[index * size : (index + 1) * size]
-                if block is not None and not worker.memory.holds((block,), 0, entries):
+                rows = truth.rows[index * size : (index + 1) * size]
+                if block is not None and not worker.memory.holds((block,), 0, rows):
                     self._world.violated(f"{worker.plan.worker_id} caches block {block} as {name}'s, which it is not")

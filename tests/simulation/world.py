@@ -62,7 +62,7 @@ class Outcome:
     ends: collections.Counter[str]  # of requests: "finished", or the error's reason
     hits: collections.Counter[tuple[str, str]]  # (fault, phase): requests that it found in that phase
     refused: collections.Counter[str]  # hand-overs, by reason
-    fetched_tokens: int  # of prefixes, by prefill workers from decode workers
+    done: collections.Counter[str]  # what workers and routers counted of what they did
     callbacks: int
     lasted_s: float
     fingerprint: str
@@ -96,7 +96,7 @@ class World:
         self.clients: dict[str, Client] = {}
         self.hits: collections.Counter[tuple[str, str]] = collections.Counter()
         self.refused: collections.Counter[str] = collections.Counter()
-        self.fetched_tokens = 0
+        self.done: collections.Counter[str] = collections.Counter()
         self.witness = Witness(self)
         self.around.fabric.posting, self.around.fabric.landing = self.witness.posting, self.witness.landing
 
@@ -119,7 +119,8 @@ class World:
             strikes = Faults(self, begun_s)
             faults = [asyncio.ensure_future(strikes.strike(fault)) for fault in self.schedule.faults]
             await asyncio.gather(*faults)
-            await asyncio.sleep(max(plan.at_s for plan in self.schedule.requests))
+            last_s = max(plan.at_s for plan in self.schedule.requests)
+            await asyncio.sleep(begun_s + last_s - self.loop.time())
             await self._settle()
         except Hopeless:
             pass
@@ -176,6 +177,11 @@ class World:
             and bool(router.registry.models())
             for router in self.routers.values()
         )
+
+    def is_idle(self) -> bool:
+        """All have asked and have their end, and nothing is held for them any more."""
+        asked = self.clients.values()
+        return len(asked) == len(self.schedule.requests) and all(one.end for one in asked) and not self.left()
 
     def process(self, name: str) -> Process:
         return self.workers[name].process if name in self.workers else self.routers[name].process
@@ -275,7 +281,7 @@ def play(seed: int, faults: Sequence[str] = kinds.KINDS) -> Outcome:
     """`faults`: the kinds to draw from. Raises Violation."""
     world = World(schedule_of(seed, faults))
     loop = world.loop
-    loop.set_exception_handler(lambda _loop, what: world.violated(f"{what.get('message')}: {what.get('exception')!r}"))
+    loop.failed = lambda message, error: world.violated(f"{message}: {error!r}")
 
     async def life() -> list[BaseException]:
         try:
@@ -286,10 +292,7 @@ def play(seed: int, faults: Sequence[str] = kinds.KINDS) -> Outcome:
         return unseen
 
     with _replaced(world):
-        try:
-            unseen = loop.run_until_complete(life())
-        finally:
-            loop.close()
+        unseen = loop.run_until_complete(life())
     for error in unseen:
         if not isinstance(error, errors.LegatoError | grpc.aio.AioRpcError | asyncio.CancelledError):
             world.violated(f"a task failed: {error!r}")
@@ -305,7 +308,7 @@ def play(seed: int, faults: Sequence[str] = kinds.KINDS) -> Outcome:
         ends=ends,
         hits=world.hits,
         refused=world.refused,
-        fetched_tokens=world.fetched_tokens,
+        done=world.done,
         callbacks=loop.callbacks,
         lasted_s=loop.now_s - MONOTONIC_AT_START_S,
         fingerprint=fingerprint,
