@@ -23,6 +23,7 @@ from router.constraints import Constraints
 from router.inference import InferenceService
 from router.line import Line
 from router.meter import Meter as RouterMeter
+from router.moves import Balancer
 from router.placer import Placer
 from router.registry import Registry
 from scheduler.batch import SchedulerConfig
@@ -36,7 +37,7 @@ from service.tracing import Spans
 from service.wire import spoken
 from telemetry.setup import setup
 from tests.simulation.loop import Process, SimulatedLoop
-from tests.simulation.model import EOS, IDENTITY, VOCAB, Engine, Memory, Truth
+from tests.simulation.model import ADAPTER, EOS, IDENTITY, VOCAB, Engine, Memory, Truth, layout_of
 from tests.simulation.network import Network, Server
 from tests.simulation.store import Store
 from tests.simulation.transport import Fabric, SimulatedTransport
@@ -45,11 +46,14 @@ from worker.lanes import LaneReservations, Lanes
 from worker.loop import EngineLoop
 from worker.meter import Meter
 from worker.serving import Pool, add_services
+from worker.tiers import HostTier, Tier
+from worker.warming import Warming
 from worker.watch import StepWatch
 
 KEY = "a key of simulations"
 REDIS_URL = "redis://redis"
 PORT = 1
+TIER_BYTES = 40 * layout_of(4).block_bytes
 TELEMETRY = setup("simulated")
 CONFIGS = {
     (role, lease_s, digest): WorkerConfig(
@@ -60,7 +64,7 @@ CONFIGS = {
     )
     for role in ("prefill", "decode")
     for lease_s in (0.5, 1.0, 3.0)
-    for digest in ("always", "sampled")
+    for digest in ("always", "sampled", "off")
 }
 
 
@@ -75,6 +79,7 @@ class Surroundings:
     truths: dict[str, Truth]  # by request
     violated: Callable[[str], None]
     digest: str  # as handoff.digest
+    disks: dict[str, Disk] = dataclasses.field(default_factory=dict)  # by worker; what is there outlives it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,6 +93,14 @@ class WorkerPlan:
     max_sequences: int
     lease_s: float
     step_s: float
+    groups: int  # among dp
+    tier: str  # where evicted blocks go: "host", which dies with the process, "disk", or nowhere
+
+
+class Disk(HostTier):
+    """A tier whose contents the next life finds."""
+
+    name = "disk"
 
 
 class Executor:
@@ -98,12 +111,13 @@ class Executor:
 
     def __init__(self, engine: Engine, num_ranks: int, meter: Meter, look: Callable[[StepPlan], None]) -> None:
         self._engine, self._num_ranks, self._meter, self._look = engine, num_ranks, meter, look
-        self._out: deque[tuple[StepPlan, StepResult, float]] = deque()
+        self._out: deque[tuple[tuple[StepPlan, ...], tuple[StepResult, ...], float]] = deque()
 
     def submit(self, plans: Sequence[StepPlan], watch: StepWatch | None, meanwhile: Callable[[], None]) -> None:
-        (plan,) = plans
-        self._look(plan)
-        self._out.append((plan, self._engine.execute(plan), time.monotonic()))
+        for plan in plans:
+            self._look(plan)
+        results = tuple(self._engine.execute(group, plan) for group, plan in enumerate(plans))
+        self._out.append((tuple(plans), results, time.monotonic()))
         if watch is not None:
             for rank in range(self._num_ranks):
                 if watch.hook(rank) is not None:
@@ -114,10 +128,11 @@ class Executor:
         """The engine makes its inputs of plans alone."""
 
     def result(self) -> tuple[StepResult, ...]:
-        plan, result, submitted_s = self._out.popleft()
-        self._engine.finish(plan)
-        self._meter.step((plan,), (result,), time.monotonic() - submitted_s)
-        return (result,)
+        plans, results, submitted_s = self._out.popleft()
+        for group, plan in enumerate(plans):
+            self._engine.finish(group, plan)
+        self._meter.step(plans, results, time.monotonic() - submitted_s)
+        return results
 
     def totals(self) -> dict[str, int]:
         return {}
@@ -196,7 +211,7 @@ class Worker:
     def __init__(self, plan: WorkerPlan, around: Surroundings) -> None:
         self.plan = plan
         self.process = Process(plan.worker_id)
-        self.memory = Memory(plan.num_blocks, plan.block_tokens, plan.cut)
+        self.memory = Memory(plan.num_blocks, plan.block_tokens, plan.cut, plan.groups)
         self.stepping: Callable[[Worker, StepPlan], None] = lambda worker, plan: None
         self.is_up = False  # what follows is there
         self.core: Core
@@ -216,6 +231,8 @@ class Worker:
         self.server = server = Server(around.network, self.process, core.record.address, KEY)
         add_services(cast(Any, server), core, pool, self._drain)
         engine_loop.run_in(loop, self._step_s, self._defect)
+        if core.tiers:
+            core.warming = Warming(core, core.tiers)
         self._registrar = registrar = Registrar(REDIS_URL, "simulated", core.record)
         self.is_up = True
         async with registrar:
@@ -249,7 +266,7 @@ class Worker:
             identity=IDENTITY,
             kv_layout=layout_to_proto(whole_layout(ranks)),
             ranks=ranks_to_proto(ranks),
-            total_blocks=plan.num_blocks,
+            total_blocks=plan.num_blocks * plan.groups,
             max_context_tokens=256,
             max_step_tokens=plan.max_step_tokens,
             endpoints=[
@@ -259,6 +276,7 @@ class Worker:
             vocab_size=VOCAB,
             eos_token_ids=[EOS],
             wire=spoken(),
+            adapters=[ADAPTER],
         )
         lanes = Lanes.of(
             [
@@ -270,7 +288,9 @@ class Worker:
                     max_context_tokens=256,
                     eos_token_ids=(EOS,),
                     cache_salt=identity_text(IDENTITY).encode(),
+                    group=group,
                 )
+                for group in range(plan.groups)
             ]
         )
         meter = Meter(TELEMETRY)
@@ -297,7 +317,17 @@ class Worker:
             ),
             meter=meter,
             digest_pool=nothing,
+            tiers=self._tiers(),
         )
+
+    def _tiers(self) -> tuple[Tier, ...]:
+        """Of all that it would ever hold."""
+        match self.plan.tier:
+            case "host":
+                return (HostTier(TIER_BYTES),)
+            case "disk":
+                return (self._around.disks.setdefault(self.plan.worker_id, Disk(TIER_BYTES)),)
+        return ()
 
     def live(self) -> dict[str, int]:
         """What must be zero when nothing runs."""
@@ -353,6 +383,7 @@ class Router:
         )
         async with Watcher(REDIS_URL, "simulated") as watcher:
             registry.spawn(registry.follow(watcher.snapshots()), name="follow the registry")
+            registry.spawn(Balancer(registry).run(), name="balance")
             self.is_up = True
             await around.loop.create_future()
 
@@ -364,7 +395,7 @@ class Router:
         counts = {
             "running requests": self.inference.meter.running_requests,
             "in line": len(self.line),
-            "tasks": self.registry.tasks - 1,  # that which follows the registry
+            "tasks": self.registry.tasks - 2,  # that which follows the registry, and that which balances
             "charged tokens": sum(worker.charged_tokens for worker in workers),
             "charges": sum(worker.requests for worker in workers),
             "routes": sum(worker.routes for worker in workers),

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from tests.simulation.cluster import WorkerPlan
-from tests.simulation.model import VOCAB, truth_of
+from tests.simulation.model import ADAPTER, VOCAB, truth_of
 
 LONGEST_PROMPT = 36  # with the longest answer it fits into the smallest memory
 FAULTS_END_S = 6.0  # after the first request may come; then everything heals
@@ -52,6 +52,7 @@ class RequestPlan:
     seed: int
     max_tokens: int
     timeout_s: float
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ def schedule_of(seed: int, kinds: Sequence[str] = KINDS) -> Schedule:
             max_sequences=rng.randint(3, 5),
             lease_s=rng.choice((0.5, 1.0, 3.0)),
             step_s=rng.choice((0.01, 0.03, 0.1)) * (3 if role == "prefill" else 1),
+            groups=rng.choice((1, 1, 1, 2)),
+            tier=rng.choice(("", "", "host", "disk")),
         )
         for role in ("prefill", "decode")
         for index in range(2)
@@ -98,7 +101,7 @@ def schedule_of(seed: int, kinds: Sequence[str] = KINDS) -> Schedule:
         faults=_faults(rng, kinds, [worker.worker_id for worker in workers], list(routers), requests),
         plays_out=rng.random() < 0.1,
     )
-    return dataclasses.replace(schedule, digest=rng.choice(("always", "always", "sampled")))
+    return dataclasses.replace(schedule, digest=rng.choice(("always", "always", "always", "sampled", "off")))
 
 
 def _requests(rng: random.Random) -> tuple[RequestPlan, ...]:
@@ -115,6 +118,7 @@ def _requests(rng: random.Random) -> tuple[RequestPlan, ...]:
                 seed=rng.randrange(1 << 32),
                 max_tokens=rng.choice((1, 2, 3, 5, 8, 16)),
                 timeout_s=rng.choice((0.4, 2.0, 6.0, 12.0)),
+                adapter=rng.choice(("", "", "", ADAPTER.name)),
             )
         )
     return (*found, *_conversations(rng, found))
@@ -124,7 +128,7 @@ def _conversations(rng: random.Random, begun: Sequence[RequestPlan]) -> Iterator
     """Of some requests the next turn, perhaps before the answer is there: a decode worker holds what no prefill worker
     has computed."""
     for earlier in begun:
-        prompt = truth_of(earlier.prompt, earlier.seed, earlier.max_tokens).tokens
+        prompt = truth_of(earlier.prompt, earlier.seed, earlier.max_tokens, earlier.adapter).tokens
         prompt += tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 4)))
         if rng.random() < 0.4 and len(prompt) <= LONGEST_PROMPT:
             yield dataclasses.replace(

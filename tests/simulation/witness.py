@@ -42,7 +42,9 @@ class Witness:
 
     def _phases_at(self, worker: Worker, found: dict[str, str]) -> None:
         reservations: dict[str, Entry] = {
-            entry.reservation.sequence_id: entry for entry in worker.core.reservations._each[0]._live.values()
+            entry.reservation.sequence_id: entry
+            for each in worker.core.reservations._each
+            for entry in each._live.values()
         }
         for sequence_id in worker.pool._placements.placed:  # type: ignore[attr-defined]
             name = sequence_id.partition("-")[0]
@@ -52,26 +54,27 @@ class Witness:
                 reserved = "reserved" if entry.stage is ReservationStage.RESERVED else "prefilling"
                 moving = entry.landed_tokens > entry.reservation.held_tokens
                 found[name] = "moving" if moving else reserved
-            elif (sequence := worker.core.scheduler.schedulers[0]._roster.get(sequence_id)) is not None:
+            elif (running := worker.core.scheduler.find(sequence_id)) is not None:
+                sequence = running[1]
                 began = sequence.drawn_here > 0 or sequence.stage is not Stage.RUNNING
                 found[name] = "decoding" if began else "handed over"
 
-    def posting(self, owner: SimulatedTransport, write: Write) -> list[tuple[str, int, int]]:
+    def posting(self, owner: SimulatedTransport, write: Write) -> list[tuple[str, int, int, int]]:
         worker = self._owners.get(owner)
         if worker is None or not worker.process.is_alive:
             return []
         marks = []
-        for block in sorted({worker.memory.block_of(piece.target_offset) for piece in write.pieces}):
-            entry = self._writable(worker, block)
+        for group, block in sorted({worker.memory.block_of(piece.target_offset) for piece in write.pieces}):
+            entry = self._writable(worker, group, block)
             if entry is None:
                 self._world.violated(f"a write was posted to block {block} of {worker.plan.worker_id}, not for it")
                 continue
-            generation = worker.core.scheduler.schedulers[0].pool.generation(block)
-            marks.append((entry.reservation.reservation_id, block, generation))
+            generation = worker.core.scheduler.schedulers[group].pool.generation(block)
+            marks.append((entry.reservation.reservation_id, group, block, generation))
         return marks
 
-    def _writable(self, worker: Worker, block: int) -> Entry | None:
-        for entry in worker.core.reservations._each[0]._live.values():
+    def _writable(self, worker: Worker, group: int, block: int) -> Entry | None:
+        for entry in worker.core.reservations._each[group]._live.values():
             if (
                 block in entry.reservation.block_ids[entry.settled_blocks :]
                 and entry.stage is not ReservationStage.RESERVED
@@ -81,9 +84,10 @@ class Witness:
 
     def landing(self, owner: SimulatedTransport, write: Write, pieces: Sequence[Piece]) -> None:
         worker = self._owners[owner]
-        live, pool = worker.core.reservations._each[0]._live, worker.core.scheduler.schedulers[0].pool
-        for reservation_id, block, generation in write.mark:
-            if reservation_id not in live or pool.generation(block) != generation:
+        core = worker.core
+        for reservation_id, group, block, generation in write.mark:
+            pool = core.scheduler.schedulers[group].pool
+            if reservation_id not in core.reservations._each[group]._live or pool.generation(block) != generation:
                 self._world.violated(
                     f"a write landed in block {block} of {worker.plan.worker_id} that was given away: {reservation_id}"
                 )
@@ -97,18 +101,29 @@ class Witness:
 
     def count(self, worker: Worker) -> None:
         """At the end of its life."""
-        self._world.done["tokens of prefixes fetched"] += worker.core.meter.fetched_tokens
-        self._world.refused.update(worker.core.reservations._each[0].refused)
+        done = self._world.done
+        done["tokens of prefixes fetched"] += worker.core.meter.fetched_tokens
+        done["sequences moved"] += worker.core.meter.moved_sequences
+        done["preemptions"] += worker.core.scheduler.totals()["preemptions"]
+        if worker.core.warming is not None:
+            totals = worker.core.warming.totals()
+            done["blocks brought back from tiers"] += sum(
+                totals.get(f"{name}_tier_hits", 0) for name in ("host", "disk")
+            )
+        for each in worker.core.reservations._each:
+            self._world.refused.update(each.refused)
 
     def audit(self, worker: Worker) -> None:
         """What the prefix cache names is what the blocks hold."""
         worker.core.check()
         self.count(worker)
-        scheduler = worker.core.scheduler.schedulers[0]
-        for name, truth in self._world.around.truths.items():
-            hashes, size = scheduler.prefix.hashes(truth.tokens), scheduler.config.block_tokens
-            for index, content in enumerate(hashes):
-                block = scheduler.pool.find(content)
-                rows = truth.rows[index * size : (index + 1) * size]
-                if block is not None and not worker.memory.holds((block,), 0, rows):
-                    self._world.violated(f"{worker.plan.worker_id} caches block {block} as {name}'s, which it is not")
+        for group, scheduler in enumerate(worker.core.scheduler.schedulers):
+            size = scheduler.config.block_tokens
+            for name, truth in self._world.around.truths.items():
+                for index, content in enumerate(scheduler.prefix.hashes(truth.tokens, truth.adapter_id)):
+                    block = scheduler.pool.find(content)
+                    rows = truth.rows[index * size : (index + 1) * size]
+                    if block is not None and not worker.memory.holds(group, (block,), 0, rows):
+                        self._world.violated(
+                            f"{worker.plan.worker_id} caches block {block} as {name}'s, which it is not"
+                        )

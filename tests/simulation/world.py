@@ -200,7 +200,7 @@ class World:
     # ---- clients ---------------------------------------------------------------------------------------------------
 
     def ask(self, plan: RequestPlan, routers: Sequence[str] = ()) -> Client:
-        truth = self.around.truths[plan.name] = truth_of(plan.prompt, plan.seed, plan.max_tokens)
+        truth = self.around.truths[plan.name] = truth_of(plan.prompt, plan.seed, plan.max_tokens, plan.adapter)
         client = self.clients[plan.name] = Client(plan, truth, Process(f"client-{plan.name}"))
         names = list(routers or self.rng.sample(self.schedule.routers, len(self.schedule.routers)))
         address = ",".join(f"{name}:{PORT}" for name in names)
@@ -212,7 +212,13 @@ class World:
         end = "left"
         try:
             async with legato.AsyncClient(address, timeout_s=plan.timeout_s) as sdk:
-                stream = sdk.stream(list(plan.prompt), request_id=plan.name, max_tokens=plan.max_tokens, seed=plan.seed)
+                stream = sdk.stream(
+                    list(plan.prompt),
+                    request_id=plan.name,
+                    max_tokens=plan.max_tokens,
+                    seed=plan.seed,
+                    adapter=plan.adapter,
+                )
                 async for piece in stream:
                     self._received(client, piece)
                 end = "finished"
