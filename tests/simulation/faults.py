@@ -74,12 +74,9 @@ class Faults:
 
     async def _die(self, fault: Fault, end_s: float) -> None:
         """Of workers that write half die while they do."""
-        length_s, until_s = end_s - self._loop.time(), self._loop.time() + LONGEST_WAIT_S
-        is_awaited = fault.target in self._world.workers and self._rng.random() < 0.5
-        while (
-            is_awaited and self._loop.time() < until_s and not self._fabric.writes_of(self._world.process(fault.target))
-        ):
-            await asyncio.sleep(0.002)
+        length_s = end_s - self._loop.time()
+        if fault.target in self._world.workers and self._rng.random() < 0.5:
+            await self._fabric.write_of(self._world.process(fault.target), LONGEST_WAIT_S)
         end_s = min(self._loop.time() + length_s, max(end_s, self._begun_s + FAULTS_END_S))
         if self._crash(fault.target):
             await self._until(end_s)

@@ -106,7 +106,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return task
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> Handle:  # type: ignore[override]
-        handle = Handle(callback, args, context or contextvars.copy_context(), self.now_s)
+        if context is None:
+            context = contextvars.copy_context()
+        handle = Handle(callback, args, context, self.now_s)
         self._ready.append(handle)
         return handle
 
@@ -116,7 +118,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return self.call_at(self.now_s + delay, callback, *args, context=context)
 
     def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Handle:  # type: ignore[override]
-        handle = Handle(callback, args, context or contextvars.copy_context(), when)
+        if context is None:
+            context = contextvars.copy_context()
+        handle = Handle(callback, args, context, when)
         if when <= self.now_s:
             self._ready.append(handle)
         else:

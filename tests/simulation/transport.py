@@ -9,6 +9,7 @@ knows whose memory it is by then.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
@@ -54,6 +55,24 @@ class Fabric:
         self.posting: Callable[[SimulatedTransport, Write], Any] = lambda owner, write: None
         self.landing: Landing = lambda owner, write, pieces: None
         self.writes = 0
+        self._awaited: list[tuple[Process, asyncio.Future[None]]] = []
+
+    async def write_of(self, process: Process, within_s: float) -> None:
+        """Until something of it may still land, or the time is up."""
+        if self.writes_of(process):
+            return
+        awaited = (process, self.network.loop.create_future())
+        self._awaited.append(awaited)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await awaited[1]
+        self._awaited.remove(awaited)
+
+    def posted(self, process: Process) -> None:
+        self.writes += 1
+        for writer, news in self._awaited:
+            if writer is process and not news.done():
+                news.set_result(None)
 
     def writes_of(self, process: Process) -> list[Write]:
         """That may still land."""
@@ -165,7 +184,7 @@ class SimulatedPeer(Peer):
             raise TransferFailed("the peer is lost")
         fabric = self._transport.fabric
         network, rng = fabric.network, fabric.rng
-        fabric.writes += 1
+        fabric.posted(self._transport.process)
         transfer = Transfer()
         transfer.set_running_or_notify_cancel()
         write = Write(self, source.buffer, list(pieces), transfer)
