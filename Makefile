@@ -28,7 +28,7 @@ test: $(VENV)/.dev  ## every test
 	@$(BIN)/python -m pytest
 
 SEEDS ?= 100000
-simulate: $(VENV)/.dev  ## SEEDS simulated clusters under faults, each about 60 ms of a core; 100,000 unless said otherwise
+simulate: $(VENV)/.dev  ## SEEDS simulated clusters under faults, each about 40 ms of a core; 100,000 unless said otherwise
 	@$(BIN)/python tests/simulation/run.py --seeds $(SEEDS)
 
 lint: $(VENV)/.dev  ## style

@@ -234,7 +234,7 @@ PLANTED = [
     (tier_not_waited_for, (SLOW_LINK,), "not its own|which it is not"),
     (wrong_group, (SLOW_LINK,), "not its own|which it is not"),
     (prefix_in_any_order, (SLOW_LINK,), "not its own|which it is not"),
-    (moved_and_stayed, (DRAIN,), "."),
+    (moved_and_stayed, (DRAIN,), "runs on .*, which was given up"),
 ]
 
 
