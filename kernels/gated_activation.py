@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import tuning
 from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
@@ -73,7 +74,8 @@ def _kernel(
 
 def launch(gate_up: Tensor, kind: ActivationKind) -> Tensor:
     num_rows, intermediate_size = gate_up.shape[0], gate_up.shape[1] // 2
-    block = min(triton.next_power_of_2(intermediate_size), 1024)
+    config = tuning.choose("gated_activation", gate_up.device)
+    block = min(triton.next_power_of_2(intermediate_size), config.tiles["columns"])
     out = gate_up.new_empty(num_rows, intermediate_size)
     _kernel[(num_rows, triton.cdiv(intermediate_size, block))](
         gate_up.contiguous(),
@@ -84,6 +86,7 @@ def launch(gate_up: Tensor, kind: ActivationKind) -> Tensor:
         GELU_CUBIC,
         SWIGLU_LIMIT,
         block,
+        **config.options,
     )
     return out
 

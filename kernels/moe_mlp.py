@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels import gated_activation, linear
+from kernels import gated_activation, linear, tuning
 from kernels.cpu.library import Library
 from kernels.gated_activation import ActivationKind
 from kernels.jit import jit, tl, triton
@@ -210,7 +210,11 @@ class _Order:
     slots: Tensor  # [R] int64; those without an expert come last
     starts: Tensor  # [E + 1] int64
     first_tiles: Tensor  # [E + 1] int64
-    tile_rows: int
+    config: tuning.Config
+
+    @property
+    def tile_rows(self) -> int:
+        return self.config.tiles["rows"]
 
     @property
     def most_tiles(self) -> int:
@@ -219,12 +223,17 @@ class _Order:
         return min(num_slots, num_slots // self.tile_rows + num_experts)
 
 
-def _ordered(expert_ids: Tensor, num_experts: int, tile_rows: int) -> _Order:
+def _ordered(expert_ids: Tensor, num_experts: int, config: tuning.Config) -> _Order:
     experts = torch.where(expert_ids < 0, num_experts, expert_ids).flatten()
     ordered, slots = experts.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(num_experts + 1, device=experts.device))
+    tile_rows = config.tiles["rows"]
     tiles = (starts.diff() + tile_rows - 1) // tile_rows
-    return _Order(slots, starts, torch.nn.functional.pad(tiles.cumsum(0), (1, 0)), tile_rows)
+    return _Order(slots, starts, torch.nn.functional.pad(tiles.cumsum(0), (1, 0)), config)
+
+
+def _is_aligned(experts: PackedExperts, side: tuple[PackedLinear, ...]) -> bool:
+    return experts.aligned and side[0].k * side[0].dtype.itemsize % ALIGNMENT_BYTES == 0
 
 
 def _launch_product(
@@ -232,14 +241,7 @@ def _launch_product(
 ) -> None:
     """out: [R, N], by slot."""
     addresses = experts.addresses[:2] if side is experts.gate_up else experts.addresses[2:]
-    aligned = experts.aligned and side[0].k * x.element_size() % ALIGNMENT_BYTES == 0
-    # Tiles and warps are such that no shape of tests/kernels/test_compile.py spills registers.
-    if x.dtype == torch.float32:
-        tile_n, tile_k, num_warps = (32, 32, 4) if order.tile_rows <= 32 else (64, 32, 8)
-    elif order.tile_rows <= 16:
-        tile_n, tile_k, num_warps = 64, 128, 4
-    else:
-        tile_n, tile_k, num_warps = 128 if aligned else 64, 64, 8
+    tile_n = order.config.tiles["outputs"]
     _product_kernel[(order.most_tiles, triton.cdiv(side[0].n, tile_n))](
         x,
         addresses,
@@ -252,12 +254,11 @@ def _launch_product(
         side[0].k,
         slots_per_row,
         side[0].bias is not None,
-        ALIGNMENT_BYTES if aligned else 1,
+        ALIGNMENT_BYTES if _is_aligned(experts, side) else 1,
         order.tile_rows,
         tile_n,
-        tile_k,
-        num_warps=num_warps,
-        num_stages=3,
+        order.config.tiles["depth"],
+        **order.config.options,
     )
 
 
@@ -270,17 +271,23 @@ def launch(
     if num_slots == 0:
         return out.zero_()
     expert_ids = expert_ids.contiguous()
-    rows_per_expert = num_slots // num_experts
-    tile_rows = 16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64
-    order = _ordered(expert_ids, num_experts, tile_rows)
+    config = tuning.choose(
+        "moe_mlp",
+        x.device,
+        rows_per_expert=num_slots // num_experts,
+        element_bytes=x.element_size(),
+        aligned=all(_is_aligned(experts, side) for side in (experts.gate_up, experts.down)),
+    )
+    order = _ordered(expert_ids, num_experts, config)
     gate_up = x.new_empty(num_slots, 2 * experts.intermediate_size)
     _launch_product(x.contiguous(), experts, experts.gate_up, order, experts_per_token, gate_up)
     activated = gated_activation.launch(gate_up, activation_kind)
     answers = x.new_empty(num_slots, hidden_size, dtype=torch.float32)
     _launch_product(activated, experts, experts.down, order, 1, answers)
-    block = min(triton.next_power_of_2(hidden_size), 1024)
+    config = tuning.choose("moe_combine", x.device)
+    block = min(triton.next_power_of_2(hidden_size), config.tiles["columns"])
     _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
-        answers, expert_ids, weights.contiguous(), out, hidden_size, experts_per_token, block
+        answers, expert_ids, weights.contiguous(), out, hidden_size, experts_per_token, block, **config.options
     )
     return out
 

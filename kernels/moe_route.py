@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels import tuning
 from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
@@ -188,7 +189,7 @@ def launch(
         triton.next_power_of_2(num_groups),
         groups_per_token,
         group_score == "top2",
-        num_warps=1 if num_experts <= 256 else 4,
+        **tuning.choose("moe_route", logits.device, num_experts=num_experts).options,
     )
     return expert_ids, weights
 

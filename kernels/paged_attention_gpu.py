@@ -9,12 +9,12 @@ a tile is read once for keys and values.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
+from kernels import tuning
 from kernels.jit import jit, tl, triton
 from kernels.kv_rows import LARGEST_CODE, SCALE_BYTES, row_dims
 
@@ -211,30 +211,6 @@ def _join_kernel(
     tl.store(out_ptr + row * HEAD_DIM + dim, joined.to(out_ptr.dtype.element_ty), dim < HEAD_DIM)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tiles:
-    heads: int
-    queries: int
-    kv_tokens: int
-    num_warps: int
-
-
-def choose_tiles(group: int, dim: int, only_decodes: bool, dtype: torch.dtype, row_quantised: bool) -> Tiles:
-    """Such that no shape of tests/kernels/test_compile.py spills registers. `dim`: the larger of a key and a value.
-
-    What spills some: row-quantised latent blocks that fp32 queries read.
-    """
-    wide, latent = dtype == torch.float32, dim > 256
-    heavy = row_quantised and (wide or 128 < dim <= 256)
-    most_rows = 64 // (2 if wide else 1) // (2 if latent or (wide and row_quantised) else 1)
-    group_padded = triton.next_power_of_2(group)
-    rows = max(min(group_padded, most_rows), 16) if only_decodes else most_rows
-    heads = min(group_padded, rows)
-    kv_tokens = 16 if wide or heavy else 64 if dim <= (64 if only_decodes else 128) else 32
-    small = rows == 16 and only_decodes and not (latent or heavy)
-    return Tiles(heads, rows // heads, kv_tokens, 4 if small else 8)
-
-
 def choose_splits(num_programs: int, most_kv_tokens: int, num_multiprocessors: int) -> int:
     """As many as give every multiprocessor two programs, none shorter than 256 tokens of the longest context.
 
@@ -287,15 +263,24 @@ def launch(
     shared = value_blocks.data_ptr() == key_blocks.data_ptr()
     latent = shared and value_dim <= key_main
     value_padded = key_main if latent else max(triton.next_power_of_2(value_dim), 16)
-    dim, row_quantised = max(key_main + key_rest, value_padded), key_blocks.dtype in LARGEST_CODE
-    tiles = choose_tiles(group, dim, num_tokens == num_sequences, q.dtype, row_quantised)
-    num_tiles = num_tokens // tiles.queries + num_sequences
-    num_head_tiles = num_kv_heads * triton.cdiv(group, tiles.heads)
+    config = tuning.choose(
+        "paged_attention",
+        q.device,
+        group=group,
+        dim=max(key_main + key_rest, value_padded),
+        only_decodes=num_tokens == num_sequences,
+        element_bytes=q.element_size(),
+        row_quantised=key_blocks.dtype in LARGEST_CODE,
+    )
+    tile_heads = min(triton.next_power_of_2(group), config.tiles["rows"])
+    tile_queries = config.tiles["rows"] // tile_heads
+    num_tiles = num_tokens // tile_queries + num_sequences
+    num_head_tiles = num_kv_heads * triton.cdiv(group, tile_heads)
     if num_splits is None:
         num_multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
         most_kv_tokens = block_tables.shape[1] * block_tokens
         if window is not None:
-            most_kv_tokens = min(most_kv_tokens, window + tiles.queries)
+            most_kv_tokens = min(most_kv_tokens, window + tile_queries)
         num_splits = choose_splits(num_tiles * num_head_tiles, most_kv_tokens, num_multiprocessors)
 
     keys, key_scales = _codes_and_scales(key_blocks, key_dim)
@@ -333,17 +318,14 @@ def launch(
         value_padded,
         latent,
         group,
-        tiles.heads,
-        tiles.queries,
-        tiles.kv_tokens,
+        tile_heads,
+        tile_queries,
+        config.tiles["kv_tokens"],
         num_splits,
-        num_warps=tiles.num_warps,
-        num_stages=2,
+        **config.options,
     )
     if num_splits > 1:
         num_rows, dim_padded = num_tokens * num_heads, triton.next_power_of_2(value_dim)
-        num_warps = min(max(num_splits * dim_padded // 2048, 1), 16)  # 64 elements a thread
-        _join_kernel[(num_rows,)](
-            parts, log_sums, out, num_rows, value_dim, dim_padded, num_splits, num_warps=num_warps
-        )
+        config = tuning.choose("paged_attention_join", q.device, elements=num_splits * dim_padded)
+        _join_kernel[(num_rows,)](parts, log_sums, out, num_rows, value_dim, dim_padded, num_splits, **config.options)
     return out.flatten(1)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import tuning
 from kernels.jit import jit, tl, triton
 from kernels.quantised import NUMBERS, QuantisedWeight, dequantise
 
@@ -149,9 +150,8 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wi
     assert scales is not None
     kinds = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
     per_byte = 2 if weight.kind in NUMBERS else 1
-    tile_rows = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-    # Tiles and warps are such that no form of tests/kernels/test_compile.py spills registers.
-    tile_n, tile_k = (32, 32) if x.dtype == torch.float32 else (64, 128)
+    config = tuning.choose("quantised_linear", x.device, num_rows=num_rows, element_bytes=x.element_size())
+    tile_rows, tile_n, tile_k = (config.tiles[name] for name in ("rows", "outputs", "depth"))
     # The product wants 16 steps of depth at least, of one group if they can be.
     step = min(tile_k, weight.group & -weight.group if weight.group < k else tile_k) // per_byte
     per_code = step < 16
@@ -180,8 +180,7 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wi
         tile_rows,
         tile_n,
         step,
-        num_warps=4 if tile_rows == 16 else 8,
-        num_stages=3,
+        **config.options,
     )
     return out
 

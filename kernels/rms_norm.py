@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import tuning
 from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
-
-TILE_ELEMENTS = 1024
 
 
 def reference(
@@ -63,7 +62,8 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     num_rows, hidden_size = x.shape
     block = triton.next_power_of_2(hidden_size)
-    tile_rows = max(TILE_ELEMENTS // block, 1)
+    config = tuning.choose("rms_norm", x.device, columns=block)
+    tile_rows = max(config.tiles["elements"] // block, 1)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     normed = torch.empty_like(x)
@@ -81,7 +81,7 @@ def launch(
         residual is not None,
         tile_rows,
         block,
-        num_warps=min(max(tile_rows * block // 512, 1), 16),
+        **config.options,
     )
     return normed, stream
 

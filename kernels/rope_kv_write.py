@@ -16,12 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import rms_norm
+from kernels import rms_norm, tuning
 from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 from kernels.kv_rows import LARGEST_CODE, SCALE_BYTES, quantise_rows
-
-TILE_ELEMENTS = 2048
 
 
 def reference(
@@ -219,7 +217,8 @@ def launch(
     num_all = num_heads + num_kv_heads * (1 if value_blocks is None else 2)
     head_dim = qkv.shape[1] // num_all
     columns = triton.next_power_of_2(head_dim)
-    tile_heads = min(triton.next_power_of_2(num_all), max(TILE_ELEMENTS // columns, 1))
+    config = tuning.choose("rope_kv_write", qkv.device)
+    tile_heads = min(triton.next_power_of_2(num_all), max(config.tiles["elements"] // columns, 1))
     queries = qkv.new_empty(num_tokens, num_heads, head_dim)
     largest_code = int(LARGEST_CODE.get(key_blocks.dtype, 0))
     if largest_code:
@@ -251,6 +250,7 @@ def launch(
         cos.shape[1],
         columns,
         tile_heads,
+        **config.options,
     )
     return queries
 

@@ -26,6 +26,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels import tuning
 from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
 
@@ -34,7 +35,6 @@ MASS_BITS = 40  # a vocabulary of 2^22 tokens sums to less than 2^63
 _GAMMA = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _WORD = (1 << 64) - 1
-TILE_TOKENS = 4096  # that one program looks at together
 
 
 def split_mix(state: int, count: int) -> int:
@@ -283,7 +283,8 @@ def launch(scores: Tensor, options: Tensor, streams: Tensor, first_id: int = 0) 
     token_ids, keys = streams.new_empty(num_rows), options.new_empty(num_rows)
     if num_rows == 0:
         return token_ids, keys
-    tile = min(triton.next_power_of_2(vocab), TILE_TOKENS)
+    config = tuning.choose("sampling", scores.device, vocab=vocab)
+    tile = min(triton.next_power_of_2(vocab), config.tiles["tokens"])
     _kernel[(num_rows,)](
         scores,
         options.contiguous(),
@@ -298,7 +299,7 @@ def launch(scores: Tensor, options: Tensor, streams: Tensor, first_id: int = 0) 
         2.0**-53,
         MASS_BITS,
         tile,
-        num_warps=min(max(tile // 128, 1), 16),
+        **config.options,
     )
     return token_ids, keys
 

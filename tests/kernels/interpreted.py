@@ -27,6 +27,7 @@ from kernels import (
     rms_norm,
     rope_kv_write,
     sampling,
+    tuning,
 )
 from kernels.cpu import library
 from kernels.jit import jit, tl
@@ -292,7 +293,8 @@ def sampled(scores: Tensor, choices: list[tuple[float, int, float, float]], firs
     """What kernel and reference both draw, a row for each choice."""
     options = in_poison(torch.tensor([sampling.options_of(*choice) for choice in choices], dtype=torch.float64))
     streams = torch.tensor([sampling.stream_of(seed, 9) for seed in range(len(choices))])
-    token_ids, keys = sampling.launch(scores, options, streams, first_id)
+    with tuning.choosing(lambda operation, shape: tuning.Config({"tokens": 64}, 1, 1)):  # a row is several tiles
+        token_ids, keys = sampling.launch(scores, options, streams, first_id)
     expected_ids, expected = sampling.reference(scores, options, streams, first_id)
     assert torch.equal(token_ids, expected_ids)
     found = token_ids != sampling.NO_TOKEN
@@ -325,16 +327,12 @@ FILTERS = [  # temperature, top-k, top-p, min-p
         (123, torch.bfloat16, FILTERS[3::3]),
     ],
 )
-def test_sampling(
-    vocab: int, dtype: torch.dtype, choices: list[tuple[float, int, float, float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sampling, "TILE_TOKENS", 64)
+def test_sampling(vocab: int, dtype: torch.dtype, choices: list[tuple[float, int, float, float]]) -> None:
     sampled(in_poison((3 * torch.randn(len(choices), vocab)).to(dtype)), choices)
 
 
-def test_sampling_among_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_among_equal_scores() -> None:
     """In steps of a half, both zeros among them, over three tiles; of a part of the vocabulary that begins at 500."""
-    monkeypatch.setattr(sampling, "TILE_TOKENS", 64)
     scores = torch.randn(len(FILTERS), 150).mul(2).round().div(2).mul(torch.tensor([1.0, -1.0]).repeat(75))
     assert (sampled(in_poison(scores), FILTERS, first_id=500) >= 500).all()
 
@@ -363,8 +361,7 @@ def test_the_edge_among_neighbouring_scores(sign: int) -> None:
         assert found[1] == kept - int((scores > edge).sum())
 
 
-def test_sampling_of_rows_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "TILE_TOKENS", 64)
+def test_sampling_of_rows_that_cannot_be_drawn() -> None:
     scores = torch.randn(8, 100)
     scores[0, 70], scores[1, 3], scores[2], scores[3, 1:] = float("nan"), float("inf"), -float("inf"), -float("inf")
     scores[4:, ::2] = -float("inf")
