@@ -42,6 +42,7 @@ OUTSIDE = {"tests", "bench", "deploy"}
 THIRD_PARTY: dict[str, set[str]] = {
     "telemetry": {"opentelemetry"},
     "kernels": {"torch"},
+    "kernels/compilation.py": {"triton"},
     "kernels/jit.py": {"triton"},
     "kvtransfer": {"google.protobuf", "numpy"},
     "kvtransfer/digest.py": {"torch", "xxhash"},
