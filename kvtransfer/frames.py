@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import time
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -19,7 +18,6 @@ from spec.errors import TransferFailed
 
 FRAME_LIMIT_BYTES = 1 << 20
 SOCKET_BUFFER_BYTES = 4 << 20
-GATHERED_VIEWS = 512  # of one system call; IOV_MAX is 1024
 BYTES_FOLLOW = getattr(socket, "MSG_MORE", 0)  # a flag of sending: no packet for this alone
 
 
@@ -107,18 +105,3 @@ def _receive_exactly(link: socket.socket, nbytes: int, until_s: float | None) ->
             return b""
         received += part
     return bytes(received)
-
-
-def views_of(memory: memoryview, pieces: Iterable[tuple[int, int]]) -> list[memoryview]:
-    return [memory[offset : offset + nbytes] for offset, nbytes in pieces]
-
-
-def advance(views: list[memoryview], nbytes: int) -> None:
-    """Drops the first `nbytes` of the views."""
-    done = 0
-    while done < len(views) and nbytes >= views[done].nbytes:
-        nbytes -= views[done].nbytes
-        done += 1
-    del views[:done]
-    if nbytes:
-        views[0] = views[0][nbytes:]

@@ -1,8 +1,7 @@
 """Plain sockets: a Unix socket to a process of the same host, TCP otherwise. Portable; needs nothing installed.
 
 The wire is protos/legato/v1/transfer.proto, framed as in kvtransfer/frames.py; a Write is followed by the bytes that it
-describes, piece after piece. Large pieces go from region to region; small ones by way of a buffer on each side, since a
-system call that gathers them costs more than that copy.
+describes, piece after piece, from region to region: many to a system call (kvtransfer/vectors.py).
 
 Threads: one accepts; one per link on the owner's side writes what arrives; two per peer on the writer's side
 (kvtransfer/sockets_peer.py) send and read acknowledgements. A link ends by half-closing: the writer shuts its direction
@@ -14,7 +13,6 @@ connection (Detach, with the old link's id).
 from __future__ import annotations
 
 import contextlib
-import functools
 import hmac
 import secrets
 import selectors
@@ -26,10 +24,8 @@ import time
 
 from google.protobuf.message import DecodeError
 
-from kvtransfer.copying import scatter
+from kvtransfer import vectors
 from kvtransfer.frames import (
-    GATHERED_VIEWS,
-    advance,
     dial,
     host_id,
     listen,
@@ -38,13 +34,12 @@ from kvtransfer.frames import (
     spelled,
     tune,
     unix_name,
-    views_of,
 )
 from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_memory, pages
 from kvtransfer.sockets_peer import SocketsPeer
 from kvtransfer.transport import Peer, Region, Transfer, Transport
-from kvtransfer.writes import GROUP_BYTES, address_of, goes_packed, landing_of
+from kvtransfer.writes import address_of, landing_of
 from legato.v1.transfer_pb2 import RegionDescriptor, SocketsAddress, TransferFrame
 from spec.errors import TransferFailed, TransportUnavailable
 
@@ -285,25 +280,13 @@ class _Link(threading.Thread):
         send_frame(self._connection, TransferFrame(detach=TransferFrame.Detach(link_id=self.link_id)))
 
     def _write(self, buffer: memoryview, base: int, write: TransferFrame.Write) -> bool:
-        """False when this link ends before all of it has landed."""
+        """False when this link ends before all of it has landed. Raises TransferFailed when the writer does."""
         part = landing_of(write, buffer.nbytes)
-        if not goes_packed(part):
-            return all(self._receive(views_of(buffer, (piece[1:] for piece in pieces))) for pieces in part.windows())
-        packed = self._packed[: part.nbytes]
-        is_whole = self._receive([packed])
-        if is_whole:
-            scatter(part, address_of(packed)[0], base)
-        return is_whole
-
-    @functools.cached_property
-    def _packed(self) -> memoryview:
-        return memoryview(bytearray(GROUP_BYTES))
-
-    def _receive(self, views: list[memoryview]) -> bool:
-        """Fills the views; False when this link ends first. Raises TransferFailed when the writer does."""
-        while views and not self._ending:
-            got_bytes = self._connection.recvmsg_into(views[:GATHERED_VIEWS])[0]
+        left_bytes = part.nbytes
+        for got_bytes in vectors.receive(self._connection, part, base):
             if not got_bytes:
                 raise TransferFailed("the link ended within a write")
-            advance(views, got_bytes)
-        return not views
+            left_bytes -= got_bytes
+            if self._ending:
+                break
+        return not left_bytes

@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kvtransfer.copying import gather
-from kvtransfer.frames import BYTES_FOLLOW, GATHERED_VIEWS, advance, dial, receive_frame, send_frame, spelled, views_of
+from kvtransfer import vectors
+from kvtransfer.frames import BYTES_FOLLOW, dial, receive_frame, send_frame, spelled
 from kvtransfer.grids import Grid, TransferPlan
 from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_pieces, planned
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
-from kvtransfer.writes import GROUP_BYTES, address_of, announced, goes_packed, parts
+from kvtransfer.writes import address_of, announced, parts
 from legato.v1.transfer_pb2 import SocketsAddress, TransferFrame
 from spec.errors import TransferFailed
 
@@ -129,7 +129,6 @@ class SocketsPeer(Peer):
             outgoing.transfer.set_exception(TransferFailed(self._lost, address=self._named))
 
     def _send(self) -> None:
-        packed = memoryview(bytearray(GROUP_BYTES))
         while True:
             with self._changed:
                 while not (self._queue or self._lost):
@@ -142,19 +141,14 @@ class SocketsPeer(Peer):
             try:
                 for number, part in enumerate(writes, 1):
                     write = announced(part, transfer_id, more=number < len(writes))
-                    self._send_write(write, outgoing.source, part, packed)
+                    self._send_write(write, outgoing.source, part)
             except OSError as error:
                 self._lose(f"the link to {self._named} broke: {error}")
 
-    def _send_write(self, write: TransferFrame.Write, source: memoryview, part: Grid, packed: memoryview) -> None:
-        if goes_packed(part):
-            views = [packed[: part.nbytes]]
-            gather(part, address_of(source)[0], address_of(packed)[0])
-        else:
-            views = views_of(source, ((offset, nbytes) for offset, _, nbytes in part.pieces(0, part.num_pieces)))
+    def _send_write(self, write: TransferFrame.Write, source: memoryview, part: Grid) -> None:
+        address, _held = address_of(source)
         send_frame(self._link, TransferFrame(write=write), BYTES_FOLLOW)
-        while views:
-            advance(views, self._link.sendmsg(views[:GATHERED_VIEWS]))
+        vectors.send(self._link, part, address)
 
     def _read(self) -> None:
         why = f"{self._named} ended the link"

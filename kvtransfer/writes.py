@@ -12,25 +12,16 @@ from spec.errors import TransferFailed
 
 PIECE_BYTES = 4 << 20  # of one piece in one Write: it is sent from where it lies
 GROUP_BYTES = 512 << 10  # of several pieces together: they are sent from a buffer that stays in a core's cache
-SCATTERED_BYTES = 8 << 10  # pieces of this size on average are cheaper gathered by a system call than by a copy
 GROUP_NUMBERS = 4096  # segments and units of one Write, together
 
 
 def parts(plan: TransferPlan, max_encoded_bytes: int = 1 << 20, *, scattering: bool = False) -> list[Grid]:
-    """What goes as one Write each, encoded in no more bytes than that. `scattering`: pieces that are not small are sent
-    from where they lie, so that as many go together as one long piece."""
+    """What goes as one Write each, encoded in no more bytes than that. `scattering`: pieces are sent from where
+    they lie, so that as many go together as one long piece."""
     numbers = min(GROUP_NUMBERS, (max_encoded_bytes - 64) // 16)  # a place and a size of eight bytes each
     assert numbers >= 2
-    found: list[Grid] = []
-    for grid in plan.grids:
-        together = PIECE_BYTES if scattering and grid.nbytes >= SCATTERED_BYTES * grid.num_pieces else GROUP_BYTES
-        found += grid.cut(PIECE_BYTES, together, numbers)
-    return found
-
-
-def goes_packed(part: Grid) -> bool:
-    """By way of a buffer of GROUP_BYTES. Each side decides for itself: the bytes on the link are the same."""
-    return part.nbytes < SCATTERED_BYTES * part.num_pieces and part.nbytes <= GROUP_BYTES
+    together = PIECE_BYTES if scattering else GROUP_BYTES
+    return [part for grid in plan.grids for part in grid.cut(PIECE_BYTES, together, numbers)]
 
 
 def announced(part: Grid, write_id: int, *, link_id: int | None = None, more: bool = False) -> TransferFrame.Write:
