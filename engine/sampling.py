@@ -124,6 +124,8 @@ def adjusted(
     scores = torch.from_numpy(logits.numpy().copy()) if logits.is_cpu else logits.clone()
     for row in changed:
         mask = masks[row]
+        if mask is not None and not math.isfinite(float(scores[row].max())):
+            continue  # the row draws NO_TOKEN, and a mask must not hide why
         if mask is not None and scores.is_cpu:
             scores.numpy()[row, ~mask] = -math.inf
         elif mask is not None:

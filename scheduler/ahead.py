@@ -6,8 +6,10 @@
 
 What is made ahead is frozen data and nothing is changed for it: to drop it is to forget it. Whether it holds is never
 remembered, it is compared with what is. Where somebody ends, comes, has gone, is to be held, or lacks a block, follow()
-changes nothing and says None, and n is committed and n + 1 planned as if nothing had been made ahead. Where it is known
-before that somebody ends with step n, by length or for a hand-over, or guesses, or is constrained, nothing is made.
+changes nothing and says None, and n is committed and n + 1 planned as if nothing had been made ahead.
+
+Nothing is made where somebody is known to end with step n (by length, or for a hand-over), guesses, is constrained or
+has penalties.
 
 Between follow() and commit() two steps that draw are out for each sequence. Others may come in between (a request, an
 abort, a hand-over); the one who plans must not.

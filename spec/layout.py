@@ -110,7 +110,7 @@ class ParallelLayout:
         Raises InvalidConfiguration."""
         found: dict[str, Any] = {}
         for part in re.split(r"[\s,·x*_-]+", text.strip().lower()):
-            match = re.fullmatch(r"(tp|pp|dp|ep)=?(\d{1,5})|(gathered|stage)", part)
+            match = re.fullmatch(r"(tp|pp|dp|ep)=?([0-9]{1,5})|(gathered|stage)", part)
             if match is None or (name := match[1] or "mlp") in found:
                 raise InvalidConfiguration(
                     f'layout {text!r} is none; write for example "tp2", "pp2-tp2", "ep4-tp2-dp2", "tp8-gathered", '

@@ -132,14 +132,21 @@ def _as_configured(kv_memory: int, rooms: Sequence[RankRoom]) -> int:
             f"engine.kv_memory of {kv_memory} bytes holds {num_blocks} blocks of {block_bytes} bytes; "
             "at least 2 are needed"
         )
-    on_gpu = (room for room in rooms if room.is_on_gpu)
+    on_gpu = [room for room in rooms if room.is_on_gpu]
+    takings = []  # where, what of it is free, what is wanted of it
     for (host, device), sharing in _by(on_gpu, lambda room: (room.host, room.use.device)).items():
         free = min(room.use.free_bytes for room in sharing) - sum(room.use.activation_bytes for room in sharing)
-        wanted = num_blocks * sum(room.block_bytes for room in sharing)
-        if wanted > free:
+        takings.append((f"{device} of {host}", free, sum(room.block_bytes for room in sharing)))
+    for host, sharing in _by(on_gpu, lambda room: room.host).items():  # a draft model's KV has no mirror
+        free = min(room.use.host_free_bytes for room in sharing)
+        takings.append(
+            (f"the host memory of {host}, its mirror", free, sum(room.layout.block_bytes for room in sharing))
+        )
+    for where, free, of_a_block in takings:
+        if (wanted := num_blocks * of_a_block) > free:
             raise InvalidConfiguration(
-                f"engine.kv_memory of {_gib(kv_memory)} takes {_gib(wanted)} of {device} of {host}, and "
-                f"{_gib(wanted - free)} are missing beside weights and activations: set less, or leave it unset"
+                f"engine.kv_memory of {_gib(kv_memory)} takes {_gib(wanted)} of {where}, and {_gib(wanted - free)} "
+                "are missing beside weights and activations: set less, or leave it unset"
             )
     return num_blocks
 

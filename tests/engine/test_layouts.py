@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_said(name: str, layout: ParallelLayout, why: str) 
 
 
 @pytest.mark.parametrize(
-    "text", ["tp2tp2", "tp", "tp0", "xp2", "", "tp2-tp4", "tp3-ep2", "tp2-stage", "dp2-stage-gathered"]
+    "text", ["tp2tp2", "tp２", "tp", "tp0", "xp2", "", "tp2-tp4", "tp3-ep2", "tp2-stage", "dp2-stage-gathered"]
 )
 def test_a_layout_that_is_none(text: str) -> None:
     with pytest.raises(InvalidConfiguration):

@@ -238,5 +238,16 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(temperature: float, poi
     assert found[1].token_id == NO_TOKEN
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_mask_does_not_hide_logits_that_are_no_numbers(poison: float) -> None:
+    logits, mask = logits_of(11, rows=2), np.ones(VOCAB, bool)
+    mask[30] = False
+    logits[1, 30] = poison
+    draws = [Draw(SamplingParams(temperature=1.0, seed=4, logprobs=2), 9, 5, ())] * 2
+    found = draw(logits, draws, [mask, mask])
+    assert found[0].token_id not in (NO_TOKEN, 30)
+    assert found[1].token_id == NO_TOKEN
+
+
 def test_an_empty_step_draws_nothing() -> None:
     assert draw(torch.empty(0, VOCAB), []) == []

@@ -200,6 +200,18 @@ def test_a_row_that_is_no_numbers_fails_alone(ranks: Ranks, poison: float) -> No
         assert [row for row, each in enumerate(found) if each.token_id == NO_TOKEN] == [1, 3, 6]
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_no_rank_hides_a_row_that_is_no_numbers_behind_a_mask(ranks: Ranks, poison: float) -> None:
+    vocab = ranks.runs[-1].stop
+    logits, mask = logits_of(3, 4, vocab, 2.0), np.ones(vocab, bool)
+    mask[vocab // 2] = False
+    logits[2, vocab // 2] = poison
+    draws = [Draw(SamplingParams(temperature=row % 2, seed=4, top_p=0.9), 9, 5, ()) for row in range(4)]
+    found = ranks.draw(logits, draws, [mask] * 4)
+    assert found == draw(logits, draws, [mask] * 4)
+    assert [row for row, each in enumerate(found) if each.token_id == NO_TOKEN] == [2]
+
+
 def test_a_rank_whose_part_cannot_be_drawn(ranks: Ranks) -> None:
     vocab = ranks.runs[-1].stop
     logits = logits_of(5, 30, vocab, 2.0)

@@ -152,6 +152,8 @@ def test_kv_memory_that_a_card_does_not_have_is_refused() -> None:
     assert choose_num_blocks(61 * GIB, [on_gpu(LLAMA_8B)], 0.1, 1) == 61 * GIB // (2 << 20)
     with pytest.raises(InvalidConfiguration, match=r"3\.00 GiB are missing"):
         choose_num_blocks(64 * GIB, [on_gpu(LLAMA_8B)], 0.9, 1)
+    with pytest.raises(InvalidConfiguration, match=r"host memory.*1\.00 GiB are missing"):
+        choose_num_blocks(16 * GIB, [on_gpu(LLAMA_8B, host_free_bytes=15 * GIB)], 0.9, 1)
 
 
 def test_of_a_cpu_a_tenth_of_the_shortest_memory() -> None:
