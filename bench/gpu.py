@@ -1,4 +1,4 @@
-"""The engine on one NVIDIA GPU, in one call of a few minutes: kernels against their references, then speed.
+"""The engine on one NVIDIA GPU, in one call of a few minutes. Its kernels one by one are bench.kernels'.
 
     python -m bench.gpu [--rounds 5] [--steps 32] [--results FILE]
     python -m bench.gpu --dry-run        the same on the CPU with tiny models: that it runs to its end
@@ -12,7 +12,6 @@ there; figures are medians.
                  the chosen ones)
     prefill      2 · weights · tokens of matrix products, and per layer 2 · heads · head_dim · tokens² of causal
                  attention; set against the dense bfloat16 peak of an H100 or H200 SXM, and against the card's own
-    hand-over    the KV of a prompt gathered from scattered blocks of one tensor into a contiguous one, on the device
     KV memory    sized as a worker does, allocated, and the largest step run beside it
 
 What fails is a line that names its error, and the others go on. The last table says which targets were met; the line in
@@ -30,18 +29,10 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_kernels import check_kernels
+from bench.device import PEAK_FLOP_PER_S, copy_bandwidth, peak_of, product_rate
 from bench.gpu_models import DRY, Sizes, make_engine, prefill_flop, weight_bytes_read
 from bench.gpu_report import Report
-from bench.gpu_steps import (
-    PEAK_FLOP_PER_S,
-    copy_bandwidth,
-    decode_step_s,
-    hand_over_bandwidth,
-    peak_of,
-    prefill_s,
-    product_rate,
-)
+from bench.gpu_steps import decode_step_s, prefill_s
 from bench.record import append_line, cpu_name
 from engine.engine import Engine
 from engine.profiling import run_largest_step
@@ -127,7 +118,6 @@ class Run:
             report.attempt(f"8B, decode, batch {batch}", lambda batch=batch: rates.append(self._batch(engine, batch)))  # type: ignore[misc]
         if rates:
             report.add("8B, saturation, the best of these", max(rates), "tokens/s")
-        report.attempt("8B, hand-over", lambda: self._hand_over(engine))
 
     def _prefill(self, engine: Engine) -> None:
         num_tokens = self.sizes.prefill_tokens
@@ -147,11 +137,6 @@ class Run:
         what = f"8B, graphs, decode, batch {batch}, context {context_tokens}"
         self.report.add(what, batch / step_s, "tokens/s", self._of_copy(read / step_s), OF_COPY)
         return batch / step_s
-
-    def _hand_over(self, engine: Engine) -> None:
-        num_tokens = self.sizes.prefill_tokens
-        rate = hand_over_bandwidth(engine, num_tokens, self.rounds)
-        self.report.add(f"8B, KV of {num_tokens} gathered", rate / 1e9, "GB/s of KV", self._of_copy(2 * rate), OF_COPY)
 
     def kv_memory(self) -> None:
         """Raises where what was sized does not fit after all."""
@@ -176,7 +161,6 @@ class Run:
 
 def run_all(run: Run) -> None:
     parts: dict[str, Callable[[], None]] = {
-        "kernels": lambda: check_kernels(run.report, run.device),
         "device": run.hardware,
         "1B": run.small,
         "experts": run.experts,

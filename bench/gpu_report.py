@@ -76,12 +76,15 @@ class Report:
         found: list[dict[str, object]] = []
         for target in TARGETS:
             figure = self.figures.get(target.key)
-            met = "no figure"
-            if figure is not None:
-                reached = target.stretch is not None and figure >= target.stretch
-                met = "stretch" if reached else "yes" if figure >= target.least else "no"
-            found.append(dataclasses.asdict(target) | {"figure": figure, "met": met})
+            verdict = "no figure" if figure is None else met(figure, target.least, target.stretch)
+            found.append(dataclasses.asdict(target) | {"figure": figure, "met": verdict})
         return found
+
+
+def met(figure: float, least: float, stretch: float | None) -> str:
+    if stretch is not None and figure >= stretch:
+        return "stretch"
+    return "yes" if figure >= least else "no"
 
 
 def _shown(value: object, is_share: bool) -> str:
