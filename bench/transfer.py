@@ -33,7 +33,7 @@ from bench.record import append_line
 from kvtransfer.frames import tune
 from kvtransfer.libucp import load
 from kvtransfer.plan import RankKV
-from kvtransfer.routes import RankMemory, plan_handoff
+from kvtransfer.routes import HandoffPlan, RankMemory
 from kvtransfer.sockets import SocketsTransport
 from kvtransfer.transport import Piece, Transport
 from kvtransfer.ucx import UcxTransport
@@ -134,7 +134,7 @@ def pieces_of(size: int, nbytes: int) -> Sequence[Piece]:
         return [Piece(at, at, size) for at in range(0, nbytes, size)]
     num_blocks = nbytes >> 20  # of 16 layers: a MiB each
     source, target = (ranks(tp, 16, num_blocks) for tp in (8, 1))
-    return plan_handoff(source, range(num_blocks), target, range(num_blocks), 0, 16 * num_blocks)
+    return HandoffPlan(source, range(num_blocks), target, range(num_blocks), 0, 16 * num_blocks).of()
 
 
 def plan_ms() -> float:
@@ -143,7 +143,7 @@ def plan_ms() -> float:
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        plan_handoff(source, range(2048), target, range(2048), 0, 32_768)
+        HandoffPlan(source, range(2048), target, range(2048), 0, 32_768).of()
         times.append(time.perf_counter() - started)
     return min(times) * 1e3
 

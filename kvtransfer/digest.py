@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from kvtransfer.grids import Grid, Sums, TransferPlan
-from kvtransfer.plan import common, grids_of, segments_of
+from kvtransfer.plan import RankGrids, common, segments_of
 from kvtransfer.routes import RankMemory, Route
 from kvtransfer.row_sums import add_rows, no_rows
 from spec.errors import InvalidParameter
@@ -71,20 +71,19 @@ class HeldDigest:
         Raises InvalidParameter when the table is too short or names a block that there is not."""
         assert landing.is_contiguous()
         layout, num_blocks = rank.kv.layout, landing.shape[0]
-        self._segments = segments_of(layout, block_ids, layout, block_ids, first_token, num_tokens)
-        if self._segments.source_blocks.max() >= num_blocks:
+        segments = segments_of(layout, block_ids, layout, block_ids, first_token, num_tokens)
+        if segments.source_blocks.max() >= num_blocks:
             raise InvalidParameter(f"names a block outside [0, {num_blocks})", field="block_ids")
         self._rank, self._landing = rank.kv, landing
         self._sums = no_rows()
+        self._grids = RankGrids(segments, rank.kv, 0, rank.kv, 0, self._sums)
 
     def counting(self, layers: range) -> list[Callable[[], None]]:
         """Calls that take those of the model's `layers` that the rank holds, each for a thread of its own. A layer is
         to be taken once, in any order."""
-        held = self._rank
-        if not common(held.layers, layers):
+        if not common(self._rank.layers, layers):
             return []
-        grids = grids_of(self._segments, held, 0, held, 0, layers, self._sums)
-        return counting(TransferPlan(grids), self._landing.data_ptr())
+        return counting(TransferPlan(self._grids.of(layers)), self._landing.data_ptr())
 
     def digest(self) -> bytes:
         return digest_of(self._sums)

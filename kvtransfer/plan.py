@@ -75,7 +75,7 @@ def plan_transfer(
     head_dim or planes), InvalidParameter for a block table that is too short or names a target block twice.
     """
     segments = segments_of(source.layout, source_blocks, target.layout, target_blocks, first_token, num_tokens)
-    return TransferPlan(grids_of(segments, source, 0, target, 0, source.layers))
+    return TransferPlan(RankGrids(segments, source, 0, target, 0).of(source.layers))
 
 
 def segments_of(
@@ -105,40 +105,61 @@ def segments_of(
     return Segments(blocks[0], source_slots, blocks[1], target_slots, lengths, is_whole, starts)
 
 
-def grids_of(
-    segments: Segments,
-    source: RankKV,
-    source_offset_bytes: int,
-    target: RankKV,
-    target_offset_bytes: int,
-    layers: range,
-    sums: Sums | None = None,
-) -> list[Grid]:
-    """What one rank sends another of `layers`, in offsets into memories in which the ranks' own begin at those given.
-    Where `sums` are given, grids say which rows they carry, and pieces that touch stay apart.
+class RankGrids:
+    """What one rank sends another of one chunk, in offsets into memories in which the ranks' own begin at those given:
+    the tokens are placed once, layers are cut out of them as they leave. Immutable, but for the sums."""
 
-    The segments are of ranks with these block sizes. Raises InvalidConfiguration as plan_transfer() does."""
-    _check_convertible(source.layout, target.layout)
-    row_bytes = source.layout.row_bytes
-    source_bases = segments.source_blocks * source.layout.block_bytes + segments.source_slots * row_bytes
-    target_bases = segments.target_blocks * target.layout.block_bytes + segments.target_slots * row_bytes
-    source_bases += source_offset_bytes
-    target_bases += target_offset_bytes
-    grids = []
-    for first, last in _runs_of_equal(segments.is_whole):
-        group = slice(first, last)
-        units, first_runs = _units(source, target, layers, whole_blocks=bool(segments.is_whole[first]))
-        rows = None
-        if sums is not None:
-            heads = common(source.heads, target.heads)
-            rows = Rows(segments.first_tokens[group], first_runs, len(heads), heads.start, row_bytes, sums)
-        lengths = segments.num_tokens[group] * row_bytes
-        grids.append(Grid(source_bases[group], target_bases[group], lengths, *units, rows))
-    if sums is not None:
-        return grids
-    if all(len(grid.source_units) == 1 for grid in grids):
-        return [_merged(grids)]
-    return [_merged([grid]) if len(grid.source_units) == 1 else grid for grid in grids]
+    def __init__(
+        self,
+        segments: Segments,
+        source: RankKV,
+        source_offset_bytes: int,
+        target: RankKV,
+        target_offset_bytes: int,
+        sums: Sums | None = None,
+    ) -> None:
+        """The segments are of ranks with these block sizes. Where `sums` are given, grids say which rows they carry,
+        and pieces that touch stay apart. Raises InvalidConfiguration as plan_transfer() does."""
+        _check_convertible(source.layout, target.layout)
+        self._source, self._target, self._sums = source, target, sums
+        row_bytes = source.layout.row_bytes
+        source_bases = segments.source_blocks * source.layout.block_bytes + segments.source_slots * row_bytes
+        target_bases = segments.target_blocks * target.layout.block_bytes + segments.target_slots * row_bytes
+        source_bases += source_offset_bytes
+        target_bases += target_offset_bytes
+        lengths = segments.num_tokens * row_bytes
+        self._groups = [
+            _Group(
+                bool(segments.is_whole[first]),
+                segments.first_tokens[first:last],
+                (source_bases[first:last], target_bases[first:last], lengths[first:last]),
+            )
+            for first, last in _runs_of_equal(segments.is_whole)
+        ]
+
+    def of(self, layers: range) -> list[Grid]:
+        """Of those of the model's `layers` that both ranks hold."""
+        grids = []
+        for group in self._groups:
+            units, first_runs = _units(self._source, self._target, layers, whole_blocks=group.is_whole)
+            rows = None
+            if self._sums is not None:
+                heads, row_bytes = common(self._source.heads, self._target.heads), self._source.layout.row_bytes
+                rows = Rows(group.first_tokens, first_runs, len(heads), heads.start, row_bytes, self._sums)
+            grids.append(Grid(*group.places, *units, rows))
+        if self._sums is not None:
+            return grids
+        if all(len(grid.source_units) == 1 for grid in grids):
+            return [_merged(grids)]
+        return [_merged([grid]) if len(grid.source_units) == 1 else grid for grid in grids]
+
+
+class _Group(NamedTuple):
+    """Segments next to each other, all of them whole blocks or none."""
+
+    is_whole: bool
+    first_tokens: Offsets
+    places: tuple[Offsets, Offsets, Offsets]  # source and target bases, bytes of a run
 
 
 def _check_convertible(source: KVLayout, target: KVLayout) -> None:

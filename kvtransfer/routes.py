@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvtransfer.grids import Grid, Sums, TransferPlan
-from kvtransfer.plan import RankKV, common, grids_of, segments_of
+from kvtransfer.plan import RankGrids, RankKV, common, segments_of
 from legato.v1 import worker_pb2
 from spec.errors import InvalidConfiguration, InvalidParameter
 from spec.layout import KVLayout
@@ -67,33 +67,43 @@ def routes_between(sources: tuple[RankKV, ...], targets: tuple[RankKV, ...]) -> 
     return tuple(routes)
 
 
-def plan_handoff(
-    source_ranks: Sequence[RankMemory],
-    source_blocks: Sequence[int],
-    target_ranks: Sequence[RankMemory],
-    target_blocks: Sequence[int],
-    first_token: int,
-    num_tokens: int,
-    layers: range | None = None,
-    sums: Sequence[Sums | None] | None = None,
-) -> TransferPlan:
-    """The pieces that carry tokens [first_token, first_token + num_tokens) of all heads, in region offsets; of all
-    layers, or of some. `sums`: to which the rows are added that go to each target rank, None where they are not.
+class HandoffPlan:
+    """The pieces that carry tokens [first_token, first_token + num_tokens) of all heads, in region offsets: what does
+    not depend on layers is found once, however many shipments of some layers each they leave in. Immutable, but for the
+    sums; any thread may ask."""
 
-    The ranks are those of one group on either side; both block tables begin at token 0 of the sequence. Raises as
-    plan_transfer() and routes_between() do."""
-    routes = routes_between(tuple(rank.kv for rank in source_ranks), tuple(rank.kv for rank in target_ranks))
-    layouts = source_ranks[0].kv.layout, target_ranks[0].kv.layout
-    segments = segments_of(layouts[0], source_blocks, layouts[1], target_blocks, first_token, num_tokens)
-    grids: list[Grid] = []
-    for route in routes:
-        source, target = source_ranks[route.source], target_ranks[route.target]
-        assert source.kv.layout.block_tokens == layouts[0].block_tokens
-        assert target.kv.layout.block_tokens == layouts[1].block_tokens
-        asked = route.layers if layers is None else layers
-        counted = None if sums is None else sums[route.target]
-        grids += grids_of(segments, source.kv, source.offset_bytes, target.kv, target.offset_bytes, asked, counted)
-    return TransferPlan(grids)
+    def __init__(
+        self,
+        source_ranks: Sequence[RankMemory],
+        source_blocks: Sequence[int],
+        target_ranks: Sequence[RankMemory],
+        target_blocks: Sequence[int],
+        first_token: int,
+        num_tokens: int,
+        sums: Sequence[Sums | None] | None = None,
+    ) -> None:
+        """`sums`: to which the rows are added that go to each target rank, None where they are not.
+
+        The ranks are those of one group on either side; both block tables begin at token 0 of the sequence. Raises as
+        plan_transfer() and routes_between() do."""
+        routes = routes_between(tuple(rank.kv for rank in source_ranks), tuple(rank.kv for rank in target_ranks))
+        layouts = source_ranks[0].kv.layout, target_ranks[0].kv.layout
+        segments = segments_of(layouts[0], source_blocks, layouts[1], target_blocks, first_token, num_tokens)
+        self._routes: list[tuple[range, RankGrids]] = []
+        for route in routes:
+            source, target = source_ranks[route.source], target_ranks[route.target]
+            assert source.kv.layout.block_tokens == layouts[0].block_tokens
+            assert target.kv.layout.block_tokens == layouts[1].block_tokens
+            places = source.kv, source.offset_bytes, target.kv, target.offset_bytes
+            counted = None if sums is None else sums[route.target]
+            self._routes.append((route.layers, RankGrids(segments, *places, counted)))
+
+    def of(self, layers: range | None = None) -> TransferPlan:
+        """Of all layers, or of some."""
+        grids: list[Grid] = []
+        for held, rank_grids in self._routes:
+            grids += rank_grids.of(held if layers is None else layers)
+        return TransferPlan(grids)
 
 
 # ---- what peers are told of a worker's ranks -------------------------------------------------------------------------

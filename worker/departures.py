@@ -20,11 +20,11 @@ import asyncio
 import concurrent.futures
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kvtransfer.digest import DigestPolicy, SentDigests, counting
 from kvtransfer.plan import common
-from kvtransfer.routes import RankMemory, plan_handoff
+from kvtransfer.routes import HandoffPlan, RankMemory
 from kvtransfer.transport import Peer, Transfer
 from kvtransfer.writes import address_of
 from legato.v1 import worker_pb2
@@ -36,8 +36,11 @@ from worker.staging import Staging
 
 logger = logs.get(__name__)
 
+_Planned = TypeVar("_Planned")
+
 DIGESTED_SHARE = 2 / 3  # of what is ready leaves together: to digest it takes no longer than to send the rest
 LEAST_DIGESTED_BYTES = 1 << 20
+RANKS_PLANNED_AT_ONCE = 2  # of the target; a rank takes some 0.05 ms
 
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one group of layers; the waiting clock is the reservation's lease
 
@@ -64,6 +67,7 @@ class _Chunk:
         self.is_computed = False
         self.has_left = False  # some of it
         self.digests: SentDigests | None = None  # None: not digested
+        self.plan: HandoffPlan | None = None  # None: nothing of it has been staged
 
 
 class _Shipment(NamedTuple):
@@ -200,8 +204,12 @@ class Departures:
     async def _post(self, chunk: _Chunk, layers: range) -> None:
         target, first, count = self._target, chunk.first, chunk.num_tokens
         staged = await self._staging.stage(chunk.group, chunk.block_table, first, first + count, layers)
-        blocks, sums = target.ticket.block_ids, None if chunk.digests is None else chunk.digests.sums
-        pieces = plan_handoff(staged.ranks, staged.block_table, target.ranks, blocks, first, count, layers, sums)
+        if chunk.plan is None:  # of every layer what is staged lies at the same places
+            blocks, sums = target.ticket.block_ids, None if chunk.digests is None else chunk.digests.sums
+            given = staged.ranks, staged.block_table, target.ranks, blocks, first, count, sums
+            chunk.plan = await self._planned(lambda: HandoffPlan(*given))
+        plan = chunk.plan
+        pieces = await self._planned(lambda: plan.of(layers))
         nbytes = count * sum(_layer_bytes(rank, layers) for rank in target.ranks)
         if not await self._may_write(nbytes):
             return
@@ -218,6 +226,12 @@ class Departures:
             digesting = [event_loop.run_in_executor(self._pool, call) for call in calls]
         self._posted.put_nowait(_Shipment(chunk, transfer, digesting, layers.stop, nbytes, posted_s))
         self.stats.pieces += len(pieces)
+
+    async def _planned(self, planning: Callable[[], _Planned]) -> _Planned:
+        """Beside the event loop where it takes longer than a thread takes to begin: it is paid rank by rank."""
+        if len(self._target.ranks) <= RANKS_PLANNED_AT_ONCE:
+            return planning()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, planning)
 
     def _together(self, layers: range, num_tokens: int) -> int:
         """How many of `layers`, ready to leave, make one shipment. The receiver digests it while the next one moves,

@@ -12,9 +12,9 @@ from cluster import Cluster, cluster
 from rank_workers import Cut, MemoryCore, answer, builder, toy_layout
 from tiny_llama import SHAPES, make_llama
 
-import worker.departures
 import worker.serving
 from kvtransfer.grids import Grid, TransferPlan
+from kvtransfer.routes import HandoffPlan
 from kvtransfer.transport import Piece
 from spec.dtype import Dtype
 
@@ -99,12 +99,12 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
     """On the last rank of the target alone, replica or not."""
     prefill, decode = PAIRS[pair]
     monkeypatch.setattr(worker.serving, "build_core", builder({"prefill": prefill, "decode": decode}, model))
-    plan, faults = worker.departures.plan_handoff, 0
+    plan, faults = HandoffPlan.of, 0
 
-    def faulty(*arguments: Any) -> TransferPlan | Faulty:
+    def faulty(whole: HandoffPlan, layers: range | None = None) -> TransferPlan | Faulty:
         nonlocal faults
         faults += 1
-        planned = plan(*arguments)
+        planned = plan(whole, layers)
         if faults > 1:
             return planned
         core = decode_core(running)
@@ -122,7 +122,7 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
         return moved
 
     async with cluster(model, redis_url) as running:
-        monkeypatch.setattr(worker.departures, "plan_handoff", faulty)
+        monkeypatch.setattr(HandoffPlan, "of", faulty)
         found = await greedy(running, PROMPT)
         assert found.token_ids == answer(PROMPT, TOKENS, prefill.whole)
         assert found.route.attempts == 2

@@ -11,7 +11,7 @@ from handoff_cases import draw_case
 from kvtransfer import copying
 from kvtransfer.copying import copy, gather, scatter
 from kvtransfer.grids import Grid, TransferPlan, grid_of
-from kvtransfer.routes import plan_handoff
+from kvtransfer.routes import HandoffPlan
 from kvtransfer.transport import Piece
 from kvtransfer.writes import address_of, announced, landing_of
 
@@ -19,7 +19,8 @@ from kvtransfer.writes import address_of, announced, landing_of
 def plan_of(seed: int) -> TransferPlan:
     case = draw_case(seed)
     ranks = [side.worker.of_group(side.group) for side in (case.source, case.target)]
-    return plan_handoff(ranks[0], case.source.blocks, ranks[1], case.target.blocks, case.first_token, case.num_tokens)
+    blocks = case.source.blocks, case.target.blocks
+    return HandoffPlan(ranks[0], blocks[0], ranks[1], blocks[1], case.first_token, case.num_tokens).of()
 
 
 def noise(nbytes: int, seed: int) -> numpy.ndarray:

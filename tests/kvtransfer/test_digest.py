@@ -15,7 +15,7 @@ from kvtransfer import digest as digests
 from kvtransfer.copying import copy
 from kvtransfer.digest import HeldDigest, counting, digest_of
 from kvtransfer.grids import TransferPlan
-from kvtransfer.plan import RankKV, grids_of, plan_transfer, segments_of
+from kvtransfer.plan import RankGrids, RankKV, plan_transfer, segments_of
 from kvtransfer.routes import RankMemory
 from kvtransfer.row_sums import no_rows
 from spec.dtype import Dtype
@@ -121,7 +121,7 @@ def test_rows_of_any_size_are_digested_in_the_same_way_and_copied(head_dim: int)
     assert chunk_digest(kv, layout, block_ids, 1, 7) == expected
     rank, sums, lands_in = RankKV.whole(layout), no_rows(), [1, 2, 0]
     segments = segments_of(layout, block_ids, layout, lands_in, 1, 7)
-    for grid in grids_of(segments, rank, 0, rank, 0, range(2), sums):
+    for grid in RankGrids(segments, rank, 0, rank, 0, sums).of(range(2)):
         copy(grid, kv.data_ptr(), there.data_ptr())
     assert digest_of(sums) == expected
     assert oracle(there, lands_in, 1, 7) == expected
@@ -161,7 +161,7 @@ def test_it_survives_a_change_of_block_size_and_of_block_ids(block_tokens: int) 
 def test_a_block_larger_than_a_write_is_cut_between_runs() -> None:
     layout = KVLayout(3, 2, 8, 4, Dtype.FLOAT16)
     kv, sums, rank = noise(layout, 2), no_rows(), RankKV.whole(layout)
-    grids = grids_of(segments_of(layout, [1, 0], layout, [0, 1], 0, 8), rank, 0, rank, 0, range(3), sums)
+    grids = RankGrids(segments_of(layout, [1, 0], layout, [0, 1], 0, 8), rank, 0, rank, 0, sums).of(range(3))
     for run_bytes in (1, 64, 100, 129, 10_000):
         sums[:] = 0
         parts = [part for grid in grids for part in grid.cut(run_bytes, run_bytes, 100)]

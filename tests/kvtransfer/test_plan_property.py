@@ -15,7 +15,7 @@ from handoff_cases import Case, Side, draw_case
 from numpy.typing import NDArray
 
 from kvtransfer.plan import RankKV
-from kvtransfer.routes import RankMemory, plan_handoff
+from kvtransfer.routes import HandoffPlan, RankMemory
 from kvtransfer.transport import Piece
 from spec.dtype import Dtype
 
@@ -61,14 +61,14 @@ def check(case: Case) -> None:
     target_memory = numpy.full(case.target.worker.region.size, -1, dtype=numpy.int32)
     expected = target_memory.copy()
     number(case, case.target, expected, case.first_token, case.num_tokens)
-    pieces = plan_handoff(
+    pieces = HandoffPlan(
         case.source.worker.of_group(case.source.group),
         case.source.blocks,
         case.target.worker.of_group(case.target.group),
         case.target.blocks,
         case.first_token,
         case.num_tokens,
-    )
+    ).of()
     written = move(pieces, source_memory, target_memory)
     numpy.testing.assert_array_equal(target_memory, expected)
     numpy.testing.assert_array_equal(written, expected > 0, err_msg="written more than once")

@@ -17,9 +17,9 @@ from kvtransfer.copying import copy
 from kvtransfer.digest import HeldDigest, SentDigests, counting
 from kvtransfer.plan import RankKV, plan_transfer
 from kvtransfer.routes import (
+    HandoffPlan,
     RankMemory,
     layout_id,
-    plan_handoff,
     ranks_from_proto,
     ranks_to_proto,
     routes_between,
@@ -79,17 +79,19 @@ def test_both_sides_digest_the_same_per_target_rank(handoff) -> None:  # type: i
     source.fill(random_kv(whole, first + count, seed=8), source_blocks, source_group)
     source_ranks, target_ranks = source.of_group(source_group), target.of_group(target_group)
     again = target.region.copy()
-    move(source, target, plan_handoff(source_ranks, source_blocks, target_ranks, target_blocks, first, count))
+    given = source_ranks, source_blocks, target_ranks, target_blocks, first, count
+    uncounted = HandoffPlan(*given)
+    move(source, target, uncounted.of())
     routes = routes_between(tuple(r.kv for r in source_ranks), tuple(r.kv for r in target_ranks))
     cut, end = whole.num_layers // 2, whole.num_layers
     copying, sending, landed = SentDigests(routes), SentDigests(routes), []
+    plans = [HandoffPlan(*given, digests.sums) for digests in (sending, copying)]
     for layers in (range(cut, end), range(cut)):
-        given = source_ranks, source_blocks, target_ranks, target_blocks, first, count, layers
-        counted = plan_handoff(*given, sending.sums)
-        assert counted.nbytes == plan_handoff(*given).nbytes
+        counted = plans[0].of(layers)
+        assert counted.nbytes == uncounted.of(layers).nbytes
         for call in counting(counted, source.region.ctypes.data):
             call()
-        for grid in plan_handoff(*given, copying.sums).grids:
+        for grid in plans[1].of(layers).grids:
             for part in grid.cut(64, 200, 5):
                 copy(part, source.region.ctypes.data, again.ctypes.data)
     assert (again == target.region).all(), "what is digested as it is copied is copied as it is without"
@@ -115,7 +117,7 @@ def test_equal_layouts_send_rank_to_rank_whole_blocks() -> None:
         ours, theirs = (make_worker(whole, tp=4, layers=[range(2), range(2, 3)], seed=seed) for seed in (1, 2))
         routes = routes_between(kvs(ours), kvs(theirs))
         assert [(route.source, route.target) for route in routes] == [(rank, rank) for rank in range(8)]
-        pieces = plan_handoff(ours.ranks, [1, 4, 6], theirs.ranks, [5, 0, 3], 0, 12)
+        pieces = HandoffPlan(ours.ranks, [1, 4, 6], theirs.ranks, [5, 0, 3], 0, 12).of()
         assert len(pieces) == 8 * 3
 
 
@@ -124,7 +126,7 @@ def test_one_rank_each_is_what_the_two_ranks_alone_would_do() -> None:
     for pair in ((rank, rank), (rank, other)):
         tables = [4, 2, 7], [3, 1, 8, 0]
         expected = plan_transfer(pair[0], tables[0], pair[1], tables[1], 1, 9)
-        found = plan_handoff([RankMemory(pair[0])], tables[0], [RankMemory(pair[1])], tables[1], 1, 9)
+        found = HandoffPlan([RankMemory(pair[0])], tables[0], [RankMemory(pair[1])], tables[1], 1, 9).of()
         assert list(found) == list(expected)
 
 
@@ -140,9 +142,9 @@ def test_what_no_rank_here_holds_is_refused() -> None:
     whole = make_worker(model_layout())
     half = make_worker(model_layout(), layers=[range(2), range(2, 3)]).ranks[:1]
     with pytest.raises(InvalidConfiguration, match="hold 4 of 6"):
-        plan_handoff(half, [0], whole.ranks, [0], 0, 4)
+        HandoffPlan(half, [0], whole.ranks, [0], 0, 4)
     with pytest.raises(InvalidConfiguration, match="planes"):
-        plan_handoff(make_worker(model_layout(planes=1)).ranks, [0], whole.ranks, [0], 0, 4)
+        HandoffPlan(make_worker(model_layout(planes=1)).ranks, [0], whole.ranks, [0], 0, 4)
 
 
 def test_the_layout_id_names_every_number_a_plan_depends_on() -> None:

@@ -17,7 +17,7 @@ from memory_worker import loaded, make_worker, model_layout, slots
 from engine.kv_memory import TORCH_DTYPES
 from kernels.kv_rows import dequantise_rows, quantise_rows
 from kvtransfer.memory import MemoryTransport
-from kvtransfer.routes import plan_handoff
+from kvtransfer.routes import HandoffPlan
 from spec.dtype import Dtype
 from worker.core import CoreRank
 from worker.staging import SourceKV, Staging, convert_rows
@@ -78,9 +78,9 @@ async def test_scratch_holds_the_chunks_blocks_and_is_given_back() -> None:
         for first, end in ((0, 12), (12, 16), (16, 33)):  # grows, is used again, grows again
             chunk = await staging.stage(0, blocks, first, end, range(3))
             assert chunk.region is not region
-            pieces = plan_handoff(chunk.ranks, chunk.block_table, target.ranks, range(11), first, end - first)
+            plan = HandoffPlan(chunk.ranks, chunk.block_table, target.ranks, range(11), first, end - first)
             scratch = numpy.frombuffer(chunk.region.buffer, numpy.uint8)
-            for source_offset, target_offset, nbytes in pieces:
+            for source_offset, target_offset, nbytes in plan.of():
                 target.region[target_offset:][:nbytes] = scratch[source_offset : source_offset + nbytes]
             assert transport.counts()["regions"] == 2
             del scratch
@@ -128,7 +128,7 @@ async def check_converted(case: Case, transport: MemoryTransport, pool: concurre
         chunk = await staging.stage(source.group, source.blocks, case.first_token, end, layers)
         given = chunk.ranks, chunk.block_table, theirs, target.blocks, case.first_token, case.num_tokens
         scratch = numpy.frombuffer(chunk.region.buffer, numpy.uint8)
-        for source_offset, target_offset, nbytes in plan_handoff(*given, layers):
+        for source_offset, target_offset, nbytes in HandoffPlan(*given).of(layers):
             target.worker.region[target_offset:][:nbytes] = scratch[source_offset : source_offset + nbytes]
     dtype = theirs[0].kv.layout.dtype
     for rank, view in zip(target.worker.ranks, target.worker.views, strict=True):
