@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from kvtransfer.pieces import check_memory, check_pieces, pages
-from kvtransfer.transport import Peer, Piece, Region, Transfer, Transport
+from kvtransfer.transport import LINK_IN_USE, Peer, Piece, Region, Transfer, Transport
 from spec.errors import TransferFailed
 
 
@@ -47,6 +47,7 @@ class MemoryTransport(Transport):
         self._changed = threading.Condition()  # guards all that follows
         self._regions: dict[bytes, _MemoryRegion] = {}
         self._peers: set[_MemoryPeer] = set()
+        self._links: dict[int, _MemoryPeer] = {}  # of others, into regions of ours
         self._due: list[tuple[float, int, _Write]] = []
         self._moving: _Write | None = None
         self._transfers: set[Transfer] = set()
@@ -76,20 +77,37 @@ class MemoryTransport(Transport):
             raise TransferFailed(f"no transport answers at memory address {address.hex()}", address=address.hex())
         with owner._changed:
             target = next((r for d, r in owner._regions.items() if hmac.compare_digest(d, descriptor)), None)
-        if target is None:
-            raise TransferFailed("the peer knows no region of this descriptor", address=address.hex())
-        peer = _MemoryPeer(self, target)
+            if target is None:
+                raise TransferFailed("the peer knows no region of this descriptor", address=address.hex())
+            peer = _MemoryPeer(self, target)
+            if peer.link_id in owner._links:
+                raise TransferFailed(LINK_IN_USE, address=address.hex())
+            owner._links[peer.link_id] = peer
         with self._changed:
-            self._refuse_when_closed()
+            is_closed = self._closed
             self._peers.add(peer)
+        if is_closed:
+            peer.release()
+            self._refuse_when_closed()
         return peer
 
+    def has_link(self, link_id: int) -> bool:
+        with self._changed:
+            peer = self._links.get(link_id)
+        return peer is not None and peer.connected and not peer.target.released
+
     def cut(self, link_id: int) -> None:
-        for writer in list(_transports.values()):
-            with writer._changed:
-                peer = next((peer for peer in writer._peers if peer.link_id == link_id), None)
-            if peer is not None:
-                peer.lose("the owner has cut the link")
+        with self._changed:
+            peer = self._links.get(link_id)
+        if peer is not None:
+            peer.lose("the owner has cut the link")
+            self.forget(peer)
+
+    def forget(self, peer: _MemoryPeer) -> None:
+        """Nothing of it lands any more: its link's id is free."""
+        with self._changed:
+            if self._links.get(peer.link_id) is peer:
+                del self._links[peer.link_id]
 
     def close(self) -> None:
         _transports.pop(self.address, None)
@@ -159,15 +177,15 @@ class _MemoryRegion(Region):
     def __init__(self, transport: MemoryTransport, buffer: memoryview) -> None:
         self.buffer = buffer
         self.descriptor = secrets.token_bytes(16)
-        self._transport = transport
+        self.transport = transport
         self.writing = threading.Lock()  # held while a piece lands, so that release() is the end of writing
         self.released = False
 
     def release(self) -> None:
         with self.writing:
             self.released = True
-        with self._transport._changed:
-            self._transport._regions.pop(self.descriptor, None)
+        with self.transport._changed:
+            self.transport._regions.pop(self.descriptor, None)
 
 
 @dataclasses.dataclass(slots=True)
@@ -186,11 +204,11 @@ class _MemoryPeer(Peer):
         self.connected = True
         self.link_id = secrets.randbits(64)
         self._transport = transport
-        self._target = target
+        self.target = target
         self._lost = ""
 
     def post(self, source: Region, pieces: Sequence[Piece]) -> Transfer:
-        check_pieces(pieces, source.buffer.nbytes, self._target.buffer.nbytes)
+        check_pieces(pieces, source.buffer.nbytes, self.target.buffer.nbytes)
         if not self.connected:
             raise TransferFailed(self._lost)
         return self._transport._submit(self, source, pieces)
@@ -199,10 +217,11 @@ class _MemoryPeer(Peer):
         self.lose("the peer is released")
         with self._transport._changed:
             self._transport._peers.discard(self)
+        self.target.transport.forget(self)
 
     def lose(self, why: str) -> None:
         """Returns when nothing of it lands any more."""
-        with self._target.writing:
+        with self.target.writing:
             self.connected, self._lost = False, self._lost or why
         with self._transport._changed:
             unmoved = [entry[2] for entry in self._transport._due if entry[2].peer is self]
@@ -218,10 +237,10 @@ class _MemoryPeer(Peer):
 
     def _land(self, write: _Write) -> None:
         """Copies, on the mover's thread. Raises TransferFailed."""
-        with self._target.writing:
+        with self.target.writing:
             if write.fault is FaultKind.LOSE_PEER:
                 self.connected, self._lost = False, "the peer is lost"
-            if self._target.released:
+            if self.target.released:
                 self.connected, self._lost = False, self._lost or "the owner has released the region"
             if not self.connected:
                 raise TransferFailed(self._lost)
@@ -231,7 +250,7 @@ class _MemoryPeer(Peer):
             for source_offset, target_offset, nbytes in write.pieces:
                 nbytes = min(nbytes, budget_bytes)
                 budget_bytes -= nbytes
-                landing = self._target.buffer[target_offset : target_offset + nbytes]
+                landing = self.target.buffer[target_offset : target_offset + nbytes]
                 landing[:] = write.source[source_offset : source_offset + nbytes]
             if write.fault is FaultKind.CORRUPT:
                 landing[nbytes // 2] ^= 0x10

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import logging
 import secrets
 import selectors
 import socket
@@ -38,12 +39,13 @@ from kvtransfer.frames import (
 from kvtransfer.ledger import Ledger
 from kvtransfer.pieces import check_memory, pages
 from kvtransfer.sockets_peer import SocketsPeer
-from kvtransfer.transport import Peer, Region, Transfer, Transport
+from kvtransfer.transport import LINK_IN_USE, Peer, Region, Transfer, Transport
 from kvtransfer.writes import address_of, landing_of
 from legato.v1.transfer_pb2 import RegionDescriptor, SocketsAddress, TransferFrame
 from spec.errors import TransferFailed, TransportUnavailable
 
 ATTACH_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 class SocketsTransport(Transport, Ledger):
@@ -178,17 +180,34 @@ class SocketsTransport(Transport, Ledger):
                             self._links.add(link)
                         link.start()
 
-    def admit(self, link: _Link, attach: TransferFrame.Attach) -> None:
+    def admit(self, link: _Link, attach: TransferFrame.Attach) -> str:
+        """Gives the link its region and id. Why not; "": it is let in."""
         with self._lock:  # so that a region that is being released either sees this link or is not found by it
             known = (region for its, region in self._regions.items() if hmac.compare_digest(its, attach.token))
-            link.region, link.link_id = next(known, None), attach.link_id
+            region = next(known, None)
+            if region is None:
+                return "no region of this descriptor"
+            if self._link_of(attach.link_id) is not None:
+                _log.warning("a writer is refused: %s (%016x)", LINK_IN_USE, attach.link_id)
+                return LINK_IN_USE
+            link.region, link.link_id = region, attach.link_id
+            return ""
+
+    def has_link(self, link_id: int) -> bool:
+        with self._lock:
+            link = self._link_of(link_id)
+            return link is not None and not link.is_ending
 
     def cut(self, link_id: int) -> None:
         """The thread that writes what arrives has ended; what the system had taken in goes with the connection."""
         with self._lock:
-            link = next((link for link in self._links if link.link_id == link_id), None)
+            link = self._link_of(link_id)
         if link is not None:
             link.end()
+
+    def _link_of(self, link_id: int) -> _Link | None:
+        """With the lock held."""
+        return next((link for link in self._links if link.link_id == link_id), None)
 
     # ---- the ledger, from any thread
 
@@ -228,13 +247,13 @@ class _Link(threading.Thread):
         super().__init__(name="sockets-link", daemon=True)
         self.region: _SocketsRegion | None = None  # None until the writer has shown the token
         self.link_id: int | None = None  # likewise
+        self.is_ending = False
         self._transport = transport
         self._connection = connection
-        self._ending = False
 
     def end(self) -> None:
         """Returns when this link writes no more."""
-        self._ending = True
+        self.is_ending = True
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self.join()
@@ -259,17 +278,15 @@ class _Link(threading.Thread):
         if frame is None or not frame.HasField("attach"):
             return
         self._connection.settimeout(ATTACH_TIMEOUT_S)
-        self._transport.admit(self, frame.attach)
-        if self.region is None:
-            answer = TransferFrame.Attached(refused="no region of this descriptor")
-        else:
-            answer = TransferFrame.Attached(region_bytes=self.region.buffer.nbytes)
+        answer = TransferFrame.Attached(refused=self._transport.admit(self, frame.attach))
+        if self.region is not None:
+            answer.region_bytes = self.region.buffer.nbytes
         send_frame(self._connection, TransferFrame(attached=answer))
         self._connection.settimeout(None)
 
     def _write_what_arrives(self, buffer: memoryview) -> None:
         base, _held = address_of(buffer)
-        while not self._ending and (frame := receive_frame(self._connection)):
+        while not self.is_ending and (frame := receive_frame(self._connection)):
             if not frame.HasField("write"):
                 return
             if not self._write(buffer, base, frame.write):
@@ -287,6 +304,6 @@ class _Link(threading.Thread):
             if not got_bytes:
                 raise TransferFailed("the link ended within a write")
             left_bytes -= got_bytes
-            if self._ending:
+            if self.is_ending:
                 break
         return not left_bytes

@@ -1,4 +1,4 @@
-"""Six verbs move memory: register, exchange, connect, post, check, release. A seventh, cut, is for silent writers.
+"""Six verbs move memory: register, exchange, connect, post, check, release. has_link and cut are for silent writers.
 
     owner of the memory                       writer
     region = transport.register(nbytes)
@@ -6,12 +6,14 @@
                                               transfer = peer.post(source_region, pieces)
                                               transfer.result(timeout_s) / transfer.done()
     region.release()                          peer.release()
-    transport.cut(link_id)                    peer.link_id
+    transport.has_link(link_id)               peer.link_id
+    transport.cut(link_id)
 
 One-sided: the owner takes no part in a write. A transfer that is done has landed: the owner sees its bytes. A transfer
 that failed may have landed in part; `peer.release()` returns only when nothing of that peer is in flight any more,
 which is what "quiet" means in the hand-over. `transport.cut()` comes to that without the writer: it is the owner's own
-act, and needs nobody's word.
+act, and needs nobody's word. It is a proof for a link that was let in: one link has one id, and who may write says by
+which before it does, so that has_link() can be asked.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 QUIET_TIMEOUT_S = 10.0  # how long release() waits for a process that is alive and does not answer
+LINK_IN_USE = "a link of this id has not ended"  # by an owner that lets nobody in by it
 
 
 class Piece(NamedTuple):
@@ -97,12 +100,18 @@ class Transport(abc.ABC):
     def connect(self, address: bytes, descriptor: bytes, timeout_s: float = 5.0) -> Peer:
         """Reaches the peer (a real exchange of bytes, so that a wrong address fails here and not at the first write).
 
-        Raises TransferFailed naming the address when it does not answer in time."""
+        Raises TransferFailed naming the address when it does not answer in time, or refuses: it has no such region, or
+        a link of this id that has not ended."""
+
+    @abc.abstractmethod
+    def has_link(self, link_id: int) -> bool:
+        """The owner's: whether that peer was let in, and its link has neither ended nor was cut. Does not wait."""
 
     @abc.abstractmethod
     def cut(self, link_id: int) -> None:
         """The owner's: ends that peer's link from this side, all that is in flight on it with it. Returns when no byte
-        of it can land any more; of a link that is not known, or has ended, none can. The writer finds its peer lost.
+        of it can land any more; of a link that has ended none can. The writer finds its peer lost. Of a link that never
+        was let in it proves nothing, and returns: has_link() is asked before the first write.
 
         Raises TransferFailed where that does not prove it: the writer has mapped this memory, and its process lives and
         has not let go of it yet. It may be called again: returns once that is so."""

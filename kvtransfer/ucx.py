@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
+import logging
 import secrets
 import threading
 import time
@@ -32,7 +33,7 @@ from kvtransfer.copying import scatter
 from kvtransfer.ledger import Ledger
 from kvtransfer.mapping_lock import WatchedLock
 from kvtransfer.pieces import check_memory
-from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
+from kvtransfer.transport import LINK_IN_USE, QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
 from kvtransfer.ucx_peer import UcxPeer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
 from kvtransfer.writes import landing_of
@@ -41,6 +42,7 @@ from spec.errors import TransferFailed
 
 TOKEN_BYTES = 16  # by which a region is named
 LOOK_S = 0.01  # whether a lock is let go of
+_log = logging.getLogger(__name__)
 
 
 def default_options(host: str) -> dict[str, str]:
@@ -71,7 +73,7 @@ class UcxTransport(Transport, Ledger):
         self._regions: dict[bytes, _UcxRegion] = {}  # by token
         self._peers: dict[int, UcxPeer] = {}  # by link
         self._transfers: set[Transfer] = set()
-        self._links: dict[int, _Link] = {}  # the worker's thread alone
+        self._links: dict[int, _Link] = {}  # let in; only the worker's thread changes it
         self._written_bytes = 0
         self._closed = False
         self._worker = UcxWorker(
@@ -110,6 +112,11 @@ class UcxTransport(Transport, Ledger):
             peer.abandon()
             raise TransferFailed(f"the peer at {_short(theirs)}: {error.message}", address=_short(theirs)) from None
         return peer
+
+    def has_link(self, link_id: int) -> bool:
+        with self._lock:
+            link = self._links.get(link_id)
+        return link is not None and not link.is_cut and not link.gone.done() and not link.region.released
 
     def cut(self, link_id: int) -> None:
         link: _Link | None = self._worker.call(lambda: self._cut(link_id))
@@ -210,12 +217,16 @@ class UcxTransport(Transport, Ledger):
         with self._lock:
             found = (r for token, r in self._regions.items() if hmac.compare_digest(token, attach.token))
             region = next(found, None)
+        self._forget_ended()
         if region is None or region.released:
             answer.refused = "no region of this descriptor"
+        elif attach.link_id in self._links:  # its mapping is the only evidence that this memory may be written
+            answer.refused = LINK_IN_USE
+            _log.warning("a writer is refused: %s (%016x)", LINK_IN_USE, attach.link_id)
         else:
-            self._forget_ended()
             mapping = WatchedLock(attach.mapping_lock)
-            self._links[attach.link_id] = _Link(region, endpoint, mapping)
+            with self._lock:
+                self._links[attach.link_id] = _Link(region, endpoint, mapping)
             answer.region_bytes, answer.base_address = region.nbytes, region.base
             if mapping.is_held:  # so that it can be seen when it has let go
                 answer.remote_key = region.remote_key
@@ -238,8 +249,9 @@ class UcxTransport(Transport, Ledger):
     def _forget_ended(self) -> None:
         """Those by which nothing comes any more, and whose writers have let go."""
         ended = [link_id for link_id, link in self._links.items() if link.gone.done() and not link.mapping.is_held]
-        for link_id in ended:
-            del self._links[link_id]
+        with self._lock:
+            for link_id in ended:
+                del self._links[link_id]
 
     def _cut(self, link_id: int) -> _Link | None:
         self._forget_ended()

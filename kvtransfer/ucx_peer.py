@@ -119,6 +119,7 @@ class UcxPeer(Peer):
         if self._why or self.attached.done():
             return
         if answer.refused:
+            self.endpoint = None  # it has no link to say goodbye by; of this id another may have one
             self.attached.set_exception(TransferFailed(answer.refused))
             return
         assert self.endpoint is not None

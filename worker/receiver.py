@@ -41,7 +41,9 @@ from worker.landing import LandingCheck
 
 logger = logs.get(__name__)
 
+# Causes of a TicketRefused.
 GIVEN_UP = "given up"  # by the router, while the hand-over was on its way: no refusal to count
+NO_LINK = "no link"  # the writer is to connect anew
 
 Request = worker_pb2.HandoffRequest
 Reply = worker_pb2.HandoffReply
@@ -149,6 +151,8 @@ class Receiver:
                 raise TicketRefused("the writer does not say where it can be asked whether it is quiet")
             if begin.transport not in core.transports:
                 raise TicketRefused("the writer does not say by which link it writes")
+            if not core.transports[begin.transport].has_link(begin.link_id):  # else a cut of it would prove nothing
+                raise TicketRefused("the link by which the writer wants to write is not open here", cause=NO_LINK)
             with core.loop.lock:
                 core.reservations.begin(
                     ticket.reservation_id,

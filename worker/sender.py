@@ -29,6 +29,7 @@ from service.status import error_from_reason, error_from_rpc
 from service.wire import spoken
 from spec.errors import HandoffError, LegatoError, RequestCancelled, TransferFailed
 from worker.departures import Departures, Target
+from worker.receiver import NO_LINK
 from worker.staging import SourceKV, Staging
 
 logger = logs.get(__name__)
@@ -56,6 +57,7 @@ class Sender:
         self._staging = Staging(source, target.ranks, pool)
         self._departures = Departures(target, self._staging, policy, pool, self._write, self.failed)
         self._producer_address = producer_address
+        self._is_link_gone = False  # its owner has it no more, whatever it looks like from here
         self._admitted = asyncio.Event()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,6 +114,7 @@ class Sender:
     def _refusal(self, error: grpc.aio.AioRpcError) -> HandoffError:
         """What the decode worker says of the hand-over; all else is about the way there, and not about this worker."""
         found = error_from_rpc(error)
+        self._is_link_gone = found.details.get("cause") == NO_LINK
         if isinstance(found, HandoffError):
             return found
         return TransferFailed(f"{self._target.ticket.consumer_id} did not accept the hand-over: {found.message}")
@@ -156,6 +159,9 @@ class Sender:
             except TransferFailed as error:
                 logger.warning("the hand-over to %s is not proven quiet: %s", self._target.ticket.consumer_id, error)
                 await asyncio.sleep(ASK_AGAIN_S)
+        if self._is_link_gone:
+            with contextlib.suppress(TransferFailed):  # it is not taken again: the next hand-over connects anew
+                await self._target.link.release(self._target.peer)
         await asyncio.to_thread(self._staging.release)  # a transport may have to wait
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with self._writing:

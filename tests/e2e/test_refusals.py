@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from cluster import KEY, Cluster, cluster
+from cluster import KEY, Cluster, cluster, links_to
 from tiny_llama import SHAPES, make_llama
 
 import kvtransfer.memory
@@ -176,11 +176,13 @@ async def test_tickets_that_open_nothing(model: Path, redis_url: str) -> None:
             await _refused(link, tampered, "signature")
             key = KEY.encode()
             await _refused(link, tickets.issue(key, altered(consumer_epoch=7)), "restarted")
-            await _refused(link, tickets.issue(key, altered(producer_epoch=7)), "epoch")
+            with links_to(reservation) as open_link:
+                await _refused(link, tickets.issue(key, altered(producer_epoch=7)), "epoch", open_link())
             await _refused(link, tickets.issue(key, altered(expires_unix_ns=1)), "expired")
             stale = altered()
             stale.block_generations[0] += 1
-            await _refused(link, tickets.issue(key, stale), "generation")
+            with links_to(reservation) as open_link:
+                await _refused(link, tickets.issue(key, stale), "generation", open_link())
             await stub.Abort(worker_pb2.AbortRequest(sequence_id=good.sequence_id))
             await _refused(link, reservation.ticket, "ended")  # replayed
             subscription.cancel()
@@ -205,9 +207,56 @@ def _reserve(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) 
     )
 
 
-async def _refused(link: grpc.aio.Channel, signed: worker_pb2.SignedTicket, word: str) -> None:
+async def test_a_hand_over_by_a_link_that_is_not_open_does_not_begin(model: Path, redis_url: str) -> None:
+    """What would be cut, were its writer silent, is something else or nothing, and proves nothing of this memory."""
+    async with cluster(model, redis_url) as running:
+        decode, prefill = running.workers["decode-0"].core, running.workers["prefill-0"].core.record
+        async with channel(decode.record.address, KEY) as link:
+            stub = worker_pb2_grpc.DecodeStub(link)
+            subscription = stub.Subscribe(worker_pb2.SubscribeRequest(router_id="tester"))
+            await subscription.read()
+            reservation = await stub.Reserve(_reserve(decode.record, prefill))
+            await _refused(link, reservation.ticket, "link", link_id=999)
+            with links_to(reservation) as open_link:
+                cut, known = open_link(), open_link()
+                decode.cut("sockets", cut)
+                await _refused(link, reservation.ticket, "link", link_id=cut)
+                assert decode.live()["reservations.reservations_reserved"] == 1, "nothing has begun"
+                stream = worker_pb2_grpc.WorkerStub(link).Handoff()
+                await stream.write(_begin(reservation.ticket, prefill.address, known))
+                assert (await stream.read()).HasField("accepted")
+                await stream.write(worker_pb2.HandoffRequest(quiet=worker_pb2.HandoffRequest.Quiet()))
+            subscription.cancel()
+        assert decode.meter.refused_handoffs == 2
+        await running.assert_as_at_start()
+
+
+async def test_a_writer_whose_link_is_gone_connects_anew(
+    model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it does not look so from its own end, and nothing breaks there."""
+    begun: list[int] = []
+    async with cluster(model, redis_url, prefill=0) as running:
+        expected = (await greedy(running, PROMPT)).token_ids
+    async with cluster(model, redis_url) as running:
+        decode = running.workers["decode-0"].core
+
+        def has_link(link_id: int) -> bool:
+            begun.append(link_id)
+            return link_id != begun[0]
+
+        for transport in decode.transports.values():
+            monkeypatch.setattr(transport, "has_link", has_link)
+        answer = await greedy(running, PROMPT)
+        assert answer.token_ids == expected
+        assert answer.route.attempts == decode.meter.refused_handoffs + 1 == 2
+        assert begun[0] != begun[1]
+        await running.assert_as_at_start()
+
+
+async def _refused(link: grpc.aio.Channel, signed: worker_pb2.SignedTicket, word: str, link_id: int = 1) -> None:
     call = worker_pb2_grpc.WorkerStub(link).Handoff()
-    await call.write(_begin(signed, "127.0.0.1:1"))
+    await call.write(_begin(signed, "127.0.0.1:1", link_id))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(call))
     error = error_from_rpc(caught.value)
@@ -287,18 +336,19 @@ async def test_a_stream_touches_only_what_its_ticket_opened(model: Path, redis_u
             earlier.epoch = prefill.epoch - 1  # as if prefill-0 had been started again since
             first = await stub.Reserve(_reserve(decode.record, earlier))
             old = worker_pb2_grpc.WorkerStub(link).Handoff()
-            await old.write(_begin(first.ticket, prefill.address))
-            assert (await old.read()).HasField("accepted")
-            await stub.Abort(worker_pb2.AbortRequest(sequence_id="test.0.1"))
-            again = await stub.Reserve(_reserve(decode.record, prefill))
-            old.cancel()  # it never said Quiet; that its successor has its address proves that it is gone
-            while decode.live()["reservations.reservations_cancelling"]:
-                await asyncio.sleep(0.02)
-            assert decode.live()["reservations.reservations_reserved"] == 1, "the second placement is untouched"
-            new = worker_pb2_grpc.WorkerStub(link).Handoff()
-            await new.write(_begin(again.ticket, prefill.address))
-            assert (await new.read()).HasField("accepted")
-            await new.write(worker_pb2.HandoffRequest(quiet=worker_pb2.HandoffRequest.Quiet()))
+            with links_to(first) as open_link:
+                await old.write(_begin(first.ticket, prefill.address, open_link()))
+                assert (await old.read()).HasField("accepted")
+                await stub.Abort(worker_pb2.AbortRequest(sequence_id="test.0.1"))
+                again = await stub.Reserve(_reserve(decode.record, prefill))
+                old.cancel()  # it never said Quiet, and its successor's word is none of its own: its link is cut
+                while decode.live()["reservations.reservations_cancelling"]:
+                    await asyncio.sleep(0.02)
+                assert decode.live()["reservations.reservations_reserved"] == 1, "the second placement is untouched"
+                new = worker_pb2_grpc.WorkerStub(link).Handoff()
+                await new.write(_begin(again.ticket, prefill.address, open_link()))
+                assert (await new.read()).HasField("accepted")
+                await new.write(worker_pb2.HandoffRequest(quiet=worker_pb2.HandoffRequest.Quiet()))
             subscription.cancel()
         await running.assert_as_at_start()
 
@@ -315,8 +365,8 @@ async def test_blocks_that_come_free_are_used_at_once(
         await running.assert_as_at_start()
 
 
-def _begin(signed: worker_pb2.SignedTicket, address: str) -> worker_pb2.HandoffRequest:
+def _begin(signed: worker_pb2.SignedTicket, address: str, link_id: int) -> worker_pb2.HandoffRequest:
     begin = worker_pb2.HandoffRequest.Begin(
-        ticket=signed, producer_address=address, wire=spoken(), transport="sockets", link_id=1
+        ticket=signed, producer_address=address, wire=spoken(), transport="sockets", link_id=link_id
     )
     return worker_pb2.HandoffRequest(begin=begin)

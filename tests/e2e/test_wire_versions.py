@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from cluster import KEY, cluster
+from cluster import KEY, cluster, links_to
 from tiny_llama import SHAPES, make_llama
 
 from kvtransfer.digest import DigestPolicy
@@ -55,9 +55,9 @@ def reserve_request(decode: worker_pb2.WorkerRecord, producer: worker_pb2.Worker
     return worker_pb2.ReserveRequest.FromString(made.SerializeToString() + UNKNOWN_FIELD)
 
 
-def begin(signed: worker_pb2.SignedTicket, address: str, oldest: int, newest: int) -> Request:
+def begin(signed: worker_pb2.SignedTicket, address: str, oldest: int, newest: int, link_id: int = 0) -> Request:
     wire = worker_pb2.WireVersions(oldest=oldest, newest=newest)
-    made = Request.Begin(ticket=signed, producer_address=address, wire=wire, transport="sockets")
+    made = Request.Begin(ticket=signed, producer_address=address, wire=wire, transport="sockets", link_id=link_id)
     return Request(begin=Request.Begin.FromString(made.SerializeToString() + UNKNOWN_FIELD))
 
 
@@ -81,14 +81,15 @@ async def test_a_newer_writer_is_understood_as_far_as_it_goes_or_refused_by_its_
             assert isinstance(error, WireMismatch)
             assert "prefill-0 speaks versions 7 to 9" in error.message
 
-            newer = worker_pb2_grpc.WorkerStub(link).Handoff()
-            await newer.write(begin(reserved.ticket, prefill.address, NEWEST, 9))
-            assert (await newer.read()).HasField("accepted")
-            await newer.write(Request.FromString(UNKNOWN_EVENT))
-            await newer.write(Request(alive=Request.Alive()))
-            await newer.write(Request(quiet=Request.Quiet()))
-            assert "the writer stopped" in (await newer.read()).cancel.message, "Quiet was understood"
-            assert await newer.read() is grpc.aio.EOF
+            with links_to(reserved) as open_link:
+                newer = worker_pb2_grpc.WorkerStub(link).Handoff()
+                await newer.write(begin(reserved.ticket, prefill.address, NEWEST, 9, open_link()))
+                assert (await newer.read()).HasField("accepted")
+                await newer.write(Request.FromString(UNKNOWN_EVENT))
+                await newer.write(Request(alive=Request.Alive()))
+                await newer.write(Request(quiet=Request.Quiet()))
+                assert "the writer stopped" in (await newer.read()).cancel.message, "Quiet was understood"
+                assert await newer.read() is grpc.aio.EOF
             subscription.cancel()
         await running.assert_as_at_start()
 

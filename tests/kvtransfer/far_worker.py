@@ -65,6 +65,9 @@ class FarWorker:
     def connect(self, address: str, descriptor: str) -> None:
         self.peers.append(self.transport.connect(bytes.fromhex(address), bytes.fromhex(descriptor)))
 
+    def release_peer(self) -> None:
+        self.peers[-1].release()
+
     def link_id(self) -> int:
         return self.peers[-1].link_id
 

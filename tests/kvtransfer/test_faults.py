@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import random
+import secrets
 import socket
 import time
 import tracemalloc
@@ -111,7 +112,7 @@ def attached(owner: SocketsTransport, descriptor: bytes) -> socket.socket:
     where = SocketsAddress.FromString(owner.address)
     link = socket.create_connection((where.tcp_host, where.tcp_port), timeout=5)
     token = RegionDescriptor.FromString(descriptor).token
-    send_frame(link, TransferFrame(attach=TransferFrame.Attach(token=token)))
+    send_frame(link, TransferFrame(attach=TransferFrame.Attach(link_id=secrets.randbits(64), token=token)))
     answer = receive_frame(link)
     assert answer is not None
     assert not answer.attached.refused
@@ -179,7 +180,7 @@ def test_what_was_not_received_is_not_called_written(owner: SocketsTransport, pa
         until_s = time.monotonic() + 5
         while not packed and bytes(region.buffer[:100]) != b"x" * 100 and time.monotonic() < until_s:
             time.sleep(0.001)
-        served._ending = True  # what end() does first; the cut is what it does next
+        served.is_ending = True  # what end() does first; the cut is what it does next
         link.sendall(b"x")
         answer = receive_frame(link)
         assert answer is not None

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ import kvtransfer.sockets_peer
 import kvtransfer.ucx_peer
 from kvtransfer.grids import WINDOW_PIECES
 from kvtransfer.plan import RankKV, plan_transfer
-from kvtransfer.transport import Piece, Transport
+from kvtransfer.transport import LINK_IN_USE, Piece, Transport
 from legato.v1.transfer_pb2 import SocketsAddress, UcxAddress
 from spec.dtype import Dtype
 from spec.errors import InvalidParameter, TransferFailed
@@ -374,11 +375,71 @@ def test_a_link_that_is_cut_is_quiet_and_its_writer_may_come_again(pair: Pair) -
     eventually(lambda: _is_cut(pair, link_id))
     _nothing_lands(region)
     pair.near.cut(link_id)
+    assert not pair.near.has_link(link_id)
     pair.near.cut(link_id ^ 1)  # nobody's
     eventually(lambda: not pair.far.do("connected"))
     pair.far.do("connect", address=pair.near.address.hex(), descriptor=region.descriptor.hex())
     pair.far.do("post_noise", nbytes=region.buffer.nbytes, seed=7)
     assert digest(region.buffer) == digest(random.Random(7).randbytes(region.buffer.nbytes))
+
+
+def test_a_link_is_known_from_its_first_word_to_its_last(pair: Pair) -> None:
+    region, link_id = _written_by_far(pair, 4096)
+    assert pair.near.has_link(link_id)
+    assert not pair.near.has_link(link_id ^ 1)
+    pair.far.do("release_peer")
+    eventually(lambda: not pair.near.has_link(link_id))
+    pair.far.do("connect", address=pair.near.address.hex(), descriptor=region.descriptor.hex())
+    again = pair.far.do("link_id")
+    assert pair.near.has_link(again)
+    region.release()
+    assert not pair.near.has_link(again)
+
+
+def _is_let_in(writer: Transport, owner: Transport, region: Any) -> bool:
+    try:
+        writer.connect(owner.address, region.descriptor)
+    except TransferFailed as error:
+        if LINK_IN_USE in error.message:
+            return False
+        raise
+    return True
+
+
+def test_the_id_of_a_link_is_nobody_elses_until_it_has_ended(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the owner would cut one of the two, and call the memory quiet that the other still writes."""
+    region, link_id = _written_by_far(pair, 4 * MIB)
+    second = far_worker.open_transport(pair.kind)
+    monkeypatch.setattr(secrets, "randbits", lambda bits: link_id)
+    assert not _is_let_in(second, pair.near, region)
+    assert second.counts()["peers"] == 0
+    region.buffer[:] = bytes(region.buffer.nbytes)
+    eventually(lambda: region.buffer[-1] != 0)
+    assert pair.near.has_link(link_id), "the first is as it was"
+    eventually(lambda: _is_cut(pair, link_id))
+    _nothing_lands(region)
+    eventually(lambda: _is_let_in(second, pair.near, region))
+    assert pair.near.has_link(link_id)
+    second.close()
+    eventually(lambda: not pair.near.has_link(link_id))
+
+
+@pytest.mark.parametrize("pair", ["ucx"], indirect=True)
+def test_a_link_that_is_cut_and_not_let_go_of_keeps_its_id(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That its writer has mapped the memory is known by that link alone."""
+    region, link_id = _written_by_far(pair, 4 * MIB)
+    pair.far.process.send_signal(signal.SIGSTOP)
+    try:
+        assert not _is_cut(pair, link_id)
+        second = far_worker.open_transport(pair.kind)
+        monkeypatch.setattr(secrets, "randbits", lambda bits: link_id)
+        assert not _is_let_in(second, pair.near, region)
+        second.close()
+        assert not _is_cut(pair, link_id)
+    finally:
+        pair.far.kill()
+    eventually(lambda: _is_cut(pair, link_id))
+    _nothing_lands(region)
 
 
 @only_processes

@@ -137,6 +137,10 @@ class SimulatedTransport(Transport):
                 raise TransferFailed(f"{host} does not answer")
             await asyncio.sleep(0.2)
 
+    def has_link(self, link_id: int) -> bool:
+        peer = self.fabric.links.get(link_id)
+        return peer is not None and peer.owner is self and not peer.is_cut
+
     def cut(self, link_id: int) -> None:
         peer = self.fabric.links.get(link_id)
         if peer is not None:
@@ -172,6 +176,7 @@ class SimulatedPeer(Peer):
         self.link_id = fabric.rng.getrandbits(64)
         self.is_mapped = fabric.rng.random() < MAPPED_SHARE
         self.is_cut = False
+        assert self.link_id not in fabric.links
         fabric.links[self.link_id] = self
         self.owner = owner
         self.target = target

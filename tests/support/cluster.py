@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import legato
 from decode_svc.pool import DecodePool
+from kvtransfer.sockets import SocketsTransport
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from prefill_svc.pool import PrefillPool
 from router.__main__ import serve as serve_router
@@ -27,6 +28,17 @@ from worker.serving import Running, running
 
 KEY = "a key for tests"
 SETTLE_S = 10.0
+
+
+@contextlib.contextmanager
+def links_to(reservation: worker_pb2.Reservation) -> Iterator[Callable[[], int]]:
+    """What opens a link by sockets into the memory that was reserved, as a writer does before it begins: its id."""
+    endpoint = next(endpoint for endpoint in reservation.endpoints if endpoint.name == "sockets")
+    writer = SocketsTransport()
+    try:
+        yield lambda: writer.connect(endpoint.address, endpoint.region).link_id
+    finally:
+        writer.close()
 
 
 @dataclasses.dataclass
