@@ -150,7 +150,7 @@ async def test_link(at_rest: Setup, undisturbed: dict[str, tuple[int, ...]], tra
         assert answer.token_ids == undisturbed[name]
         assert case.again in (None, answer.route.attempts > 1)
         if "slow" in name:
-            assert answer.route.transfer.moving_s > 0.5, "that was not slow"
+            assert answer.route.transfer.moving_s > 0.2, "that was not slow"  # a whole link takes 0.01
         await asyncio.sleep(struck_s + case.for_s - asyncio.get_running_loop().time())
         at_rest.networks.mend()
         await running.ready()
