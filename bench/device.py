@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -32,6 +33,16 @@ PEAKS_BYTES_PER_S = {
 FLUSH_BYTES = 512 << 20  # far more than any cache holds
 
 Run = Callable[[], object]
+
+
+def has_gpu(program: str) -> bool:
+    """Where there is none, says so on standard error."""
+    if torch.cuda.is_available():
+        return True
+    print(
+        f"{program} needs an NVIDIA GPU and a torch built for it; torch {torch.__version__} sees none", file=sys.stderr
+    )
+    return False
 
 
 def peak_of(card: str) -> float | None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from bench.device import PEAK_FLOP_PER_S, copy_bandwidth, peak_of, product_rate
+from bench.device import PEAK_FLOP_PER_S, copy_bandwidth, has_gpu, peak_of, product_rate
 from bench.gpu_models import DRY, Sizes, make_engine, prefill_flop, weight_bytes_read
 from bench.gpu_report import Report
 from bench.gpu_steps import decode_step_s, prefill_s
@@ -183,11 +183,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("results/gpu.jsonl"), help="gets one JSON line more")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny models; its figures mean nothing")
     options = parser.parse_args()
-    if not options.dry_run and not torch.cuda.is_available():
-        print(
-            f"bench.gpu needs an NVIDIA GPU and a torch built for it; torch {torch.__version__} sees none",
-            file=sys.stderr,
-        )
+    if not options.dry_run and not has_gpu("bench.gpu"):
         return 2
     device = torch.device("cpu" if options.dry_run else "cuda")
     card = cpu_name() if options.dry_run else torch.cuda.get_device_properties(device).name

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.device import Limits, captured, interleaved_s, measure_limits
+from bench.device import Limits, captured, has_gpu, interleaved_s, measure_limits
 from bench.kernel_report import Line, kernel_line, peer_line, print_lines
 from bench.record import append_line, cpu_name
 
@@ -132,11 +132,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("results/kernels.jsonl"), help="gets one JSON line more")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny; its figures mean nothing")
     options = parser.parse_args()
-    if not options.dry_run and not torch.cuda.is_available():
-        print(
-            f"bench.kernels needs an NVIDIA GPU and a torch built for it; torch {torch.__version__} sees none",
-            file=sys.stderr,
-        )
+    if not options.dry_run and not has_gpu("bench.kernels"):
         return 2
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -124,12 +124,14 @@ def adjusted(
     scores = torch.from_numpy(logits.numpy().copy()) if logits.is_cpu else logits.clone()
     for row in changed:
         mask = masks[row]
-        if mask is not None and not math.isfinite(float(scores[row].max())):
-            continue  # the row draws NO_TOKEN, and a mask must not hide why
-        if mask is not None and scores.is_cpu:
-            scores.numpy()[row, ~mask] = -math.inf
-        elif mask is not None:
-            scores[row].masked_fill_(torch.from_numpy(~mask).to(scores.device), -math.inf)
+        if mask is not None:
+            greatest = scores.numpy()[row].max() if scores.is_cpu else scores[row].max()
+            if not math.isfinite(float(greatest)):
+                continue  # the row draws NO_TOKEN, and a mask must not hide why
+            if scores.is_cpu:
+                scores.numpy()[row, ~mask] = -math.inf
+            else:
+                scores[row].masked_fill_(torch.from_numpy(~mask).to(scores.device), -math.inf)
         _adjust(scores[row], draws[row], first_id)
     return scores
 

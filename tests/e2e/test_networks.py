@@ -53,7 +53,7 @@ CASES = {
     "moving, prefill cut from decode for long": Case(  # beyond every clock of the hand-over
         "prefill", "post", 1, lambda n, p, d: n.cut(p, n.addresses[d]), True, for_s=18.0
     ),
-    "moving, slow": Case("prefill", "post", 0, lambda n, p, d: n.slow(p, 10_000), False),
+    "moving, slow": Case("prefill", "post", 0, lambda n, p, d: n.slow(p, 5_000), False),
     "moving, lossy": Case("prefill", "post", 0, lambda n, p, d: n.lose(p, 0.05), None),
     "prefilling, prefill cut from the router": Case("prefill", "step", 1, lambda n, p, d: n.cut(p, n.gateway), True),
     "decoding, decode cut from all": Case("decode", "step", 7, lambda n, p, d: n.cut(d), True),
@@ -150,7 +150,7 @@ async def test_link(at_rest: Setup, undisturbed: dict[str, tuple[int, ...]], tra
         assert answer.token_ids == undisturbed[name]
         assert case.again in (None, answer.route.attempts > 1)
         if "slow" in name:
-            assert answer.route.transfer.moving_s > 0.2, "that was not slow"  # a whole link takes 0.01
+            assert answer.route.transfer.moving_s > 0.5, "that was not slow"
         await asyncio.sleep(struck_s + case.for_s - asyncio.get_running_loop().time())
         at_rest.networks.mend()
         await running.ready()

@@ -89,11 +89,12 @@ CONSTRAINTS: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
 async def test_answers_keep_to_their_constraints_at_any_temperature(model: Path, redis_url: str) -> None:
     async with cluster(model, redis_url) as running:
         for name, (constraint, keeps) in CONSTRAINTS.items():
-            found = await answers(running, range(72), **constraint)
+            least = 20 if name in ("object", "grammar") else 71  # these rarely end by themselves
+            found = await answers(running, range(108 if least == 20 else 72), **constraint)
             whole = [answer for answer in found if answer.finish_reason == "stop"]
             assert all(keeps(text_of(answer)) for answer in whole), name
             assert all(len(answer.token_ids) == 200 for answer in found if answer.finish_reason != "stop"), name
-            assert len(whole) > (15 if name in ("object", "grammar") else 71), f"{name}: {len(whole)}"
+            assert len(whole) > least, f"{name}: {len(whole)}"
             assert len({text_of(answer) for answer in whole}) > {"choice": 3, "object": 5}.get(name, 10), name
             assert any(answer.route.decode_worker_id and answer.route.transfer is not None for answer in found), name
         await running.assert_as_at_start()
