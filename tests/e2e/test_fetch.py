@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from breaking import break_once
 from cluster import Cluster, cluster
 from forced import check_forced
 from tiny_llama import SHAPES, load_reference, make_llama
@@ -16,7 +17,6 @@ from tiny_llama import SHAPES, load_reference, make_llama
 import worker.sender
 from kvtransfer.digest import HeldDigest
 from spec.errors import TransferFailed
-from worker.departures import Departures
 from worker.meter import Meter
 from worker.prefix_sends import PrefixSends
 
@@ -140,23 +140,13 @@ async def test_a_resumed_prompt_is_fetched_by_who_goes_on(
     model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first hand-over breaks after two chunks; the second prefill worker has what landed from the decode worker."""
-    send, sent = Departures._send, []
-
-    async def break_once(departures: Departures, chunk: Any) -> None:
-        if len(sent) == 2:
-            await departures._until(lambda: departures._unsettled == 1)  # those before are told
-            sent.append(-1)
-            raise TransferFailed("planted")
-        await send(departures, chunk)
-        sent.append(chunk.end)
-
     async with cluster(model, redis_url, prefill=0) as running:
         expected = (await ask(running, FIRST)).token_ids
     engine = {"max_step_tokens": 32, "max_sequences": 4}
     async with cluster(model, redis_url, prefill=2, engine=engine) as running:
         warm_up = await asyncio.gather(*(ask(running, DRAW.choices(range(3, 400), k=99)) for _ in range(4)))
         assert {each.route.prefill_worker_id for each in warm_up} == {"prefill-0", "prefill-1"}, "links are measured"
-        monkeypatch.setattr(Departures, "_send", break_once)
+        break_once(monkeypatch, 2)
         answer = await ask(running, FIRST)
         assert answer.token_ids == expected
         assert answer.route.attempts == 2

@@ -6,7 +6,7 @@ import ast
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from cluster import Cluster, cluster
 from tiny_llama import SHAPES, make_llama
 
 import legato
-from decode_svc.pool import DecodePool
+from decode_svc.placements import Placements
 from engine.convert import convert_gguf
+from scheduler.events import Event, Tokens
 from service.model_source import resolve_model
 from service.tokenizer import load_tokenizer
 from spec.errors import WorkerLost
@@ -147,19 +148,23 @@ async def test_ranks_that_draw_compile_for_themselves(model: Path, redis_url: st
     assert all(is_person(answer.text) for answer in found)
 
 
-async def test_an_answer_goes_on_where_its_worker_was_lost(model: Path, redis_url: str) -> None:
+async def test_an_answer_goes_on_where_its_worker_was_lost(
+    model: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {"json_schema": PERSON, "seed": 11, "temperature": 1.5, "max_tokens": 200}
+    dispatch = Placements._dispatch
+
+    def losing(placements: Placements, events: Sequence[Event]) -> None:
+        dispatch(placements, events)
+        for event in events:
+            if isinstance(event, Tokens) and 8 <= event.first_index < 12:
+                placements.give_up(event.sequence_id, WorkerLost("planted"))
+
     async with cluster(model, redis_url, decode=2) as running:
         expected = await running.client.generate([5, 6, 7], **options)
-        tokens: list[int] = []
+        monkeypatch.setattr(Placements, "_dispatch", losing)
         stream = running.client.stream([5, 6, 7], **options)
-        async for piece in stream:
-            tokens += piece.token_ids
-            if 8 <= len(tokens) < 12:
-                for worker in running.workers.values():
-                    if isinstance(worker.pool, DecodePool):
-                        for sequence_id in list(worker.pool._placements.placed):
-                            worker.pool._placements.give_up(sequence_id, WorkerLost("planted"))
+        tokens = [token_id async for piece in stream for token_id in piece.token_ids]
         assert stream.answer.route.attempts > 1
         assert tuple(tokens) == expected.token_ids
         assert is_person(stream.answer.text)
