@@ -48,7 +48,7 @@ class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
 
 
 def main() -> None:
-    server = grpc.server(futures.ThreadPoolExecutor(2))
+    server = grpc.server(futures.ThreadPoolExecutor(1))  # one writer, so that lines of two exports do not mix
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Traces(), server)
     metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Metrics(), server)
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
