@@ -83,11 +83,11 @@ class Faults:
             self._restart(fault.target)
 
     def _crash(self, name: str) -> bool:
-        process = self._world.process(name)
-        if not process.is_alive:
+        process, worker = self._world.process(name), self._world.workers.get(name)
+        if not process.is_alive or (worker is not None and not worker.is_up):  # it has yet to begin this life
             return False
-        if name in self._world.workers:
-            self._world.witness.count(self._world.workers[name])
+        if worker is not None:
+            self._world.witness.count(worker)
         self._network.crash(process)
         self._fabric.crash(process)
         return True

@@ -65,6 +65,11 @@ HAND_OVER = ("TICKET_REFUSED", "DIGEST_MISMATCH", "TRANSFER_FAILED")
 LOST = ("WORKER_LOST", "DRAINING", "OUT_OF_BLOCKS", "OVERLOADED")
 
 
+def test_a_worker_that_is_killed_as_it_starts_again_dies_once() -> None:
+    """Two faults of this seed strike it at once."""
+    play(205659)
+
+
 def test_a_seed_replays_exactly() -> None:
     """In this process, and in another whose strings have other hashes."""
     seeds = range(20, 26)
