@@ -1,16 +1,18 @@
 """What of a hand-over a client waits for when blocks leave layer group by layer group, and what its digests cost.
 
-One chunk goes from a worker's KV memory to another's through worker/departures.py over a real transport, and is
-digested on both sides as production does it. Its computation is a pause before each layer, as on a device that leaves
-the host alone; all layers together take `--compute` times what the transfer takes by itself. Exposed is the time from
-the end of the last layer until the receiver has found the digests right.
+One chunk goes from a worker's KV memory to another's, in a process of its own (bench/streaming_target.py) and on the
+other half of the cores, by worker/sender.py over a real transport, and is digested on both sides as production does it.
+Its computation is a pause before each layer, as on a device that leaves the host alone; all layers together take
+`--compute` times what the transfer takes by itself. Exposed is the time from the end of the last layer until the
+receiver has found the digests right.
 
     serial      nothing leaves before the step has ended: all of the transfer is exposed
     streamed    layers leave in groups while the next ones are computed
     full rate   nothing is computed: digests always and off, one after the other
 
-Variants take turns in one run; figures are medians over the rounds, shares are of the serial time of the same run. A
-run is thrown away when the serial time moved by more than 15 % (quartiles) between rounds: the machine was not quiet.
+Variants take turns in one run; figures are medians over the rounds, shares are of the serial time of the same run, and
+what digests cost is a ratio of the same round. CPU time is of all threads of both ends: it tells more than the clock
+where the machine is not quiet. A run is thrown away when the serial time moved by more than 15 % (quartiles).
 """
 
 from __future__ import annotations
@@ -19,42 +21,61 @@ import argparse
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import torch
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from bench.record import append_line
-from engine.kv_memory import TORCH_DTYPES
-from kernels.cpu.copy_grid import shared_copy
-from kernels.cpu.row_digest import shared_row_sums
+from bench.streaming_target import (
+    CLUSTER_KEY,
+    TRANSPORTS,
+    Verdict,
+    Where,
+    add_shape_arguments,
+    layout_of,
+    registered,
+    settle_in,
+)
 from kvtransfer.digest import DigestPolicy
 from kvtransfer.layer_groups import layer_group_ends
 from kvtransfer.plan import RankKV
-from kvtransfer.sockets import SocketsTransport
-from kvtransfer.transport import Peer, Region, Transport
-from kvtransfer.ucx import UcxTransport
-from legato.v1 import worker_pb2
-from spec.dtype import Dtype
-from spec.errors import LegatoError
-from spec.layout import KVLayout
+from kvtransfer.routes import RankMemory
+from kvtransfer.transport import Transport
+from legato.v1 import worker_pb2, worker_pb2_grpc
+from service.channel import channel
+from spec.errors import TransferFailed
 from worker.core import CoreRank
-from worker.departures import Departures, Target
-from worker.kv_region import landing_of
-from worker.landing import LandingCheck
+from worker.departures import Target
 from worker.link import Link
-from worker.staging import SourceKV, Staging
+from worker.sender import Sender
+from worker.staging import SourceKV
 
 EXAMPLES = """examples:
   python -m bench.streaming                          half a minute
   python -m bench.streaming --transport sockets --compute 2
 """
 STEADY = 0.15
-TRANSPORTS: dict[str, type[Transport]] = {"ucx": UcxTransport, "sockets": SocketsTransport}
+LEASE_S = 60.0
+SERIAL, STREAMED, FULL_RATE = "serial", "streamed", "full rate"
+SHARES = {"digests always": 1.0, "digests off": 0.0}
+
+
+class Exposed(NamedTuple):
+    """Of one hand-over."""
+
+    seconds: float  # from the end of the last layer to the receiver's verdict
+    near_cpu_s: float  # of all threads, from its begin to its end
+    far_cpu_s: float
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,88 +85,76 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--transport", choices=TRANSPORTS, default="ucx", help="(default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="of the chunk (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=8, help="of 128 bfloat16 elements (default: %(default)s)")
+    add_shape_arguments(parser)
     parser.add_argument("--group-mib", type=float, default=1.0, help="handoff.layer_group_bytes (default: %(default)s)")
     parser.add_argument("--compute", type=float, default=1.5, help="times the transfer (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="of all variants (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="of all variants (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path("results/streaming.jsonl"), help="gets one JSON line more")
     return parser.parse_args()
 
 
 class Pair:
-    """Two workers of one rank each, in this process."""
+    """A worker of one rank in this process, and its way to the one in the other."""
 
-    def __init__(self, options: argparse.Namespace, near: Transport, far: Transport) -> None:
-        self.layout = KVLayout(options.layers, options.kv_heads, 128, 16, Dtype.BFLOAT16)
-        self.tokens, self.group_bytes = options.tokens, int(options.group_mib * 2**20)
-        self.num_blocks = self.layout.blocks_for(options.tokens)
-        self.pool = concurrent.futures.ThreadPoolExecutor(2)
-        self.source, self.ranks = self._registered(near)
-        self.landed, self.landed_ranks = self._registered(far)
-        self.ranks[0].landing.view(torch.int16).random_()
-        self.register, self.link = near.register, Link()
-        self.peer: Peer = near.connect(far.address, self.landed.descriptor)
-        self.blocks = torch.randperm(self.num_blocks).tolist()
+    def __init__(self, options: argparse.Namespace, near: Transport, where: Where, told: IO[str]) -> None:
+        self.layout, self.tokens = layout_of(options), options.tokens
+        self._group_bytes = int(options.group_mib * 2**20)
+        self._num_blocks = self.layout.blocks_for(options.tokens)
+        region, ranks = registered(near, self.layout, options.tokens)
+        self._source = SourceKV(lambda group: ranks, region, near.register, _no_stage)
+        descriptor = bytes.fromhex(where.descriptor_hex)
+        self._peer = near.connect(bytes.fromhex(where.transport_address_hex), descriptor)
+        self._pool, self._link = concurrent.futures.ThreadPoolExecutor(2), Link()
+        self._transport, self._told, self._far_cpu_s = near.name, told, 0.0
 
-    def _registered(self, transport: Transport) -> tuple[Region, list[CoreRank]]:
-        region = transport.register(self.num_blocks * self.layout.block_bytes)
-        landing = landing_of(region.buffer, self.layout, self.num_blocks)
-        assert landing.dtype is TORCH_DTYPES[self.layout.dtype]
-        return region, [CoreRank(RankKV.whole(self.layout), landing=landing)]
-
-    async def hand_over(self, *, share: float, compute_s: float, streamed: bool) -> float:
-        """Seconds from the end of the last layer to the receiver's verdict. Raises what went wrong."""
-        failed: asyncio.Future[LegatoError] = asyncio.get_running_loop().create_future()
-        told: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        check = LandingCheck(self.landed_ranks, self.pool, self.blocks, 0, self.tokens)
-
-        async def tell(message: worker_pb2.HandoffRequest) -> None:
-            heard.put_nowait(message)
-
-        async def receive() -> None:
-            """Beside the sender, as the other worker's event loop is."""
-            while (message := await heard.get()).HasField("landed"):
-                await check.take(message.landed.end_layer)
-            if share:
-                await check.compare(message.chunk.digests)
-            told.set_result(time.perf_counter())
-
-        heard: asyncio.Queue[worker_pb2.HandoffRequest] = asyncio.Queue()
-        receiving = asyncio.create_task(receive())
+    def _target(self) -> Target:
+        ranks = (RankMemory(RankKV.whole(self.layout)),)
         ticket = worker_pb2.Ticket(
-            reservation_id="r", num_tokens=self.tokens, block_ids=self.blocks, expires_unix_ns=time.time_ns() + 10**11
+            reservation_id="r",
+            num_tokens=self.tokens,
+            block_ids=torch.randperm(self._num_blocks).tolist(),
+            expires_unix_ns=time.time_ns() + int(LEASE_S * 1e9),
         )
-        target_ranks = tuple(self.landed_ranks)
-        staging = Staging(
-            SourceKV(lambda group: self.ranks, self.source, self.register, _no_stage), target_ranks, self.pool
-        )
-        target = Target(ticket, worker_pb2.SignedTicket(), target_ranks, self.peer, "", self.link, 5.0)
-        departures = Departures(target, staging, DigestPolicy(share), self.pool, tell, failed)
-        running = asyncio.create_task(departures.run())
-        ends = layer_group_ends(self.layout.num_layers, self.tokens * self.layout.token_bytes, self.group_bytes)
-        departures.begin(self.tokens, 0, tuple(range(self.num_blocks)), lambda: None)
-        event_loop = asyncio.get_running_loop()
+        signed = worker_pb2.SignedTicket(ticket=ticket.SerializeToString())
+        return Target(ticket, signed, ranks, self._peer, self._transport, self._link, LEASE_S)
 
-        def compute() -> None:
-            for layer in range(self.layout.num_layers):
-                time.sleep(compute_s / self.layout.num_layers)
-                if streamed and layer + 1 in ends:
-                    event_loop.call_soon_threadsafe(departures.reached, self.tokens, layer + 1)
-
+    async def hand_over(
+        self, stub: worker_pb2_grpc.WorkerStub, *, share: float, compute_s: float, streamed: bool
+    ) -> Exposed:
+        """Raises what went wrong."""
+        sender = Sender(stub, self._source, self._target(), "127.0.0.1:1", self._pool, DigestPolicy(share))
+        began_cpu_s = time.process_time()
+        await sender.open(timeout_s=5.0)
+        sender.begin(self.tokens, 0, tuple(range(self._num_blocks)), lambda: None)
         if compute_s:
-            await asyncio.to_thread(compute)
-        ended_s = time.perf_counter()
-        departures.computed(self.tokens)
-        departures.end()
-        await running
-        if failed.done():
-            receiving.cancel()
-            raise failed.result()
-        await receiving
-        return told.result() - ended_s
+            ends = layer_group_ends(self.layout.num_layers, self.tokens * self.layout.token_bytes, self._group_bytes)
+            await asyncio.to_thread(
+                self._compute, sender, ends if streamed else (), compute_s, asyncio.get_running_loop()
+            )
+        ended_s = time.monotonic()
+        sender.computed(self.tokens)
+        try:
+            await sender.finish(worker_pb2.SequenceState())
+        finally:
+            await sender.close()
+        near_cpu_s = time.process_time() - began_cpu_s
+        if not (line := self._told.readline()):
+            raise TransferFailed("the other process ended")
+        verdict = Verdict(*json.loads(line))
+        far_cpu_s, self._far_cpu_s = verdict.cpu_s - self._far_cpu_s, verdict.cpu_s
+        return Exposed(verdict.monotonic_s - ended_s, near_cpu_s, far_cpu_s)
+
+    def _compute(
+        self, sender: Sender, ends: Sequence[int], compute_s: float, event_loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """In a thread, as the engine does."""
+        for layer in range(1, self.layout.num_layers + 1):
+            time.sleep(compute_s / self.layout.num_layers)
+            if layer in ends:
+                event_loop.call_soon_threadsafe(sender.reached, self.tokens, layer)
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 async def _no_stage(ranks: Sequence[CoreRank], block_ids: Sequence[int], layers: range) -> None:
@@ -153,57 +162,80 @@ async def _no_stage(ranks: Sequence[CoreRank], block_ids: Sequence[int], layers:
 
 
 @contextlib.contextmanager
-def paired(options: argparse.Namespace) -> Iterator[Pair]:
-    near, far = TRANSPORTS[options.transport](), TRANSPORTS[options.transport]()
+def other_process(options: argparse.Namespace) -> Iterator[tuple[Where, IO[str]]]:
+    """And what it prints."""
+    shape = {"transport": options.transport, "tokens": options.tokens, "layers": options.layers}
+    shape["kv-heads"] = options.kv_heads
+    flags = [f"--{name}={value}" for name, value in shape.items()]
+    command = [sys.executable, "-m", "bench.streaming_target", *flags]
+    far = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert far.stdin is not None
+    assert far.stdout is not None
     try:
-        yield Pair(options, near, far)
+        yield Where(*json.loads(far.stdout.readline())), far.stdout
+    finally:
+        far.stdin.close()
+        far.wait()
+
+
+async def measure(options: argparse.Namespace, where: Where, told: IO[str]) -> dict[str, list[Exposed]]:
+    """By variant, a hand-over each round."""
+    near = TRANSPORTS[options.transport]()
+    try:
+        pair = Pair(options, near, where, told)
+        async with channel(where.address, CLUSTER_KEY) as link:
+            measured = await take_turns(pair, worker_pb2_grpc.WorkerStub(link), options)
+        pair.close()
+        return measured
     finally:
         near.close()
-        far.close()
 
 
-async def measure(pair: Pair, options: argparse.Namespace) -> dict[str, list[float]]:
-    for _ in range(3):  # pages are touched
-        alone_s = await pair.hand_over(share=1.0, compute_s=0.0, streamed=False)
-    compute_s = options.compute * alone_s
-    found: dict[str, list[float]] = {}
+async def take_turns(
+    pair: Pair, stub: worker_pb2_grpc.WorkerStub, options: argparse.Namespace
+) -> dict[str, list[Exposed]]:
+    for _ in range(5):  # caches and branch predictors are as they will be
+        alone = await pair.hand_over(stub, share=1.0, compute_s=0.0, streamed=False)
+    compute_s = options.compute * alone.seconds
+    found: dict[str, list[Exposed]] = {}
     for _ in range(options.rounds):
-        for name, how in {
-            "serial, digests always": {"share": 1.0, "compute_s": compute_s, "streamed": False},
-            "streamed, digests always": {"share": 1.0, "compute_s": compute_s, "streamed": True},
-            "serial, digests off": {"share": 0.0, "compute_s": compute_s, "streamed": False},
-            "streamed, digests off": {"share": 0.0, "compute_s": compute_s, "streamed": True},
-            "full rate, digests always": {"share": 1.0, "compute_s": 0.0, "streamed": False},
-            "full rate, digests off": {"share": 0.0, "compute_s": 0.0, "streamed": False},
-        }.items():
-            found.setdefault(name, []).append(await pair.hand_over(**how))
+        for kind in (SERIAL, STREAMED, FULL_RATE):
+            for digests, share in SHARES.items():
+                pause_s = 0.0 if kind is FULL_RATE else compute_s
+                exposed = await pair.hand_over(stub, share=share, compute_s=pause_s, streamed=kind is STREAMED)
+                found.setdefault(f"{kind}, {digests}", []).append(exposed)
     return found
+
+
+def report(measured: dict[str, list[Exposed]], options: argparse.Namespace) -> None:
+    nbytes = options.tokens * layout_of(options).token_bytes
+    medians = {name: statistics.median(each.seconds for each in found) for name, found in measured.items()}
+    low, _, high = statistics.quantiles((each.seconds for each in measured[f"{SERIAL}, digests always"]), n=4)
+    spread = (high - low) / medians[f"{SERIAL}, digests always"]
+    table = Table(title=f"{nbytes / 2**20:.0f} MiB over {options.transport}, median of {options.rounds} rounds")
+    for title in ("", "exposed, ms", "of serial", "GB/s", "CPU ms: sender", "receiver"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for name, seconds in medians.items():
+        serial = medians[f"{SERIAL}, {name.partition(', ')[2]}"]
+        near, far = (statistics.median(each[index] for each in measured[name]) * 1e3 for index in (1, 2))
+        rate = f"{nbytes / seconds / 1e9:.2f}"
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / serial:.1%}", rate, f"{near:.1f}", f"{far:.1f}")
+    Console().print(table)
+    pairs = zip(*(measured[f"{FULL_RATE}, {digests}"] for digests in SHARES), strict=True)
+    costs = sorted(with_digests.seconds / without.seconds - 1 for with_digests, without in pairs)
+    cost, steady = statistics.median(costs), spread <= STEADY
+    print(f"digests add {cost:.0%} ({costs[0]:.0%} to {costs[-1]:.0%}) to a hand-over at full rate")
+    print(f"the serial time moved by {spread:.0%}: " + ("a steady run" if steady else "throw this run away"))
+    results = {name: round(seconds, 6) for name, seconds in medians.items()}
+    append_line(options.results, "streaming", options, results, steady=steady, digest_cost=round(cost, 3))
 
 
 def main() -> None:
     options = parse_arguments()
-    torch.set_num_threads(1)
-    shared_row_sums(), shared_copy()  # compiled where they must be
-    with paired(options) as pair:
-        measured = asyncio.run(measure(pair, options))
-        nbytes = options.tokens * pair.layout.token_bytes
-        pair.pool.shutdown()
-    medians = {name: statistics.median(each) for name, each in measured.items()}
-    low, _, high = statistics.quantiles(measured["serial, digests always"], n=4)
-    spread = (high - low) / medians["serial, digests always"]
-    table = Table(title=f"{nbytes / 2**20:.0f} MiB over {options.transport}, median of {options.rounds} rounds")
-    for title in ("", "exposed, ms", "of the serial time", "GB/s"):
-        table.add_column(title, justify="right" if title else "left")
-    for name, seconds in medians.items():
-        serial = medians[f"serial, {name.partition(', ')[2]}"]
-        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / serial:.1%}", f"{nbytes / seconds / 1e9:.2f}")
-    Console().print(table)
-    cost = medians["full rate, digests always"] / medians["full rate, digests off"] - 1
-    steady = spread <= STEADY
-    print(f"digests add {cost:.0%} to a hand-over at full rate")
-    print(f"the serial time moved by {spread:.0%}: " + ("a steady run" if steady else "throw this run away"))
-    results = {name: round(seconds, 6) for name, seconds in medians.items()}
-    append_line(options.results, "streaming", options, results, steady=steady, digest_cost=round(cost, 3))
+    with other_process(options) as (where, told):
+        settle_in(0)
+        measured = uvloop.run(measure(options, where, told))
+    report(measured, options)
 
 
 if __name__ == "__main__":
