@@ -1,5 +1,5 @@
-"""The pieces of a grid copied from memory to memory, or to and from a buffer in which they lie packed, one behind the
-other. Addresses are of memory of this process that the caller holds, and has found long enough.
+"""The pieces of a grid copied from memory to memory, or from a buffer in which they lie packed, one behind the other.
+Addresses are of memory of this process that the caller holds, and has found long enough.
 
 From memory to memory they go past the caches, and rows are digested on their way where the grid says which they are."""
 
@@ -26,20 +26,13 @@ def copy(grid: Grid, source: int, target: int) -> None:
         if copy_and_add_rows(grid, source, target):
             return
         add_rows(grid.rows.sums, grid, source)
-    if not _copied_natively(grid, source, target, _source_places(grid), _target_places(grid)):
+    if not _copied_natively(grid, source, target, (_address(grid.source_bases), _address(grid.source_units))):
         for source_offset, target_offset, nbytes in itertools.chain.from_iterable(grid.windows()):
             _memmove(target + target_offset, source + source_offset, nbytes)
 
 
-def gather(grid: Grid, source: int, packed: int) -> None:
-    if not _copied_natively(grid, source, packed, _source_places(grid), _PACKED):
-        for source_offset, _, nbytes in itertools.chain.from_iterable(grid.windows()):
-            _memmove(packed, source + source_offset, nbytes)
-            packed += nbytes
-
-
 def scatter(grid: Grid, packed: int, target: int) -> None:
-    if not _copied_natively(grid, packed, target, _PACKED, _target_places(grid)):
+    if not _copied_natively(grid, packed, target, _PACKED):
         for _, target_offset, nbytes in itertools.chain.from_iterable(grid.windows()):
             _memmove(target + target_offset, packed, nbytes)
             packed += nbytes
@@ -49,21 +42,14 @@ def _memmove(target: int, source: int, nbytes: int) -> None:
     (_copy_briefly if nbytes <= BRIEF_BYTES else _copy_at_length)(target, source, nbytes)
 
 
-def _copied_natively(grid: Grid, source: int, target: int, sources: Addresses, targets: Addresses) -> bool:
+def _copied_natively(grid: Grid, source: int, target: int, sources: Addresses) -> bool:
     """False where it is one piece that stays in the caches, or there is no compiled copy."""
-    if (grid.num_pieces == 1 and _PACKED in (sources, targets)) or (native := shared_copy()) is None:
+    if (grid.num_pieces == 1 and sources is _PACKED) or (native := shared_copy()) is None:
         return False
+    targets = _address(grid.target_bases), _address(grid.target_units)
     sizes = _address(grid.segment_bytes), _address(grid.unit_runs)
     native(source, target, sources, targets, sizes, len(grid.source_bases), len(grid.source_units), grid.nbytes)
     return True
-
-
-def _source_places(grid: Grid) -> Addresses:
-    return _address(grid.source_bases), _address(grid.source_units)
-
-
-def _target_places(grid: Grid) -> Addresses:
-    return _address(grid.target_bases), _address(grid.target_units)
 
 
 def _address(column: Offsets) -> int:

@@ -31,7 +31,8 @@ MEM_MAP_ALLOCATE = 1 << 1
 AM_SEND_FLAG_EAGER, AM_SEND_FLAG_COPY_HEADER = 1 << 1, 1 << 3
 AM_FLAG_WHOLE_MESSAGE = 1 << 0
 CLOSE_FLAG_FORCE = 1 << 0
-OP_FIELD_FLAGS = 1 << 4
+OP_FIELD_DATATYPE, OP_FIELD_FLAGS = 1 << 3, 1 << 4
+DATATYPE_IOV = 2
 
 ErrorHandler = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 MessageHandler = ctypes.CFUNCTYPE(
@@ -177,6 +178,9 @@ class RequestParams(ctypes.Structure):
 
 PLAIN = RequestParams()
 EAGER = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=AM_SEND_FLAG_EAGER | AM_SEND_FLAG_COPY_HEADER)
+EAGER_VECTORS = RequestParams(  # the payload is an array of ucp_dt_iov_t: address and size, 8 bytes each
+    op_attr_mask=OP_FIELD_FLAGS | OP_FIELD_DATATYPE, flags=EAGER.flags, datatype=DATATYPE_IOV
+)
 FORCE = RequestParams(op_attr_mask=OP_FIELD_FLAGS, flags=CLOSE_FLAG_FORCE)
 
 _handle, _out, _size, _text = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p

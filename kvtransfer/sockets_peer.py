@@ -137,7 +137,7 @@ class SocketsPeer(Peer):
                     return
                 transfer_id = self._queue.popleft()
                 outgoing = self._outgoing[transfer_id]
-            writes = parts(outgoing.plan, scattering=True)
+            writes = parts(outgoing.plan)
             try:
                 for number, part in enumerate(writes, 1):
                     write = announced(part, transfer_id, more=number < len(writes))

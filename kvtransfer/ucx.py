@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 
 def default_options(host: str) -> dict[str, str]:
     """What libucp is told: loopback stays on loopback; without GPU and RDMA device the transports of a plain host."""
-    options = {"TCP_TX_SEG_SIZE": "128k", "TCP_RX_SEG_SIZE": "128k", "TCP_MAX_POLL": "64"}
+    options = {"TCP_TX_SEG_SIZE": "512k", "TCP_RX_SEG_SIZE": "512k", "TCP_MAX_POLL": "64"}
+    options["TCP_MAX_IOV"] = "16"  # pieces of one system call: the most that libucp takes
     options["ALLOC_PRIO"] = "md:sysv,md:posix,mmap"  # never the heap: new memory is zeros, and untouched until used
     if _is_loopback(host):
         options["NET_DEVICES"] = "lo"

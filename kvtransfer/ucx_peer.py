@@ -9,22 +9,21 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import itertools
 import secrets
 import sys
 from collections.abc import Sequence
 
-from kvtransfer import libucp, ucx_key
-from kvtransfer.copying import copy, gather
+from kvtransfer import libucp, ucx_key, vectors
+from kvtransfer.copying import copy
 from kvtransfer.grids import Grid
 from kvtransfer.ledger import Ledger
 from kvtransfer.mapping_lock import MappingLock
 from kvtransfer.pieces import check_pieces, planned
 from kvtransfer.transport import QUIET_TIMEOUT_S, Peer, Piece, Region, Transfer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
-from kvtransfer.writes import GROUP_BYTES, address_of, announced, parts
+from kvtransfer.writes import address_of, announced, parts
 from legato.v1.transfer_pb2 import TransferFrame, UcxAddress
 from spec.errors import TransferFailed
 
@@ -58,7 +57,6 @@ class UcxPeer(Peer):
         self._remote_key = 0  # keeps it mapped
         self._mapping_lock = MappingLock()
         self._queue: collections.deque[_Outgoing] = collections.deque()  # with parts that are not taken
-        self._packed: list[ctypes.Array[ctypes.c_char]] = []  # not in use; those of messages under way are not in it
         self._write_ids = itertools.count(1)
         self._in_flight: dict[int, _Outgoing] = {}  # by write id: sent and not yet Written
         self._unproven = ""  # nobody will ever say what became of what was in flight
@@ -198,22 +196,13 @@ class UcxPeer(Peer):
         write_id = next(self._write_ids)
         write.writes += 1
         self._in_flight[write_id] = write
-        packed: ctypes.Array[ctypes.c_char] | None = None
-        if part.num_pieces == 1:
-            payload = write.source_address + part.pieces(0, 1)[0].source_offset
-        else:
-            packed = self._packed.pop() if self._packed else (ctypes.c_char * GROUP_BYTES)()
-            payload = ctypes.addressof(packed)
-            gather(part, write.source_address, payload)
 
         def sent(status: int) -> None:
-            if packed is not None:
-                self._packed.append(packed)
             if status != libucp.OK:
                 self._not_sent(write, write_id, status)
 
         header = announced(part, write_id, link_id=self.link_id)
-        self._worker.send_data(self.endpoint, header, payload, part.nbytes, sent)
+        self._worker.send_data(self.endpoint, header, vectors.sources(part, write.source_address), sent)
 
     def _not_sent(self, write: _Outgoing, write_id: int, status: int) -> None:
         if write_id in self._in_flight:

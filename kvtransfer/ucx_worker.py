@@ -27,6 +27,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from kvtransfer import libucp
+from kvtransfer.vectors import Vectors
 from legato.v1.transfer_pb2 import TransferFrame
 from spec.errors import TransferFailed, TransportUnavailable
 
@@ -68,7 +69,7 @@ class UcxWorker:
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._inbox: list[bytes] = []
         self._errors: list[tuple[int, int]] = []  # (endpoint handle, status)
-        self._waiting: list[tuple[int, Callable[[int], None]]] = []
+        self._waiting: list[tuple[int, Callable[[int], None], object]] = []
         self._endpoints: dict[bytes, Endpoint] = {}
         self._stopping = self._ended = False
         self._ending = threading.RLock()  # reentrant: a finalizer may run anywhere
@@ -191,17 +192,18 @@ class UcxWorker:
         self.wait_for(request, lambda _: None)
 
     def send_data(
-        self, endpoint: Endpoint, write: TransferFrame.Write, payload: int, nbytes: int, done: Callable[[int], None]
+        self, endpoint: Endpoint, write: TransferFrame.Write, payload: Vectors, done: Callable[[int], None]
     ) -> None:
-        """Sends `nbytes` at address `payload` as that of `write`. done(status): they may be changed again."""
+        """Sends what `payload` says, from where it lies, as that of `write`. done(status): it may be changed again."""
         header = write.SerializeToString()
         if len(header) > self.max_header_bytes:
             done(libucp.ERR_EXCEEDS_LIMIT)
             return
+        vectors, options = payload.ctypes.data, ctypes.byref(libucp.EAGER_VECTORS)
         request = self.library.ucp_am_send_nbx(
-            endpoint.handle, DATA_ID, header, len(header), payload, nbytes, ctypes.byref(libucp.EAGER)
+            endpoint.handle, DATA_ID, header, len(header), vectors, len(payload), options
         )
-        self.wait_for(request, done)
+        self.wait_for(request, done, held=payload)
 
     def soon(self, command: Callable[[], None]) -> None:
         """From within a callback of libucp, which must not call libucp: runs `command` in the next turn."""
@@ -212,13 +214,13 @@ class UcxWorker:
         request: int | None = self.library.ucp_ep_flush_nbx(endpoint.handle, ctypes.byref(libucp.PLAIN))
         return request
 
-    def wait_for(self, request: int | None, done: Callable[[int], None]) -> None:
-        """Calls done(status) when the request is."""
+    def wait_for(self, request: int | None, done: Callable[[int], None], held: object = None) -> None:
+        """Calls done(status) when the request is, and keeps `held` until then."""
         failed = libucp.failed_status(request)
         if request is None or failed:
             done(failed)
         else:
-            self._waiting.append((request, done))
+            self._waiting.append((request, done, held))
 
     def lose(self, endpoint: Endpoint, why: str, *, dead: bool) -> None:
         """Closes the endpoint at once; what is in flight to it completes with an error."""
@@ -283,11 +285,11 @@ class UcxWorker:
     def _check_waiting(self) -> bool:
         check_status, free = self.library.briefly.ucp_request_check_status, self.library.briefly.ucp_request_free
         finished: list[tuple[int, Callable[[int], None]]] = []
-        unfinished: list[tuple[int, Callable[[int], None]]] = []
-        for request, done in self._waiting:
+        unfinished: list[tuple[int, Callable[[int], None], object]] = []
+        for request, done, held in self._waiting:
             status = check_status(request)
             if status == libucp.IN_PROGRESS:
-                unfinished.append((request, done))
+                unfinished.append((request, done, held))
             else:
                 free(request)
                 finished.append((status, done))

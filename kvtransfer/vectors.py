@@ -1,5 +1,6 @@
-"""The pieces of a grid sent and received from where they lie, by writev and readv of the C library: a vector of many
-pieces goes to the system in one call, with no copy, no object of Python for a piece, and other threads running.
+"""The pieces of a grid as vectors, by which they are sent and received from where they lie: many in one call, with no
+copy and no object of Python for a piece. Sockets take them by writev and readv of the C library, while other threads
+run; libucp takes them as they are.
 
 Addresses are of memory of this process that the caller holds, and has found long enough."""
 
@@ -17,12 +18,17 @@ from numpy.typing import NDArray
 from kvtransfer.grids import WINDOW_PIECES, Grid, Offsets
 
 VECTORS = 1024  # of one system call: IOV_MAX
-Vectors = NDArray[numpy.int64]  # [N, 2]: address and size of a struct iovec, in bytes
+Vectors = NDArray[numpy.int64]  # [N, 2]: address and size of a struct iovec or a ucp_dt_iov_t, in bytes
 
 _libc = ctypes.CDLL(None, use_errno=True)
 for _function in (_libc.writev, _libc.readv):
     _function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     _function.restype = ctypes.c_ssize_t
+
+
+def sources(part: Grid, source: int) -> Vectors:
+    """All pieces of the part, in order."""
+    return numpy.concatenate(list(_windows(part, source, part.source_bases, part.source_units)))
 
 
 def send(link: socket.socket, part: Grid, source: int) -> None:

@@ -10,18 +10,15 @@ from kvtransfer.grids import Grid, TransferPlan
 from legato.v1.transfer_pb2 import TransferFrame
 from spec.errors import TransferFailed
 
-PIECE_BYTES = 4 << 20  # of one piece in one Write: it is sent from where it lies
-GROUP_BYTES = 512 << 10  # of several pieces together: they are sent from a buffer that stays in a core's cache
+PART_BYTES = 4 << 20  # of one Write, many pieces or a part of one: they are sent from where they lie
 GROUP_NUMBERS = 4096  # segments and units of one Write, together
 
 
-def parts(plan: TransferPlan, max_encoded_bytes: int = 1 << 20, *, scattering: bool = False) -> list[Grid]:
-    """What goes as one Write each, encoded in no more bytes than that. `scattering`: pieces are sent from where
-    they lie, so that as many go together as one long piece."""
+def parts(plan: TransferPlan, max_encoded_bytes: int = 1 << 20) -> list[Grid]:
+    """What goes as one Write each, encoded in no more bytes than that."""
     numbers = min(GROUP_NUMBERS, (max_encoded_bytes - 64) // 16)  # a place and a size of eight bytes each
     assert numbers >= 2
-    together = PIECE_BYTES if scattering else GROUP_BYTES
-    return [part for grid in plan.grids for part in grid.cut(PIECE_BYTES, together, numbers)]
+    return [part for grid in plan.grids for part in grid.cut(PART_BYTES, PART_BYTES, numbers)]
 
 
 def announced(part: Grid, write_id: int, *, link_id: int | None = None, more: bool = False) -> TransferFrame.Write:
@@ -45,7 +42,7 @@ def landing_of(write: TransferFrame.Write, region_bytes: int) -> Grid:
     if not is_grid or len(bases) + len(units) > GROUP_NUMBERS or (len(set(sizes)) > 1 and len(set(runs)) > 1):
         raise TransferFailed("a write that is none")
     is_one = len(bases) == len(units) == 1
-    limit_bytes = region_bytes if is_one else min(region_bytes, PIECE_BYTES)
+    limit_bytes = region_bytes if is_one else min(region_bytes, PART_BYTES)
     if max(*bases, *units) > region_bytes or sum(sizes) * sum(runs) > limit_bytes:
         raise TransferFailed("a write outside the region, or of too much at once")
     segments = numpy.array((bases, sizes), dtype=numpy.int64)

@@ -39,6 +39,10 @@ CONSTANTS = {
     "UCP_AM_FLAG_WHOLE_MSG": libucp.AM_FLAG_WHOLE_MESSAGE,
     "UCP_EP_CLOSE_FLAG_FORCE": libucp.CLOSE_FLAG_FORCE,
     "UCP_OP_ATTR_FIELD_FLAGS": libucp.OP_FIELD_FLAGS,
+    "UCP_OP_ATTR_FIELD_DATATYPE": libucp.OP_FIELD_DATATYPE,
+    "UCP_DATATYPE_IOV": libucp.DATATYPE_IOV,
+    "sizeof(ucp_dt_iov_t)": 16,  # kvtransfer/vectors.py makes them of two numbers of eight bytes
+    "offsetof(ucp_dt_iov_t, length)": 8,
     "UCS_OK": libucp.OK,
     "UCS_INPROGRESS": libucp.IN_PROGRESS,
     "UCS_ERR_BUSY": libucp.ERR_BUSY,

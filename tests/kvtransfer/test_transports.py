@@ -181,7 +181,7 @@ def test_scattered_pieces_land_where_they_belong_and_nowhere_else(pair: Pair) ->
     slots = list(range(0, nbytes - 512, 512))
     draw.shuffle(slots)
     pieces = []
-    for slot in slots[:5000]:  # more pieces than one frame, one gather or one slice takes
+    for slot in slots[:5000]:  # more pieces than one frame, one message or one slice takes
         size = draw.randint(1, 511)
         piece = Piece(draw.randrange(nbytes - size), slot, size)
         pieces.append(piece)
