@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.groups import Groups
 from engine.kv_memory import KVMemory
+from engine.projection import Projection, Segments
 from engine.step import StepTensors
 from engine.weights import AttentionWeights, LatentWeights
 from kernels.linear import linear
@@ -13,6 +15,7 @@ from kernels.paged_attention import paged_attention
 from kernels.rms_norm import rms_norm
 from kernels.rope_kv_write import rope_kv_write
 from spec.model import LayerSpec, ModelSpec
+from spec.shard import heads_of, split
 
 Tables = tuple[Tensor, Tensor]  # cos, sin of one RopeSpec
 
@@ -25,6 +28,7 @@ def grouped_queries(
     index: int,
     tables: Tables,
     step: StepTensors,
+    num_heads: int,
 ) -> Tensor:
     """Writes keys and values of the step's rows into layer `index` of the rank; returns the queries, [T, Hq, D]."""
     key_blocks, value_blocks = kv.layer(index)
@@ -35,7 +39,7 @@ def grouped_queries(
         step.slots,
         key_blocks,
         value_blocks,
-        weights.output.base.k // spec.head_dim,
+        num_heads,
         query_norm=weights.query_norm,
         key_norm=weights.key_norm,
         norm_eps=spec.rms_norm_eps,
@@ -52,6 +56,7 @@ def grouped_output(
     index: int,
     step: StepTensors,
     rows: Tensor | None,
+    groups: Groups,
 ) -> Tensor:
     """[T, Hq, D] -> [T or rows, hidden]; `rows`: the rows that are still wanted."""
     key_blocks, value_blocks = kv.layer(index)
@@ -68,8 +73,8 @@ def grouped_output(
         sinks=weights.sinks,
     )
     if rows is None:
-        return weights.output(attended, step.adapters)
-    return weights.output(attended[rows], step.wanted_adapters)
+        return _output(attended, weights.output, spec, groups, step.adapters)
+    return _output(attended[rows], weights.output, spec, groups, step.wanted_adapters)
 
 
 def latent_queries(
@@ -117,6 +122,7 @@ def latent_output(
     index: int,
     step: StepTensors,
     rows: Tensor | None,
+    groups: Groups,
 ) -> Tensor:
     """[T, Hq, kv_rank + rope_dim] -> [T or rows, hidden]"""
     row_blocks, latent_blocks = kv.layer(index)
@@ -131,4 +137,21 @@ def latent_output(
     )
     attended = attended if rows is None else attended[rows]
     per_head = attended.view(attended.shape[0], *weights.value_up.shape[:2])  # of no row, too
-    return weights.output(torch.einsum("thk,hkv->thv", per_head, weights.value_up).flatten(1))
+    return _output(torch.einsum("thk,hkv->thv", per_head, weights.value_up).flatten(1), weights.output, spec, groups)
+
+
+def _output(attended: Tensor, output: Projection, spec: ModelSpec, groups: Groups, segments: Segments = ()) -> Tensor:
+    """[T, the rank's heads] -> [T, hidden]. A projection that is cut along hidden reads the heads of all ranks of the
+    group, and has no part in what the others give."""
+    num_rows, num_inputs = attended.shape
+    if num_inputs == output.base.k:
+        return output(attended, segments)
+    out = attended.new_zeros(num_rows, spec.hidden_size)
+    if num_rows:
+        tp, head_dim = groups.shard.layout.tp, output.base.k // spec.num_heads
+        widths = [len(heads_of(spec, tp, index)[0]) * head_dim for index in range(tp)]
+        parts = groups.gather(attended.flatten(), [num_rows * width for width in widths])
+        every = torch.cat([part.view(num_rows, -1) for part in parts], dim=1)
+        own = split(spec.hidden_size, tp, groups.shard.index)
+        out[:, own.start : own.stop] = output(every, segments)
+    return out

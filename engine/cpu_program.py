@@ -77,7 +77,7 @@ class RecordedLayers:
         described = spec.layers[decoder.shard.layers[index]]
         cos, sin = decoder.rope_tables[described.rope]
         key_blocks, value_blocks = decoder.kv.layer(index)
-        num_heads = weights.output.base.k // spec.head_dim
+        num_heads = len(decoder.shard.heads)
         self.program.linear(self._normed, weights.qkv.base, self._qkv)
         self.program.rope_kv_write(
             self._qkv,

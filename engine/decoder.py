@@ -206,10 +206,11 @@ class Decoder:
         if isinstance(weights, LatentWeights):
             queries = attention.latent_queries(normed, weights, self.spec, self.kv, index, rope_tables, step)
             _told(hook, index + 1)
-            return attention.latent_output(queries, weights, self.spec, self.kv, index, step, rows)
-        queries = attention.grouped_queries(normed, weights, self.spec, self.kv, index, rope_tables, step)
+            return attention.latent_output(queries, weights, self.spec, self.kv, index, step, rows, self.groups)
+        num_heads = len(self.shard.heads)
+        queries = attention.grouped_queries(normed, weights, self.spec, self.kv, index, rope_tables, step, num_heads)
         _told(hook, index + 1)
-        return attention.grouped_output(queries, weights, self.spec, described, self.kv, index, step, rows)
+        return attention.grouped_output(queries, weights, self.spec, described, self.kv, index, step, rows, self.groups)
 
     def _rows_of_groups(self, index: int, stage: StageStep | None) -> GroupRows | None:
         """In the feed-forward part of layer `index`: behind the last attention only the wanted rows go on."""

@@ -118,6 +118,9 @@ class HuggingFaceFolder(ModelFiles):
     def quantised(self, name: str, expert: int | None = None) -> QuantisedWeight | None:
         return None if self._quantised is None else self._quantised.weight(name, expert)
 
+    def order(self, name: str) -> torch.Tensor | None:
+        return None if self._quantised is None else self._quantised.order(name)
+
     def _stored(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
         try:  # opened anew for each tensor: the mapping of a whole shard would stay resident beside the packed weights

@@ -56,6 +56,11 @@ class ModelFiles(abc.ABC):
         that one of a stacked tensor, [out, in]. None: only `tensor` has it."""
         return None
 
+    def order(self, name: str) -> torch.Tensor | None:
+        """Where `quantised` gives the matrix with its inputs in another order than the file's: those of one scale
+        together, [in] int64."""
+        return None
+
     @cached_property
     @abc.abstractmethod
     def revision(self) -> str:

@@ -116,6 +116,14 @@ class QuantisedTensors:
         scales = self._fp8_scales(stem)
         return None if scales is None else self._fp8(name, scales)
 
+    def order(self, name: str) -> Tensor | None:
+        """[K] int64: the inputs of the weight `name`, those of one scale together; None: they are so as they lie."""
+        stem = name.removesuffix(".weight")
+        if self._method != "gptq" or f"{stem}.g_idx" not in self._heads:
+            return None
+        group_of, group = self._grouping(stem)
+        return None if _is_in_order(group_of, group) else group_of.argsort(stable=True)
+
     # ---- names and shapes --------------------------------------------------------------------------------------------
 
     def _stem_of(self, name: str) -> str | None:
@@ -144,15 +152,20 @@ class QuantisedTensors:
 
     # ---- methods -----------------------------------------------------------------------------------------------------
 
-    def _gptq(self, stem: str) -> QuantisedWeight:
-        scales = self._read(f"{stem}.scales")
+    def _grouping(self, stem: str) -> tuple[Tensor, int]:
+        """The group of each input, [K] int64, and the size of a group."""
         num_inputs = self._heads[f"{stem}.qweight"].shape[0] * (32 // self._bits)
         group = group_inputs(self._heads, stem, num_inputs, self._group_size)
-        group_of = torch.arange(num_inputs) // group
-        if f"{stem}.g_idx" in self._heads:
-            group_of = self._read(f"{stem}.g_idx").long()
-            if int(group_of.min()) < 0 or int(group_of.max()) >= scales.shape[0]:
-                raise InvalidModel(f"{stem}.g_idx names groups that are not there", tensor=f"{stem}.g_idx")
+        if f"{stem}.g_idx" not in self._heads:
+            return torch.arange(num_inputs) // group, group
+        group_of = self._read(f"{stem}.g_idx").long()
+        if int(group_of.min()) < 0 or int(group_of.max()) >= self._heads[f"{stem}.scales"].shape[0]:
+            raise InvalidModel(f"{stem}.g_idx names groups that are not there", tensor=f"{stem}.g_idx")
+        return group_of, group
+
+    def _gptq(self, stem: str) -> QuantisedWeight:
+        scales = self._read(f"{stem}.scales")
+        group_of, group = self._grouping(stem)
         add = 0 if self._config.get("checkpoint_format") == "gptq_v2" else 1
         codes = unpacked(self._read(f"{stem}.qweight"), self._bits, 0).T.contiguous()
         zeros = unpacked(self._read(f"{stem}.qzeros"), self._bits, 1) + add
@@ -207,10 +220,14 @@ def _from_codes(
     scales = scales.T.contiguous()
     codes = (codes - middle).to(torch.int8) if bits == 8 else codes.to(torch.uint8)
     inputs = torch.arange(codes.shape[1])
-    if group_of is not None and not torch.equal(group_of, inputs // group):
+    if group_of is not None and not _is_in_order(group_of, group):
         return ordered(kind, codes, group_of, inputs, scales, offsets)
     codes = codes if bits == 8 else nibbles(codes)
     return QuantisedWeight(kind, codes, scales, inputs.numel(), group, offsets)
+
+
+def _is_in_order(group_of: Tensor, group: int) -> bool:
+    return torch.equal(group_of, torch.arange(group_of.numel()) // group)
 
 
 def block_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> QuantisedWeight:

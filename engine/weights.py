@@ -5,6 +5,7 @@ Each source is freed before the next one is read.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import sys
@@ -35,7 +36,7 @@ class AttentionWeights:
     """Hq and Hkv are the rank's."""
 
     qkv: Projection  # [(Hq + 2 · Hkv) · head_dim, hidden]
-    output: Projection  # [hidden, Hq · head_dim]
+    output: Projection  # [hidden, Hq · head_dim], or see Cutter.along_hidden
     query_norm: Tensor | None  # [head_dim]
     key_norm: Tensor | None  # [head_dim]
     sinks: Tensor | None  # [Hq] float32
@@ -51,7 +52,7 @@ class LatentWeights:
     norm: Tensor  # [kv_rank]
     key_up: Tensor  # [Hq, plain_dim, kv_rank]
     value_up: Tensor  # [Hq, kv_rank, value_dim]
-    output: Projection  # [hidden, Hq · value_dim]
+    output: Projection  # [hidden, Hq · value_dim], or see Cutter.along_hidden
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -182,6 +183,24 @@ class _Loader:
             return "int8"
         return self._quantisation
 
+    def _within(self, down: Weight, layer: int, expert: int = 0) -> _Loader:
+        """What loads the MLP that `down` is of: its channels in the order in which `down` has whole groups of them."""
+        order = self._order(down, layer, expert)
+        return self if order is None else self._with(self._cutter.in_order(down.shape[1], order))
+
+    def _for_output(self, layer: int) -> _Loader:
+        """What loads the output projection of attention."""
+        cut_heads = self._shard.layout.tp > 1 and self._order(self._family.output, layer) is not None
+        return self._with(self._cutter.along_hidden()) if cut_heads else self
+
+    def _order(self, weight: Weight, layer: int, expert: int = 0) -> Tensor | None:
+        return self._files.order(weight.tensor_name(layer, expert)) if self._quantisation == "auto" else None
+
+    def _with(self, cutter: Cutter) -> _Loader:
+        found = copy.copy(self)
+        found._cutter = cutter
+        return found
+
     def vector(self, weight: Weight, layer: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         stored = self._files.tensor(weight.tensor_name(layer))
         return self._cutter.cut(stored, weight.shape).to(self._device, dtype or self._dtype, copy=True)
@@ -238,7 +257,7 @@ class _Loader:
         family = self._family
         return AttentionWeights(
             qkv=self.projection(family.qkv, index),
-            output=self.projection((family.output,), index),
+            output=self._for_output(index).projection((family.output,), index),
             query_norm=self._optional(family.query_norm, index),
             key_norm=self._optional(family.key_norm, index),
             sinks=self._optional(family.sinks, index, torch.float32),
@@ -262,11 +281,12 @@ class _Loader:
             norm=self.vector(names.norm, index),
             key_up=key_up.contiguous(),
             value_up=value_up.transpose(1, 2).contiguous(),
-            output=Projection(self.linear((self._family.output,), index)),
+            output=Projection(self._for_output(index).linear((self._family.output,), index)),
         )
 
     def _mlp(self, gate_up: Sequence[Weight], down: Weight, index: int) -> MlpWeights:
-        return MlpWeights(self.projection(gate_up, index), self.projection((down,), index))
+        own = self._within(down, index)
+        return MlpWeights(own.projection(gate_up, index), own.projection((down,), index))
 
     def _moe(self, index: int) -> MoeWeights:
         names, moe = self._family.moe, self._spec.moe
@@ -274,9 +294,9 @@ class _Loader:
         router_bias = self.bias(names.router, index)
         shared = None
         if moe.shared_intermediate_size and names.shared_down is not None:
+            own = self._within(names.shared_down, index)
             shared = MlpWeights(
-                Projection(self.linear(names.shared_gate_up, index)),
-                Projection(self.linear((names.shared_down,), index)),
+                Projection(own.linear(names.shared_gate_up, index)), Projection(own.linear((names.shared_down,), index))
             )
         return MoeWeights(
             router=self.vector(names.router, index, torch.float32),
@@ -294,8 +314,9 @@ class _Loader:
     def _experts(self, names: Moe, index: int) -> PackedExperts:
         gate_up, down = [], []
         for expert in self._shard.experts[index - self._shard.layers.start]:
-            gate_up.append(self.packed([self.part(part, index, expert) for part in names.gate_up]))
-            down.append(self.packed([self.part(names.down, index, expert)]))
+            own = self._within(names.down, index, expert)
+            gate_up.append(own.packed([own.part(part, index, expert) for part in names.gate_up]))
+            down.append(own.packed([own.part(names.down, index, expert)]))
         return join_experts(gate_up, down)
 
     def _stacked_experts(self, names: Moe, index: int) -> PackedExperts:

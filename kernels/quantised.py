@@ -89,15 +89,25 @@ class QuantisedWeight:
         """The weight of these inputs."""
         assert self.can_cut(start, stop)
         if self.order is not None:
-            own = ((self.order >= start) & (self.order < stop)).nonzero().flatten()
-            factors = (self.scales, self.offsets, self.output_scales)
-            return ordered(self.kind, _one_each(self)[:, own], own // self.group, self.order[own] - start, *factors)
+            return self.of_inputs(torch.arange(start, stop))
         per_byte = 2 if self.kind in NUMBERS else 1
         codes = _bytes_of(self.codes)[:, start // per_byte : -(-stop // per_byte)].contiguous().view(self.codes.dtype)
         groups = slice(None) if self.group >= self.k else slice(start // self.group, -(-stop // self.group))
         scales = _bytes_of(self.scales)[:, groups].contiguous().view(self.scales.dtype)
         offsets = None if self.offsets is None else self.offsets[:, groups].contiguous()
         return QuantisedWeight(self.kind, codes, scales, stop - start, self.group, offsets, self.output_scales)
+
+    def of_inputs(self, inputs: Tensor) -> QuantisedWeight:
+        """The weight of these inputs, [M] int64 without repeats, in this order. For weights that have an order; what is
+        whole groups one after the other then has none."""
+        assert self.order is not None
+        places = torch.full((self.inputs + 1,), -1)  # the last is that of columns of no input
+        places[inputs] = torch.arange(len(inputs))
+        own = (places[self.order] >= 0).nonzero().flatten()
+        factors = (self.scales, self.offsets, self.output_scales)
+        found = ordered(self.kind, _one_each(self)[:, own], own // self.group, places[self.order[own]], *factors)
+        in_place = torch.equal(cast(Tensor, found.order), torch.arange(found.k))
+        return dataclasses.replace(found, order=None) if in_place else found
 
     def to(self, device: torch.device) -> QuantisedWeight:
         moved = self.with_rows(*(None if tensor is None else tensor.to(device) for tensor in self.tensors()))

@@ -80,7 +80,7 @@ def shard_of(
     check_layout(spec, layout)
     assert 0 <= rank < layout.num_ranks
     index, group, stage = rank % layout.tp, rank // layout.tp % layout.dp, rank // layout.stage_ranks
-    heads, kv_heads = _heads(spec, layout.tp, index)
+    heads, kv_heads = heads_of(spec, layout.tp, index)
     stage_rank = rank % layout.stage_ranks
     expert_index = stage_rank % layout.expert_tp
     layers = stage_layers(spec, layout.pp, layer_costs, head_cost)[stage]
@@ -140,8 +140,9 @@ def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
         raise InvalidConfiguration(f"ep {layout.ep} exceeds the model's {spec.moe.num_experts} experts")
 
 
-def _heads(spec: ModelSpec, tp: int, index: int) -> tuple[range, range]:
-    """Query heads follow their KV head; a KV head that several ranks need is held by each of them."""
+def heads_of(spec: ModelSpec, tp: int, index: int) -> tuple[range, range]:
+    """Query heads and KV heads of rank `index` of a group. Query heads follow their KV head; a KV head that several
+    ranks need is held by each of them."""
     if spec.latent is not None:
         return split(spec.num_heads, tp, index), range(1)
     per_kv_head = spec.num_heads // spec.num_kv_heads

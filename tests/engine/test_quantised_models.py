@@ -57,7 +57,7 @@ def test_logits_are_those_of_the_weights_it_stands_for(method: str, plain: Path,
         assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE, quantisation
 
 
-@pytest.mark.parametrize("method", ["gptq-int4", "gptq-int4-order", "gptq-int8-order", "fp8-blocks", "nvfp4"])
+@pytest.mark.parametrize("method", ["gptq-int4", "gptq-int8-order", "fp8-blocks", "nvfp4"])
 def test_it_is_cut_among_ranks(method: str, plain: Path, tmp_path: Path) -> None:
     values = quantise_folder(plain, tmp_path / "quantised", method)
     expected = oracle_of(plain, values, TOKENS)
@@ -73,7 +73,6 @@ def test_it_is_cut_among_ranks(method: str, plain: Path, tmp_path: Path) -> None
         ("deepseek-v3", "fp8-blocks", ParallelLayout()),
         ("deepseek-v3", "fp8-blocks", ParallelLayout(tp=2, ep=2)),
         ("qwen3-moe", "awq", ParallelLayout()),
-        ("qwen3-moe", "gptq-int4-order", ParallelLayout(tp=2)),
     ],
     ids=str,
 )
@@ -196,7 +195,7 @@ def test_any_inputs_may_share_a_scale(method: str, plain: Path, tmp_path: Path) 
         np.testing.assert_allclose(files.tensor(f"{stem}.weight").double().numpy(), expected.T, rtol=0, atol=1e-6)
     layer = Engine(files, EngineOptions(device="cpu"), 20).decoder.weights.layers[2]
     for projection in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
-        assert projection.base.order is not None
+        assert (projection.base.order is None) == (projection is layer.mlp.down), "channels are in the order of down"
         assert projection.base.weight.dtype == torch.uint8
 
 
@@ -219,14 +218,6 @@ def test_weights_pass_from_rank_to_rank(method: str, dtype: str, tolerance: floa
     layout = ParallelLayout(tp=2, mlp="gathered", gathered_tokens=3)
     with ranked_engine(tmp_path / "quantised", layout, 20, dtype=dtype) as engine:
         assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < tolerance
-
-
-def test_weights_of_other_sizes_on_each_rank_do_not_pass(plain: Path, tmp_path: Path) -> None:
-    quantise_folder(plain, tmp_path / "quantised", "gptq-int4-order")
-    files = open_model(tmp_path / "quantised")
-    shard = shard_of(files.spec, ParallelLayout(tp=2, mlp="gathered"), 0)
-    with pytest.raises(InvalidConfiguration, match="desc_act"):
-        load_weights(files, shard, torch.float32, torch.device("cpu"))
 
 
 def test_a_quantised_tensor_that_is_missing_is_said(plain: Path, tmp_path: Path) -> None:
