@@ -8,6 +8,7 @@ An unknown key and a value out of range raise InvalidConfiguration with the key'
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,12 +63,22 @@ def _folders(value: object) -> object:
     return folders
 
 
+def _size(value: object) -> object:
+    """What ByteSize reads, without what it also takes for one: a fraction of a byte, True, bits."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not is_number and not (isinstance(value, str) and _SIZE.fullmatch(value)):
+        raise ValueError('must be a whole number of bytes, or one with KiB, MiB, GiB, TiB, KB, MB, GB or TB: "512MiB"')
+    return value
+
+
 def _redis_url(value: str) -> str:
     if not value.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must be a redis://, rediss:// or unix:// URL")
     return value
 
 
+_SIZE = re.compile(r"\s*(\d+|\d+(\.\d+)?\s*[KMGT]I?B)\s*", re.ASCII | re.IGNORECASE)
+Size = Annotated[ByteSize, BeforeValidator(_size)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -95,7 +106,7 @@ class EngineConfig(Section):
     layout: str = "tp1"  # of the worker's ranks, a process each: "tp2", "pp2-tp2", "dp2-ep2", "dp2-stage"
     threads: Count | None = None  # of each rank; None: the engine decides, or the host's cores shared out
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
-    kv_memory: ByteSize | None = None  # of all ranks; bytes, or "512MiB"; None: from what is free
+    kv_memory: Size | None = None  # of all ranks; bytes, or "512MiB"; None: from what is free
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU: weights, activations and KV
     max_step_tokens: Count = 512  # a step computes at most this many: the chunk size
     max_sequences: Count = 64  # running at once
@@ -123,7 +134,7 @@ class HandoffConfig(Section):
     digest: Literal["always", "sampled", "off"] = "always"  # of what comes in here
     digest_sample: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the chunks, where digest is sampled
     # While a chunk is computed its layers leave in groups of so many bytes, or in fewer and larger ones.
-    layer_group_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(1024 * 1024)
+    layer_group_bytes: Annotated[Size, Field(ge=1)] = ByteSize(1024 * 1024)
 
     @property
     def digest_share(self) -> float:
@@ -133,9 +144,9 @@ class HandoffConfig(Section):
 class KVTiersConfig(Section):
     """Where copies of KV blocks are kept after their memory was given to others."""
 
-    host_bytes: ByteSize = ByteSize(0)  # of host memory; bytes, or "4GiB"; 0: none
+    host_bytes: Size = ByteSize(0)  # of host memory; bytes, or "4GiB"; 0: none
     disk_folder: Folder | None = None  # None: none on disk; workers of one host may share it
-    disk_bytes: ByteSize = ByteSize(0)  # of files of this worker
+    disk_bytes: Size = ByteSize(0)  # of files of this worker
 
     @model_validator(mode="after")
     def _disk_has_folder_and_size(self) -> KVTiersConfig:

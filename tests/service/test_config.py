@@ -99,6 +99,31 @@ def test_a_value_out_of_range_is_told_with_its_path(key: str, value: str, path: 
     assert f"LEGATO_{key}" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["-5", "-1GiB", "lots", "5 parrots", "1e3", "nan", "512 MiB of it", "0x10", "٣"])
+@pytest.mark.parametrize("key", ["ENGINE__KV_MEMORY", "HANDOFF__LAYER_GROUP_BYTES"])
+def test_what_is_no_size_is_told_with_what_is_one(key: str, value: str) -> None:
+    with pytest.raises(InvalidConfiguration) as caught:
+        worker(**{f"LEGATO_{key}": value})
+    said = str(caught.value)
+    path = key.lower().replace("__", ".")
+    assert said.startswith(f"{path} (LEGATO_{key}): ")
+    assert '"512MiB"' in said and "whole number of bytes" in said and "GiB" in said
+    assert said.endswith(f"is {value!r}")
+
+
+@pytest.mark.parametrize("value", ["-5", "true", "1.5", "[1]", "{}", ".nan"])
+def test_what_is_no_size_in_a_file(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "worker.yaml"
+    file.write_text(f"engine: {{kv_memory: {value}}}\n")
+    with pytest.raises(InvalidConfiguration, match=r"engine\.kv_memory: must be a whole number of bytes"):
+        config.load(config.WorkerConfig, file, WORKER)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("4 GiB", 4 << 30), ("1.5MiB", 3 << 19), ("2gb", 2 * 10**9)])
+def test_sizes_of_several_forms(value: str, expected: int) -> None:
+    assert worker(LEGATO_ENGINE__KV_MEMORY=value).engine.kv_memory == expected
+
+
 def test_secrets_are_not_told() -> None:
     with pytest.raises(InvalidConfiguration) as caught:
         worker(LEGATO_CLUSTER_KEY="s3cret", LEGATO_REDIS_URL="hunter2@host")
