@@ -118,7 +118,7 @@ def _few_rows(form: str) -> Case:
 CASES = (
     Case(
         "experts, 64 decodes, 128 of 2048 x 768, top 8",
-        "moe_mlp",
+        "grouped_linear",
         mixture,
         DRY_EXPERTS,
         CHECKED_EXPERTS | {"tokens": 9},
@@ -127,7 +127,7 @@ CASES = (
     ),
     Case(
         "experts, prefill of 8192, 128 of 2048 x 768, top 8",
-        "moe_mlp",
+        "grouped_linear",
         mixture,
         DRY_EXPERTS | {"tokens": 17},
         CHECKED_EXPERTS | {"tokens": 301},
@@ -137,7 +137,7 @@ CASES = (
     ),
     Case(
         "experts, prefill of 8192, 8 of 4096 x 14336, top 2",
-        "moe_mlp",
+        "grouped_linear",
         mixture,
         DRY_EXPERTS | {"experts": 2},
         CHECKED_EXPERTS | {"tokens": 999},

@@ -39,8 +39,8 @@ def can_capture(spec: ModelSpec, shard: RankShard, device: torch.device) -> bool
 
 
 def waits_for_the_device(weights: ModelWeights) -> bool:
-    """Quantised experts are computed one by one, each on its rows, and the host counts them."""
-    return any(isinstance(layer.mlp, MoeWeights) and layer.mlp.experts.is_quantised for layer in weights.layers)
+    """Experts that no launch computes together go one by one, each on its rows, and the host counts them."""
+    return any(isinstance(layer.mlp, MoeWeights) and layer.mlp.experts.grouped is None for layer in weights.layers)
 
 
 def spare_blocks(layout: KVLayout) -> int:

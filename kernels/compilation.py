@@ -24,6 +24,8 @@ from triton.runtime.jit import native_specialize_impl
 
 from kernels import (
     gated_activation,
+    grouped_linear,
+    grouped_quantised_linear,
     moe_mlp,
     moe_route,
     paged_attention_gpu,
@@ -39,8 +41,9 @@ from kernels.tuning import SHARED_BYTES, Config
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 KERNELS: dict[str, tuple[ModuleType, str]] = {  # the one that an operation's table is of
     "gated_activation": (gated_activation, "_kernel"),
+    "grouped_linear": (grouped_linear, "_kernel"),
+    "grouped_quantised_linear": (grouped_quantised_linear, "_kernel"),
     "moe_combine": (moe_mlp, "_combine_kernel"),
-    "moe_mlp": (moe_mlp, "_product_kernel"),
     "moe_route": (moe_route, "_kernel"),
     "paged_attention": (paged_attention_gpu, "_attend_kernel"),
     "paged_attention_join": (paged_attention_gpu, "_join_kernel"),

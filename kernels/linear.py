@@ -35,7 +35,7 @@ class PackedLinear:
     k: int  # inputs
     dtype: torch.dtype  # of x, and of what an embedding returns
     library: Library | None = None  # what packed the weight, and alone can read it
-    quantised: QuantisedWeight | None = None  # where there is no library; `weight` is its codes, and it has no order
+    quantised: QuantisedWeight | None = None  # where there is no library; `weight` is its codes; contiguous, no order
     order: Tensor | None = None  # [columns] int64: the input that each column of the weight is of, -1: of none
 
 
@@ -58,6 +58,7 @@ def pack_quantised(weight: QuantisedWeight, dtype: torch.dtype, bias: Tensor | N
     bias = None if bias is None else bias.contiguous()
     order, inputs, weight = weight.order, weight.inputs, dataclasses.replace(weight, order=None)
     if library is None:
+        weight = weight.with_rows(*(None if tensor is None else tensor.contiguous() for tensor in weight.tensors()))
         return PackedLinear(weight.codes, bias, weight.n, inputs, dtype, quantised=weight, order=order)
     return PackedLinear(library.pack_quantised(weight), bias, weight.n, inputs, dtype, library, order=order)
 

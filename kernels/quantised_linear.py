@@ -10,6 +10,7 @@ dtype, by the vendor's GEMM, unless it is the sums in fp32 that are asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from kernels.quantised import NUMBERS, QuantisedWeight, dequantise
 
 SLICE_OUTPUTS = 8192  # of the weight that lie expanded at a time
 FEW_ROWS = 64
+ONE_GROUP = 1 << 30  # more than any K
 
 
 def reference(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
@@ -72,17 +74,14 @@ def _factor(ptr, mask, KIND: tl.constexpr):
         return loaded.to(tl.float32)
 
 
-# What changes from batch to batch is not specialised: a compilation in the middle of serving would take half a second.
-@jit(do_not_specialize=["num_rows"])
-def _kernel(
-    x_ptr,  # [T, K], contiguous
+@jit
+def expanded_sums(
+    x_row_ptr,  # [TILE_ROWS, 1], of rows of K
+    in_rows,  # [TILE_ROWS]
     codes_ptr,  # [N, WIDTH] uint8, contiguous
     scales_ptr,  # [N, num_groups], contiguous
     offsets_ptr,  # [N, num_groups], contiguous; not read unless HAS_OFFSETS
-    output_scales_ptr,  # [N] fp32; not read unless HAS_OUTPUT_SCALES
-    bias_ptr,  # [N]; not read unless HAS_BIAS
-    out_ptr,  # [T, N], contiguous, written
-    num_rows,
+    column,  # [TILE_N], of the N outputs
     N,
     K,
     WIDTH,
@@ -91,20 +90,15 @@ def _kernel(
     KIND: tl.constexpr,
     SCALES: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
-    HAS_OUTPUT_SCALES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PER_CODE: tl.constexpr,  # a step has several groups: numbers are scaled before the product
     PER_BYTE: tl.constexpr,  # codes in a byte
     TILE_ROWS: tl.constexpr,
     TILE_N: tl.constexpr,
     STEP: tl.constexpr,  # bytes of an output; of one group unless PER_CODE
 ):
-    """One program per TILE_ROWS rows and TILE_N outputs."""
-    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
-    in_rows, in_n = row < num_rows, column < N
+    """[TILE_ROWS, TILE_N] fp32, without output scales."""
+    in_n = column < N
     place = tl.arange(0, STEP)
-    x_row_ptr = x_ptr + row.to(tl.int64)[:, None] * K
     code_ptr = codes_ptr + column.to(tl.int64)[None, :] * WIDTH + place[:, None]
     factor = column.to(tl.int64) * num_groups
     sums = tl.zeros((TILE_ROWS, TILE_N), tl.float32)
@@ -132,12 +126,88 @@ def _kernel(
             sums += of_group * _factor(scales_ptr + index, in_n, SCALES)[None, :]
             if HAS_OFFSETS:
                 sums += of_x[:, None] * _factor(offsets_ptr + index, in_n, "float")[None, :]
+    return sums
+
+
+# What changes from batch to batch is not specialised: a compilation in the middle of serving would take half a second.
+@jit(do_not_specialize=["num_rows"])
+def _kernel(
+    x_ptr,  # [T, K], contiguous
+    codes_ptr,
+    scales_ptr,
+    offsets_ptr,
+    output_scales_ptr,  # [N] fp32; not read unless HAS_OUTPUT_SCALES
+    bias_ptr,  # [N]; not read unless HAS_BIAS
+    out_ptr,  # [T, N], contiguous, written
+    num_rows,
+    N,
+    K,
+    WIDTH,
+    num_groups,
+    group,
+    KIND: tl.constexpr,
+    SCALES: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    HAS_OUTPUT_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PER_CODE: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One program per TILE_ROWS rows and TILE_N outputs."""
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    in_rows, in_n = row < num_rows, column < N
+    sums = expanded_sums(
+        x_ptr + row.to(tl.int64)[:, None] * K,
+        in_rows,
+        codes_ptr,
+        scales_ptr,
+        offsets_ptr,
+        column,
+        N,
+        K,
+        WIDTH,
+        num_groups,
+        group,
+        KIND,
+        SCALES,
+        HAS_OFFSETS,
+        PER_CODE,
+        PER_BYTE,
+        TILE_ROWS,
+        TILE_N,
+        STEP,
+    )
     if HAS_OUTPUT_SCALES:
         sums *= tl.load(output_scales_ptr + column, in_n, other=0.0)[None, :]
     if HAS_BIAS:
         sums += tl.load(bias_ptr + column, in_n, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + row.to(tl.int64)[:, None] * N + column[None, :]
     tl.store(out, sums.to(out_ptr.dtype.element_ty), in_rows[:, None] & in_n[None, :])
+
+
+class Expansion(NamedTuple):
+    """How a kernel goes through a weight: the last arguments of expanded_sums, but for the tiles."""
+
+    per_code: bool
+    per_byte: int
+    step: int
+
+
+def expansion(weight: QuantisedWeight, tile_k: int) -> Expansion:
+    """tile_k: inputs of a step, where groups do not want fewer."""
+    per_byte = 2 if weight.kind in NUMBERS else 1
+    # The product wants 16 steps of depth at least, of one group if they can be.
+    step = min(tile_k, weight.group & -weight.group if weight.group < weight.k else tile_k) // per_byte
+    return Expansion(step < 16, per_byte, 32 if step < 16 else step)
+
+
+def form_of(scales: Tensor) -> str:
+    """As `_factor` is told."""
+    return {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}.get(scales.dtype, "float")
 
 
 def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
@@ -148,14 +218,9 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wi
     codes, scales, offsets, output_scales = (None if t is None else t.contiguous() for t in weight.tensors())
     assert codes is not None
     assert scales is not None
-    kinds = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
-    per_byte = 2 if weight.kind in NUMBERS else 1
     config = tuning.choose("quantised_linear", x.device, num_rows=num_rows, element_bytes=x.element_size())
     tile_rows, tile_n, tile_k = (config.tiles[name] for name in ("rows", "outputs", "depth"))
-    # The product wants 16 steps of depth at least, of one group if they can be.
-    step = min(tile_k, weight.group & -weight.group if weight.group < k else tile_k) // per_byte
-    per_code = step < 16
-    step = 32 if per_code else step
+    per_code, per_byte, step = expansion(weight, tile_k)
     _kernel[(triton.cdiv(num_rows, tile_rows), triton.cdiv(weight.n, tile_n))](
         x.contiguous(),
         codes.view(torch.uint8),
@@ -169,9 +234,9 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, wi
         k,
         codes.shape[1],
         scales.shape[1],
-        min(weight.group, 1 << 30),
+        min(weight.group, ONE_GROUP),
         weight.kind,
-        kinds.get(scales.dtype, "float"),
+        form_of(scales),
         offsets is not None,
         output_scales is not None,
         bias is not None,

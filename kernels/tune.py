@@ -33,15 +33,21 @@ from kernels.tuning import SHARED_BYTES, Config, Table
 
 _TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "gated_activation": {"columns": (512, 1024, 2048, 4096)},
+    "grouped_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128, 256), "depth": (32, 64, 128)},
+    "grouped_quantised_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128), "depth": (32, 64, 128, 256)},
     "moe_combine": {"columns": (512, 1024, 2048, 4096)},
-    "moe_mlp": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128, 256), "depth": (32, 64, 128)},
     "paged_attention": {"rows": (16, 32, 64, 128), "kv_tokens": (16, 32, 64, 128)},
     "quantised_linear": {"rows": (16, 32, 64), "outputs": (32, 64, 128), "depth": (32, 64, 128, 256)},
     "rms_norm": {"elements": (512, 1024, 2048, 4096)},
     "rope_kv_write": {"elements": (1024, 2048, 4096)},
     "sampling": {"tokens": (1024, 2048, 4096, 8192)},
 }
-_LOOPS = {"moe_mlp", "paged_attention", "quantised_linear"}  # whose loops are pipelined in stages
+_LOOPS = {
+    "grouped_linear",
+    "grouped_quantised_linear",
+    "paged_attention",
+    "quantised_linear",
+}  # whose loops are pipelined in stages
 TOLERANCE = 0.02  # of the norm of the reference; bfloat16 rounds at 0.4 %
 LEAST_GAIN = 0.02
 FLUSH_BYTES = 256 << 20  # more than a cache of the GPUs we name

@@ -162,11 +162,17 @@ def experts(
     hidden_size: int,
     has_bias: bool = False,
     dtype: torch.dtype = BRAIN,
+    form: dict[str, Any] | None = None,  # of quantised weights, as _drawn_weight takes it
 ) -> Call:
     def packed(num_outputs: int, depth: int) -> list[linear.PackedLinear]:
-        weights = _drawn(device, num_experts, num_outputs, depth, dtype=dtype)
         bias = _drawn(device, num_outputs, dtype=dtype) if has_bias else None
-        return [linear.PackedLinear(weight, bias, num_outputs, depth, dtype) for weight in weights]
+        if form is None:
+            weights = _drawn(device, num_experts, num_outputs, depth, dtype=dtype)
+            return [linear.PackedLinear(weight, bias, num_outputs, depth, dtype) for weight in weights]
+        quantised = [_drawn_weight(device, size=(num_outputs, depth), **form) for _ in range(num_experts)]
+        return [
+            linear.PackedLinear(weight.codes, bias, num_outputs, depth, dtype, quantised=weight) for weight in quantised
+        ]
 
     experts = moe_mlp.join_experts(packed(2 * intermediate_size, hidden_size), packed(hidden_size, intermediate_size))
     expert_ids = torch.rand(num_tokens, num_experts, device=device).topk(min(4, num_experts)).indices
@@ -177,18 +183,16 @@ def experts(
     return Call(run, lambda: (run(),), lambda: (moe_mlp.reference(*arguments),))
 
 
-def quantised(
+def _drawn_weight(
     device: torch.device,
     *,
-    num_rows: int,
+    size: tuple[int, int],  # outputs, inputs
     kind: Kind,
     group: int | None = None,  # None: a scale per output
     scales: torch.dtype = SINGLE,
     offsets: torch.dtype | None = None,
     has_output_scales: bool = False,
-    size: tuple[int, int] = (4096, 4096),  # outputs, inputs
-    dtype: torch.dtype = BRAIN,
-) -> Call:
+) -> QuantisedWeight:
     n, k = size
     width, num_groups = -(-k // 2) if kind in NUMBERS else k, -(-k // group) if group else 1
     if device.type == "cuda":
@@ -197,7 +201,7 @@ def quantised(
             codes[codes & 127 == 127] -= 1  # no NaN
     else:
         codes = torch.empty(n, width, dtype=torch.uint8)
-    weight = QuantisedWeight(
+    return QuantisedWeight(
         kind,
         codes.view(CODE_DTYPES[kind]),
         (torch.rand(n, num_groups, device=device) + 0.5).to(scales),
@@ -206,7 +210,18 @@ def quantised(
         None if offsets is None else _drawn(device, n, num_groups, dtype=offsets),
         torch.rand(n, device=device) if has_output_scales else None,
     )
-    x = _drawn(device, num_rows, k, dtype=dtype)
+
+
+def quantised(
+    device: torch.device,
+    *,
+    num_rows: int,
+    size: tuple[int, int] = (4096, 4096),
+    dtype: torch.dtype = BRAIN,
+    **form: Any,
+) -> Call:
+    """form: as _drawn_weight takes it."""
+    weight, x = _drawn_weight(device, size=size, **form), _drawn(device, num_rows, size[1], dtype=dtype)
     run = functools.partial(quantised_linear.launch, x, weight)
     return Call(run, lambda: (run(),), lambda: (quantised_linear.reference(x, weight),))
 

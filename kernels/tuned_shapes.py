@@ -101,6 +101,21 @@ _EXPERTS: dict[str, dict[str, Any]] = {
     "fp32 some rows": {**EIGHT, "num_tokens": 64},
     "fp32 chunk": {**EIGHT, "num_tokens": 999},
 }
+FP8_BLOCKS: dict[str, Any] = {"kind": "fp8", "group": 128}
+MXFP4: dict[str, Any] = {"kind": "fp4", "group": 32, "scales": SCALES}
+NVFP4: dict[str, Any] = {"kind": "fp4", "group": 16, "scales": FP8, "has_output_scales": True}
+INT4: dict[str, Any] = {"kind": "int4", "group": 128, "scales": BRAIN, "offsets": SINGLE}
+_QUANTISED_EXPERTS: dict[str, dict[str, Any]] = {
+    "bf16 mxfp4, decode": {**OSS_EXPERTS, "num_tokens": 32, "form": MXFP4},
+    "bf16 fp8 per 128, some rows": {**QWEN, "num_tokens": 999, "form": FP8_BLOCKS},
+    "bf16 int4 per 128, chunk": {**QWEN, "num_tokens": 4096, "form": INT4},
+    "bf16 nvfp4, chunk": {**QWEN, "num_tokens": 4096, "form": NVFP4},
+    "fp16 int4 per 128, odd, chunk": {**ODD, "num_tokens": 999, "form": INT4},
+    **{
+        f"fp32 fp8 per 128, {num_tokens} tokens": {**EIGHT, "num_tokens": num_tokens, "form": FP8_BLOCKS}
+        for num_tokens in (4, 64, 999)
+    },
+}
 _SUMS: dict[str, dict[str, Any]] = {"bf16 2880": {**OSS_EXPERTS, "num_tokens": 256}}
 _QUANTISED: dict[str, dict[str, Any]] = {
     **{
@@ -109,15 +124,15 @@ _QUANTISED: dict[str, dict[str, Any]] = {
             ("int8 per output", 64, {"kind": "int8"}),
             ("int8 per 32", 64, {"kind": "int8", "group": 32, "scales": HALF}),
             ("int4 per 32", 64, {"kind": "int4", "group": 32, "scales": HALF}),
-            ("int4 per 128, offsets", 64, {"kind": "int4", "group": 128, "scales": BRAIN, "offsets": SINGLE}),
+            ("int4 per 128, offsets", 64, INT4),
             ("int4 per 64, offsets", 64, {"kind": "int4", "group": 64, "scales": HALF, "offsets": HALF}),
             ("fp8 per output", 64, {"kind": "fp8"}),
-            ("fp8 per 128", 64, {"kind": "fp8", "group": 128}),
-            ("mxfp4", 64, {"kind": "fp4", "group": 32, "scales": SCALES}),
-            ("nvfp4", 64, {"kind": "fp4", "group": 16, "scales": FP8, "has_output_scales": True}),
-            ("fp8 per 128", 1, {"kind": "fp8", "group": 128}),
-            ("mxfp4", 1, {"kind": "fp4", "group": 32, "scales": SCALES}),
-            ("nvfp4", 32, {"kind": "fp4", "group": 16, "scales": FP8, "has_output_scales": True}),
+            ("fp8 per 128", 64, FP8_BLOCKS),
+            ("mxfp4", 64, MXFP4),
+            ("nvfp4", 64, NVFP4),
+            ("fp8 per 128", 1, FP8_BLOCKS),
+            ("mxfp4", 1, MXFP4),
+            ("nvfp4", 32, NVFP4),
         )
     },
     "bf16 fp8 per 8, everything, 64 rows": {
@@ -143,8 +158,9 @@ SHAPES: dict[str, TunedShape] = {
     f"{operation}, {name}": TunedShape(operation, functools.partial(make, **numbers))
     for operation, make, named in (
         ("gated_activation", gate, _GATE),
+        ("grouped_linear", experts, _EXPERTS),
+        ("grouped_quantised_linear", experts, _QUANTISED_EXPERTS),
         ("moe_combine", experts, _SUMS),
-        ("moe_mlp", experts, _EXPERTS),
         ("moe_route", route, _ROUTE),
         ("paged_attention", attention, _ATTENTION),
         ("paged_attention_join", attention, _JOINED),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import (
     gated_activation,
+    linear,
     moe_mlp,
     moe_route,
     paged_attention_gpu,
@@ -32,6 +33,7 @@ from kernels import (
 from kernels.cpu import library
 from kernels.jit import jit, tl
 from kernels.kv_rows import SCALE_BYTES, dequantise_rows, quantise_rows
+from kernels.linear import PackedLinear
 
 GUARD = 64
 TOLERANCES = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3)}  # about two roundings of the dtype
@@ -287,6 +289,35 @@ def test_moe_mlp(
     weights = torch.rand(num_tokens, experts_per_token).masked_fill(expert_ids < 0, float("nan"))
     expected = moe_mlp.reference(x, experts, expert_ids, weights, kind)
     assert_close(moe_mlp.launch(x, experts, expert_ids, weights, kind), expected)
+
+
+EXPERT_FORMS = [form for form in FORMS if form not in ("int8 per 32", "int4 per 64, zero points in half")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [*EXPERT_FORMS, "plain gates and ups"])
+def test_moe_mlp_of_quantised_experts(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows so small that sums, whose errors are as large as their terms, stay small: gates are nearly linear."""
+    monkeypatch.setattr(library, "shared_library", lambda: None)
+    num_tokens, num_experts, intermediate_size, hidden_size, with_bias = 23, 3, 33, 70, form != "nvfp4"
+
+    def packed(n: int, k: int, kind: str) -> list[PackedLinear]:
+        bias = in_poison(torch.randn(n).to(dtype) / 64) if with_bias else None
+        if kind not in FORMS:
+            return [linear.pack(in_poison((torch.randn(n, k) / k**0.5).to(dtype)), bias) for _ in range(num_experts)]
+        weights = [drawn_weight(FORMS[kind], n, k, seed) for seed in range(num_experts)]
+        return [linear.pack_quantised(weight, dtype, bias) for weight in weights]
+
+    gate_up = packed(2 * intermediate_size, hidden_size, form)
+    down = packed(hidden_size, intermediate_size, form if form in FORMS else "mxfp4")
+    experts = moe_mlp.join_experts(gate_up, down)
+    x = in_poison((torch.randn(num_tokens, hidden_size) / 4096).to(dtype))
+    expert_ids = torch.randint(-1, num_experts - 1, (num_tokens, 2))  # the last expert has no row
+    weights = torch.rand(num_tokens, 2).masked_fill(expert_ids < 0, float("nan"))
+    expected = moe_mlp.reference(x, experts, expert_ids, weights, "silu")
+    found = moe_mlp.launch(x, experts, expert_ids, weights, "silu")
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 4e-3))
 
 
 def sampled(scores: Tensor, choices: list[tuple[float, int, float, float]], first_id: int = 0) -> Tensor:

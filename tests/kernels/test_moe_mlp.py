@@ -314,7 +314,21 @@ def test_quantised_experts_agree_with_their_reference(
     monkeypatch.setattr(library_module, "shared_library", lambda: None)
     plain = experts_of(form, 4, 33, 70, dtype, True)
     assert plain.library is None
-    assert plain.is_quantised
+    assert plain.grouped is not None
     expected = moe_mlp(x, plain, expert_ids, shares, "swiglu_clamped")
     scale = expected.float().abs().max().item()
     torch.testing.assert_close(out, expected, rtol=0, atol=scale * (2**-18 if dtype == torch.float32 else 2**-6))
+
+
+def test_what_one_launch_cannot_compute_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_module, "shared_library", lambda: None)
+
+    def experts(*forms: str) -> PackedExperts:
+        down = [pack(drawn(64, 32)) for _ in forms]
+        return join_experts([pack_quantised(drawn_weight(FORMS[form], 64, 64), torch.float32) for form in forms], down)
+
+    assert experts("int8 per output", "int8 per output").grouped is not None
+    assert experts("int8 per output", "int8 per 32").grouped is None
+    first, second = experts("int8 per 32", "int8 per 32").gate_up
+    in_order = dataclasses.replace(second, order=torch.arange(64))
+    assert join_experts([first, in_order], [pack(drawn(64, 32))] * 2).grouped is None
