@@ -55,7 +55,7 @@ from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.channel import channel
 from spec.errors import TransferFailed
 from worker.core import CoreRank
-from worker.departures import Target
+from worker.departures import Target, Way
 from worker.link import Link
 from worker.sender import Sender
 from worker.staging import SourceKV
@@ -116,7 +116,7 @@ class Pair:
             expires_unix_ns=time.time_ns() + int(LEASE_S * 1e9),
         )
         signed = worker_pb2.SignedTicket(ticket=ticket.SerializeToString())
-        return Target(ticket, signed, ranks, self._peer, self._transport, self._link, LEASE_S)
+        return Target(ticket, signed, ranks, (Way(0, self._peer, self._link),), self._transport, LEASE_S)
 
     async def hand_over(
         self, stub: worker_pb2_grpc.WorkerStub, *, share: float, compute_s: float, streamed: bool

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 import xxhash
 
@@ -84,6 +85,24 @@ class HeldDigest:
         if not common(self._rank.layers, layers):
             return []
         return counting(TransferPlan(self._grids.of(layers)), self._landing.data_ptr())
+
+    def sums(self) -> bytes:
+        """Of what was taken: for the ToldDigest of another process."""
+        return self._sums.astype("<u8").tobytes()
+
+    def digest(self) -> bytes:
+        return digest_of(self._sums)
+
+
+class ToldDigest:
+    """A HeldDigest of memory that other processes read: they tell the sums of layers, each once and in any order."""
+
+    def __init__(self) -> None:
+        self._sums = no_rows()
+
+    def add(self, sums: bytes) -> None:
+        """As HeldDigest.sums() gives them."""
+        self._sums += numpy.frombuffer(sums, "<u8")
 
     def digest(self) -> bytes:
         return digest_of(self._sums)

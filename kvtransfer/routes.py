@@ -1,7 +1,7 @@
 """From all ranks of one worker to all ranks of another: who sends what, and the pieces of the two regions. Pure.
 
-A worker registers one region with each transport; the KV memory of each of its ranks lies in it at an offset. A rank
-holds a rectangle of the model: its layers × its KV heads. Ranks that hold the same rectangle are replicas.
+A worker registers one region a host with each transport; the KV memory of each rank lies in its host's at an offset. A
+rank holds a rectangle of the model: its layers × its KV heads. Ranks that hold the same rectangle are replicas.
 
     target rank: every (layer, head) of its rectangle comes from exactly one source rank   (all replicas are written)
     source rank: one of the replicas of a rectangle is read, in turn by target rank        (any of them holds the same)
@@ -28,7 +28,8 @@ class RankMemory:
 
     kv: RankKV
     group: int = 0
-    offset_bytes: int = 0  # of the rank's KV memory within its worker's region
+    offset_bytes: int = 0  # of the rank's KV memory within its host's region
+    host: int = 0  # its number among the worker's; rank 0's is 0
 
 
 class Route(NamedTuple):
@@ -89,20 +90,21 @@ class HandoffPlan:
         routes = routes_between(tuple(rank.kv for rank in source_ranks), tuple(rank.kv for rank in target_ranks))
         layouts = source_ranks[0].kv.layout, target_ranks[0].kv.layout
         segments = segments_of(layouts[0], source_blocks, layouts[1], target_blocks, first_token, num_tokens)
-        self._routes: list[tuple[range, RankGrids]] = []
+        self._routes: list[tuple[int, range, RankGrids]] = []  # each to a host of the target
         for route in routes:
             source, target = source_ranks[route.source], target_ranks[route.target]
             assert source.kv.layout.block_tokens == layouts[0].block_tokens
             assert target.kv.layout.block_tokens == layouts[1].block_tokens
             places = source.kv, source.offset_bytes, target.kv, target.offset_bytes
             counted = None if sums is None else sums[route.target]
-            self._routes.append((route.layers, RankGrids(segments, *places, counted)))
+            self._routes.append((target.host, route.layers, RankGrids(segments, *places, counted)))
 
-    def of(self, layers: range | None = None) -> TransferPlan:
-        """Of all layers, or of some."""
+    def of(self, layers: range | None = None, target_host: int = 0) -> TransferPlan:
+        """Of all layers, or of some: what goes to ranks on that host."""
         grids: list[Grid] = []
-        for held, rank_grids in self._routes:
-            grids += rank_grids.of(held if layers is None else layers)
+        for host, held, rank_grids in self._routes:
+            if host == target_host:
+                grids += rank_grids.of(held if layers is None else layers)
         return TransferPlan(grids)
 
 
@@ -112,14 +114,15 @@ class HandoffPlan:
 def layout_id(ranks: Sequence[RankMemory]) -> str:
     """Names where every byte of a worker's (or a group's) KV lies: equal ids, equal plans."""
     first, layout = ranks[0], ranks[0].kv.layout
-    if len(ranks) == 1 and (first.kv, first.group, first.offset_bytes) == (RankKV.whole(layout), 0, 0):
+    place = first.kv, first.group, first.offset_bytes, first.host
+    if len(ranks) == 1 and place == (RankKV.whole(layout), 0, 0, 0):
         return layout.layout_id
     hasher = hashlib.blake2b(digest_size=8, person=b"legato-ranks")
     for rank in ranks:
         layers, heads = rank.kv.layers, rank.kv.heads
         hasher.update(
             f"{rank.kv.layout.layout_id} layers {layers.start}:{layers.stop} heads {heads.start}:{heads.stop}"
-            f" group {rank.group} at {rank.offset_bytes}\n".encode()
+            f" group {rank.group} at {rank.offset_bytes} on {rank.host}\n".encode()
         )
     return f"ranks/{len(ranks)}/d{layout.head_dim}/t{layout.block_tokens}/{layout.dtype.value}/{hasher.hexdigest()}"
 
@@ -142,6 +145,7 @@ def ranks_to_proto(ranks: Iterable[RankMemory]) -> list[worker_pb2.RankKV]:
             num_heads=len(rank.kv.heads),
             group=rank.group,
             offset_bytes=rank.offset_bytes,
+            host=rank.host,
         )
         for rank in ranks
     ]
@@ -161,7 +165,7 @@ def ranks_from_proto(whole: KVLayout, messages: Iterable[worker_pb2.RankKV]) -> 
                 field="ranks",
             )
         layout = dataclasses.replace(whole, num_layers=len(layers), num_kv_heads=len(heads))
-        ranks.append(RankMemory(RankKV(layout, layers, heads), message.group, message.offset_bytes))
+        ranks.append(RankMemory(RankKV(layout, layers, heads), message.group, message.offset_bytes, message.host))
     if not ranks:
         raise InvalidParameter("are none", field="ranks")
     return tuple(ranks)

@@ -89,9 +89,10 @@ class PrefillCall:
         await self._core.prepare(sequence.params)
         if not sequence.wants_prompt_logprobs:
             await self._core.warm(sequence.tokens(0, sequence.known_tokens), sequence.adapter)
-            if self._ticket is not None:
-                layout, address = self._request.reservation.kv_layout, self._request.decode_address
-                await self._fetches.fetch(sequence, self._ticket, layout, address)
+            reservation, address = self._request.reservation, self._request.decode_address
+            sends = not any(rank.host for rank in reservation.ranks)  # of several hosts it cannot
+            if self._ticket is not None and sends:
+                await self._fetches.fetch(sequence, self._ticket, reservation.kv_layout, address)
         with self._core.loop.lock:
             self._core.scheduler.add(sequence, time.monotonic())
         self._core.loop.wake()

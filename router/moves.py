@@ -91,7 +91,7 @@ async def move_away(placer: Placer, placement: Placement, need: Need, name: Call
 
 def _targets(placer: Placer, need: Need, source: Worker) -> list[Worker]:
     """Those that could take it over, the emptiest first; whether there is room now is their own answer."""
-    if not source.record.endpoints:  # it cannot send
+    if any(rank.host for rank in source.record.ranks):  # of several hosts it cannot send
         return []
     registry, only = placer.registry, None if source.record.draining or source.asked is None else source.asked.target
     others = [

@@ -8,6 +8,7 @@ speaks version 1 alone.
     1    the first
     2    Begin names the link by which is written; who answers ConfirmQuiet says who that is
     3    digests are sums over rows
+    4    ranks of a worker are on several hosts, and Begin names a link to each
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from legato.v1 import worker_pb2
 from spec.errors import WireMismatch
 
-OLDEST, NEWEST = 3, 3
+OLDEST, NEWEST = 4, 4
 _UNSAID = worker_pb2.WireVersions(oldest=1, newest=1)
 
 

@@ -1,7 +1,8 @@
 """A worker's parts, made in order:
 
 the model's description ──▶ the other ranks are started, layers are timed ──▶ all ranks join, load, and measure what is
-free ──▶ KV memory is sized and registered, and each rank takes its part ──▶ warm-up ──▶ scheduler and reservations
+free ──▶ KV memory is sized, registered on each host, and each rank takes its part ──▶ warm-up ──▶ scheduler and
+reservations
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from engine.engine import Engine
 from engine.grammar import Grammars
 from engine.groups import Groups, join
+from engine.kv_memory import TORCH_DTYPES
 from engine.layer_costs import LayerCosts
 from engine.model_files import open_model
 from engine.speculation import DraftModel
@@ -34,11 +36,11 @@ from worker.adapters import by_id, open_adapters
 from worker.core import Core, CoreRank
 from worker.device_memory import blocks_to_measure, fitting
 from worker.draft import open_draft_model
-from worker.endpoints import Endpoints
+from worker.endpoints import Endpoints, transport_address
 from worker.executor import AllRanks, OneRank, StepExecutor
 from worker.grammars import grammars_of
-from worker.kv_placement import measure_all, place, size
-from worker.kv_region import RankMemories
+from worker.kv_placement import keep, measure_all, place, size
+from worker.kv_region import HostRegion, KVPlaces
 from worker.lanes import LaneReservations, Lanes
 from worker.meter import Meter
 from worker.partition import measured_costs, shards_of
@@ -46,7 +48,7 @@ from worker.rank_setup import Place, host_name, layout_of, options_for
 from worker.ranks import Ranks
 from worker.record import content_salt, record_of
 from worker.stage_times import StageTimes
-from worker.tiers import open_tiers
+from worker.tiers import configured_tier, open_tiers
 
 logger = logs.get(__name__)
 
@@ -77,6 +79,7 @@ class _Builder:
         self._groups: Groups | None = None
         self._costs: LayerCosts | None = None
         self._endpoints: Endpoints | None = None
+        self._hosts = [host_name()]  # by rank
         self._options = options_for(config.engine, place)
         if self._options.threads is not None:
             torch.set_num_threads(self._options.threads)
@@ -109,12 +112,13 @@ class _Builder:
             self._report("starting ranks", 0.0)
             self._others = Ranks(self._config, self._layout.num_ranks, self._place)
             self._others.accept()
+            self._hosts += [hello.host for _, hello in sorted(self._others.hellos.items())]
             self._refuse_hosts()
         if self._layout.pp > 1:
             self._report("measuring layers", 0.0)
             self._costs = measured_costs(self._files, self._options, self._layout)
         shards = shards_of(self._files.spec, self._layout, self._costs)
-        self._endpoints = Endpoints(self._config)
+        self._endpoints = Endpoints(self._config.handoff.transports, transport_address(self._config))
         draft = open_draft_model(self._config, self._files.spec, self._options, self._max_context_tokens, self._report)
         draft_model = None if draft is None else DraftModel(draft)
         self._groups = self._join(shards)
@@ -122,14 +126,17 @@ class _Builder:
         engine = self._load(grammars, draft_model if self._others is None else None)
         self._report("measuring memory", 0.0)
         uses = measure_all(self._config.engine, engine, draft, self._others)
-        memory = size(self._config.engine, self._files.spec, self._options, shards, uses, draft, self._others)
+        places = size(self._config.engine, self._files.spec, self._options, shards, uses, draft, self._hosts)
+        region = HostRegion(places.region_bytes[0], shared=self._others is not None)
         try:
-            self._endpoints.register(memory)
-            place(memory, engine, draft, self._others)
+            kept = keep(places, region, self._endpoints, self._others)
+            place(places, region, kept, engine, draft, self._others)
         finally:
-            memory.close()
+            region.close()
         self._warm_up(engine, draft)
-        return self._core(telemetry, engine, grammars, shards, memory, draft_model)
+        ranks = self._ranks(shards, places, region, engine)
+        advertised = [endpoint for each in kept for endpoint in each.endpoints]
+        return self._core(telemetry, engine, grammars, shards, ranks, advertised, places.num_blocks, draft_model)
 
     def _load(self, grammars: Grammars, draft_model: DraftModel | None) -> Engine:
         """When it returns all ranks have their weights, and hardly any KV memory."""
@@ -156,19 +163,16 @@ class _Builder:
             self._others.wait_ready(lambda fraction: self._report("loading weights", fraction))
         return engine
 
-    @property
-    def _is_on_one_host(self) -> bool:
-        here = host_name()
-        return self._others is None or all(hello.host == here for hello in self._others.hellos.values())
-
     def _refuse_hosts(self) -> None:
-        if self._is_on_one_host:
+        if len(set(self._hosts)) == 1:
             return
+        where = f"ranks of this worker are on {len(set(self._hosts))} hosts"
         if self._config.role == "prefill":
             raise InvalidConfiguration(
-                "ranks of a prefill worker must be on one host: from several, KV is not handed over in this version"
+                f"{where}: KV is not handed over from several in this version, and role prefill is for one host"
             )
-        logger.warning("ranks are on several hosts: this worker takes no KV over, and prefills what it decodes")
+        if (key := configured_tier(self._config.kv_tiers)) is not None:
+            raise InvalidConfiguration(f"{where}: {key} is for ranks on one host")
 
     @property
     def _steps_out(self) -> int:
@@ -219,38 +223,46 @@ class _Builder:
         if others is not None:
             others.wait_ready()
 
+    def _ranks(
+        self, shards: Sequence[RankShard], places: KVPlaces, region: HostRegion, engine: Engine
+    ) -> tuple[CoreRank, ...]:
+        ranks = []
+        for shard in shards:
+            rank, layout = shard.rank, places.layouts[shard.rank]
+            landing = torch.empty(layout.shape(0), dtype=TORCH_DTYPES[layout.dtype])
+            if rank == 0 and self._is_on_cpu:
+                landing = engine.kv.tensor
+            elif places.hosts[rank] == 0:
+                landing = region.landing(places, rank)
+            held = RankKV(layout, shard.layers, shard.kv_heads)
+            memory = held, shard.group, places.offsets[rank], places.hosts[rank]
+            ranks.append(CoreRank(*memory, landing=landing, number=rank))
+        return tuple(ranks)
+
     def _core(
         self,
         telemetry: Telemetry,
         engine: Engine,
         grammars: Grammars,
         shards: Sequence[RankShard],
-        memory: RankMemories,
+        ranks: tuple[CoreRank, ...],
+        advertised: Sequence[worker_pb2.TransportEndpoint],
+        num_blocks: int,
         draft_model: DraftModel | None,
     ) -> Core:
-        config, is_on_cpu, endpoints = self._config, self._is_on_cpu, self._endpoints
+        config, endpoints = self._config, self._endpoints
         assert endpoints is not None
-        ranks = tuple(
-            CoreRank(
-                RankKV(memory.layouts[shard.rank], shard.layers, shard.kv_heads),
-                shard.group,
-                memory.offsets[shard.rank],
-                landing=engine.kv.tensor if shard.rank == 0 and is_on_cpu else memory.landing(shard.rank),
-                number=shard.rank,
-            )
-            for shard in shards
-        )
         record = record_of(
             config,
             self._files,
             self._adapters,
             ranks,
-            endpoints.advertised() if self._is_on_one_host else (),
+            advertised,
             dtype=engine.dtype,
-            total_blocks=memory.num_blocks * self._layout.dp,
+            total_blocks=num_blocks * self._layout.dp,
             max_context_tokens=self._max_context_tokens,
         )
-        lanes = self._lanes(record, memory.num_blocks, draft_model is not None)
+        lanes = self._lanes(record, num_blocks, draft_model is not None)
         meter = Meter(telemetry)
         if engine.graph_failure:
             meter.graphs_refused()
@@ -280,7 +292,7 @@ class _Builder:
             grammars=grammars,
             others=self._others,
             executor=executor,
-            landings_are_kv=is_on_cpu,
+            landings_are_kv=self._is_on_cpu,
             transports=endpoints.transports,
             regions=endpoints.regions,
             scheduler=lanes,

@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from kvtransfer.plan import common
 from kvtransfer.routes import RankMemory
 from kvtransfer.transport import Region, Transport
 from legato.v1 import worker_pb2
+from legato.v1.rank_pb2 import RankCommand, RankReport
 from service.config import WorkerConfig
 from spec.constraint import Constraint
 from spec.sampling import SamplingParams
@@ -28,6 +30,7 @@ from worker.kv_region import copy_blocks
 from worker.lanes import LaneReservations, Lanes
 from worker.loop import EngineLoop
 from worker.meter import Meter
+from worker.rank_setup import keepers_of
 from worker.ranks import Ranks
 from worker.tiers import Tier
 from worker.warming import Warming
@@ -41,7 +44,7 @@ class CoreRank(RankMemory):
     """One rank of this worker, as hand-overs see it."""
 
     # KV memory as transports see it, [num_blocks, layers, planes, heads, block_tokens, row]; where the rank computes on
-    # a GPU it is a mirror on the host.
+    # a GPU it is a mirror on the host. Of a rank on another host it is not here: there are no blocks in it.
     landing: torch.Tensor = dataclasses.field(kw_only=True)
     number: int = dataclasses.field(default=0, kw_only=True)
 
@@ -83,9 +86,38 @@ class Core:
             self.scheduler.unhold(group, block_table)
         self.loop.wake()  # somebody may wait for these blocks
 
-    def cut(self, transport: str, link_id: int) -> None:
-        """As Transport.cut() of that one does."""
-        self.transports[transport].cut(link_id)
+    @property
+    def num_hosts(self) -> int:
+        return 1 + max(rank.host for rank in self.ranks)
+
+    async def has_links(self, transport: str, links: Sequence[worker_pb2.HandoffRequest.Link]) -> list[bool]:
+        """Of each what has_link() of that transport says on its host. Raises WorkerLost when a rank is gone."""
+        asked = [
+            self._ask_keeper(link.host, has_link=RankCommand.HasLink(transport=transport, link_id=link.link_id))
+            for link in links
+            if link.host
+        ]
+        told = iter(await asyncio.gather(*map(asyncio.wrap_future, asked)))
+        here = self.transports[transport]
+        return [next(told).has_link if link.host else here.has_link(link.link_id) for link in links]
+
+    def cut(self, transport: str, links: Sequence[worker_pb2.HandoffRequest.Link]) -> None:
+        """As Transport.cut() does, of each on its host; waits. Raises as that does, and WorkerLost when a rank is
+        gone."""
+        asked = [
+            self._ask_keeper(link.host, cut_link=RankCommand.CutLink(transport=transport, link_id=link.link_id))
+            for link in links
+            if link.host
+        ]
+        for link in links:
+            if not link.host:
+                self.transports[transport].cut(link.link_id)
+        for each in asked:
+            each.result()
+
+    def _ask_keeper(self, host: int, **command: Any) -> concurrent.futures.Future[RankReport.Answered]:
+        assert self.others is not None
+        return self.others.ask(keepers_of([rank.host for rank in self.ranks])[host], RankCommand(**command))
 
     def compile(self, constraint: Constraint) -> concurrent.futures.Future[Matcher]:
         """On every rank, in threads beside the steps; once, however often it is asked for."""
@@ -129,7 +161,7 @@ class Core:
     async def _stage(
         self, ranks: Sequence[CoreRank], block_ids: Sequence[int], layers: range, *, to_device: bool
     ) -> None:
-        copying: list[asyncio.Future[None]] = []
+        copying: list[asyncio.Future[Any]] = []
         for rank in ranks:
             held = common(layers, rank.kv.layers)
             own = range(held.start - rank.kv.layers.start, held.stop - rank.kv.layers.start)
@@ -142,7 +174,10 @@ class Core:
                 copying.append(event_loop.run_in_executor(self.digest_pool, copy_blocks, *arguments))
             else:
                 assert self.others is not None
-                copying.append(asyncio.wrap_future(self.others.copy(rank.number, block_ids, own, to_device=to_device)))
+                copy = RankCommand.Copy(
+                    to_device=to_device, block_ids=block_ids, first_layer=own.start, num_layers=len(own)
+                )
+                copying.append(asyncio.wrap_future(self.others.ask(rank.number, RankCommand(copy=copy))))
         await asyncio.gather(*copying)
 
     def load(self) -> worker_pb2.WorkerLoad:

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
 from kvtransfer.digest import DigestPolicy, SentDigests, counting
+from kvtransfer.grids import TransferPlan
 from kvtransfer.plan import common
 from kvtransfer.routes import HandoffPlan, RankMemory
-from kvtransfer.transport import Peer, Transfer
+from kvtransfer.transport import Peer, Region, Transfer
 from kvtransfer.writes import address_of
 from legato.v1 import worker_pb2
 from legato.v1.common_pb2 import TransferStats
@@ -45,15 +47,22 @@ RANKS_PLANNED_AT_ONCE = 2  # of the target; a rank takes some 0.05 ms
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one group of layers; the waiting clock is the reservation's lease
 
 
+class Way(NamedTuple):
+    """To one host of the target."""
+
+    host: int
+    peer: Peer
+    link: Link  # to the peer, shared with other hand-overs to it
+
+
 class Target(NamedTuple):
     """Where one reservation's blocks are."""
 
     ticket: worker_pb2.Ticket
     signed: worker_pb2.SignedTicket
     ranks: tuple[RankMemory, ...]
-    peer: Peer
+    ways: tuple[Way, ...]  # to each host that ranks are on
     transport: str
-    link: Link  # to the peer, shared with other hand-overs to it
     lease_s: float
 
 
@@ -71,12 +80,13 @@ class _Chunk:
 
 
 class _Shipment(NamedTuple):
-    """Layers up to `end_layer` of a chunk, behind those that were posted before."""
+    """Some layers of a chunk, those of them that ranks on one host hold, behind what was posted before."""
 
     chunk: _Chunk
+    way: Way
     transfer: Transfer
     digesting: list[asyncio.Future[None]]  # beside it
-    end_layer: int
+    end_layer: int  # before which all is there once it has landed; 0: others follow for that
     nbytes: int
     posted_s: float
 
@@ -102,7 +112,7 @@ class Departures:
     ) -> None:
         self.stats = TransferStats(transport=target.transport, skipped_tokens=target.ticket.first_token)
         self.first_write_ns = 0
-        self.is_unproven = False  # a transfer failed or outran its clock: some of it may still land
+        self.unproven: set[Way] = set()  # where a transfer failed or outran its clock: some of it may still land
         self._target, self._staging, self._policy = target, staging, policy
         self._pool, self._tell, self._failed = pool, tell, failed
         self._name = target.ticket.reservation_id
@@ -159,7 +169,8 @@ class Departures:
                 self._posted.put_nowait(_Done(chunk))
         self._posted.put_nowait(None)
         await settling
-        self._target.link.leave(self._name)
+        for way in self._target.ways:
+            way.link.leave(self._name)
 
     async def _guarded(self, step: Awaitable[None]) -> None:
         """What fails ends the hand-over."""
@@ -209,23 +220,35 @@ class Departures:
             given = staged.ranks, staged.block_table, target.ranks, blocks, first, count, sums
             chunk.plan = await self._planned(lambda: HandoffPlan(*given))
         plan = chunk.plan
-        pieces = await self._planned(lambda: plan.of(layers))
-        nbytes = count * sum(_layer_bytes(rank, layers) for rank in target.ranks)
-        if not await self._may_write(nbytes):
-            return
+        held = {way: sum(_layer_bytes(rank, layers) for rank in self._ranks_at(way)) for way in target.ways}
+        ways = [way for way, token_bytes in held.items() if token_bytes]
+        for way in ways:
+            pieces = await self._planned(functools.partial(plan.of, layers, way.host))
+            if not await self._may_write(way.link, count * held[way]):
+                return
+            end_layer = layers.stop if way is ways[-1] else 0
+            self._post_pieces(chunk, way, staged.region, pieces, count * held[way], end_layer)
+
+    def _post_pieces(
+        self, chunk: _Chunk, way: Way, source: Region, pieces: TransferPlan, nbytes: int, end_layer: int
+    ) -> None:
+        """The link has granted `nbytes`."""
         self.first_write_ns = self.first_write_ns or time.time_ns()
         try:
             chunk.has_left = True
-            transfer = target.peer.post(staged.region, pieces)
+            transfer = way.peer.post(source, pieces)
         except BaseException:
-            target.link.landed(self._name, nbytes)
+            way.link.landed(self._name, nbytes)
             raise
         posted_s, digesting = time.monotonic(), []
-        if chunk.digests is not None and not target.peer.digests_rows:
-            event_loop, calls = asyncio.get_running_loop(), counting(pieces, address_of(staged.region.buffer)[0])
+        if chunk.digests is not None and not way.peer.digests_rows:
+            event_loop, calls = asyncio.get_running_loop(), counting(pieces, address_of(source.buffer)[0])
             digesting = [event_loop.run_in_executor(self._pool, call) for call in calls]
-        self._posted.put_nowait(_Shipment(chunk, transfer, digesting, layers.stop, nbytes, posted_s))
+        self._posted.put_nowait(_Shipment(chunk, way, transfer, digesting, end_layer, nbytes, posted_s))
         self.stats.pieces += len(pieces)
+
+    def _ranks_at(self, way: Way) -> list[RankMemory]:
+        return [rank for rank in self._target.ranks if rank.host == way.host]
 
     async def _planned(self, planning: Callable[[], _Planned]) -> _Planned:
         """Beside the event loop where it takes longer than a thread takes to begin: it is paid rank by rank."""
@@ -240,15 +263,15 @@ class Departures:
         least = -(-LEAST_DIGESTED_BYTES // layer_bytes)
         return max(least, round(len(layers) * DIGESTED_SHARE))
 
-    async def _may_write(self, nbytes: int) -> bool:
+    async def _may_write(self, link: Link, nbytes: int) -> bool:
         """Once the link has room. False: the hand-over failed before."""
         slack_s = self._target.ticket.expires_unix_ns / 1e9 - time.time()
-        granted = self._target.link.ask(self._name, nbytes, slack_s)
+        granted = link.ask(self._name, nbytes, slack_s)
         either: list[asyncio.Future[Any]] = [granted, self._failed]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if granted.done():
             return True
-        self._target.link.withdraw(self._name)
+        link.withdraw(self._name)
         return False
 
     async def _settle_all(self) -> None:
@@ -271,19 +294,20 @@ class Departures:
             async with asyncio.timeout(began_s + TRANSFER_TIMEOUT_S - time.monotonic()):
                 await asyncio.wrap_future(shipment.transfer)  # it cannot be cancelled: it runs already
         except TimeoutError:
-            self.is_unproven = True
+            self.unproven.add(shipment.way)
             raise TransferFailed(f"a chunk did not land in {TRANSFER_TIMEOUT_S} s") from None
         except TransferFailed:
-            self.is_unproven = True
+            self.unproven.add(shipment.way)
             raise
         finally:
-            self._target.link.landed(self._name, shipment.nbytes)
+            shipment.way.link.landed(self._name, shipment.nbytes)
             await asyncio.gather(*shipment.digesting)
         now_s = time.monotonic()
         self.stats.moving_s += now_s - began_s
         self._landed_s = now_s
         chunk = shipment.chunk
-        if chunk.digests is not None and shipment.end_layer < self._num_layers and not self._failed.done():
+        is_early = 0 < shipment.end_layer < self._num_layers
+        if chunk.digests is not None and is_early and not self._failed.done():
             landed = worker_pb2.HandoffRequest.Landed(
                 first_token=chunk.first, num_tokens=chunk.num_tokens, end_layer=shipment.end_layer
             )

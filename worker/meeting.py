@@ -56,7 +56,7 @@ class Meetings:
         if not takes_kv or record.worker_id == ours.worker_id:
             return
         epoch, not_before_s = self._not_before_s.get(record.worker_id, (0, 0.0))
-        if epoch == record.epoch and (now_s < not_before_s or self._peers.is_connected(record.worker_id, epoch)):
+        if epoch == record.epoch and (now_s < not_before_s or self._peers.is_connected(record)):
             return
         self._not_before_s[record.worker_id] = record.epoch, now_s + AGAIN_S
         task = asyncio.create_task(self._meet(record))
@@ -74,15 +74,17 @@ class Meetings:
         except LegatoError as error:
             logger.warning("%s at %s was not met: %s", record.worker_id, record.address, error)
         else:
-            self._say(record, met)
+            for each in met:
+                self._say(record, each)
 
     def _say(self, record: worker_pb2.WorkerRecord, met: Met) -> None:
         ours = self._core.record
         if met.measured is not None:
             self._core.meter.met(met.transport, met.runs_over, met.measured)
             logger.info(
-                "met %s: %s over %s, %.2f GB/s, %.0f us",
+                "met %s%s: %s over %s, %.2f GB/s, %.0f us",
                 record.worker_id,
+                f" (host {met.host})" if met.host else "",
                 met.transport,
                 met.runs_over,
                 met.measured.bytes_per_s / 1e9,

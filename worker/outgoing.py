@@ -13,9 +13,9 @@ from kvtransfer.routes import ranks_from_proto
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service.messages import layout_from_proto
 from service.wire import agreed
-from spec.errors import InvalidParameter, TicketRefused
+from spec.errors import InvalidParameter, TicketRefused, TransferFailed
 from worker.core import Core
-from worker.departures import Target
+from worker.departures import Target, Way
 from worker.peers import Peers
 from worker.sender import Sender
 from worker.staging import SourceKV
@@ -42,7 +42,11 @@ async def sender_for(
     `ticket` is the reservation's, verified.
 
     Raises TicketRefused, counted, where the ticket is for anything else, WireMismatch where the two have no version in
-    common, TransferFailed where no transport gets through."""
+    common, TransferFailed where no transport gets through, or where some of this worker's KV is on another host."""
+    if core.num_hosts > 1:
+        raise TransferFailed(
+            f"ranks of {core.record.worker_id} are on {core.num_hosts} hosts: its KV does not leave it"
+        )
     agreed(core.record.wire, reservation.wire, ticket.consumer_id)
     target_ranks = ranks_from_proto(layout_from_proto(reservation.kv_layout), reservation.ranks)
     with _refusals_counted(core):
@@ -59,12 +63,16 @@ async def sender_for(
     share = reservation.digest_share if reservation.HasField("digest_share") else core.config.handoff.digest_share
     if not 0 <= share <= 1:
         raise InvalidParameter(f"must be in [0, 1], is {share}", field="digest_share")
-    name, peer = await peers.connect(ticket.consumer_id, ticket.consumer_epoch, reservation.endpoints)
-    link = peers.link(ticket.consumer_id)
+    hosts = {rank.host for rank in target_ranks}
+    endpoints = [endpoint for endpoint in reservation.endpoints if endpoint.host in hosts]
+    name, connected = await peers.connect(ticket.consumer_id, ticket.consumer_epoch, endpoints)
+    ways = tuple(Way(host, peer, peers.link(ticket.consumer_id, host)) for host, peer in connected.items())
+    if connected.keys() != hosts:
+        raise TransferFailed(f"{ticket.consumer_id} has ranks on hosts for which it names no endpoint")
     return Sender(
         worker_pb2_grpc.WorkerStub(await peers.channel(ticket.consumer_id, address)),
         SourceKV(core.ranks_of, core.regions[name], core.transports[name].register, core.stage_out),
-        Target(ticket, reservation.ticket, target_ranks, peer, name, link, reservation.lease_s),
+        Target(ticket, reservation.ticket, target_ranks, ways, name, reservation.lease_s),
         core.record.address,
         core.digest_pool,
         DigestPolicy(share),

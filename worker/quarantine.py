@@ -3,7 +3,7 @@
 Two things prove that, and nothing else does:
 
     the writer's own word    asked where it is registered, it answers, under its own id and epoch, that it is quiet
-    a cut                    the link by which it wrote is ended from this side: Transport.cut()
+    a cut                    the links by which it wrote, one a host, are ended from this side: Transport.cut()
 
 Whatever else there is instead of the word (silence, a refused connection, a later start of the same worker, somebody
 else) is no proof and reason enough for the cut. A cut that proves nothing, since the writer has mapped this memory, is
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 
 from legato.v1 import worker_pb2, worker_pb2_grpc
 from service import logs
-from spec.errors import TransferFailed
+from spec.errors import TransferFailed, WorkerLost
 from worker.receiver import Receiver, Request
 
 logger = logs.get(__name__)
@@ -34,13 +34,13 @@ class Quarantine:
 
     def __init__(
         self,
-        cut: Callable[[str, int], None],
+        cut: Callable[[str, Sequence[Request.Link]], None],
         open_channel: Callable[[str], grpc.aio.Channel],
         find_record: Callable[[str], Awaitable[worker_pb2.WorkerRecord | None]],
         proven: Callable[[str, float], None],
     ) -> None:
-        """`cut(transport, link_id)`: as Transport.cut() does, and raises; called beside the event loop. `proven(proof,
-        duration_s)` is told by what, "word" or "cut", and after how long."""
+        """`cut(transport, links)`: as Transport.cut() of each does, and raises; called beside the event loop.
+        `proven(proof, duration_s)` is told by what, "word" or "cut", and after how long."""
         self._cut = cut
         self._open_channel = open_channel
         self._find_record = find_record
@@ -75,8 +75,8 @@ class Quarantine:
         if await self._says_so(ticket, begin.producer_address):
             return "word"
         try:
-            await asyncio.to_thread(self._cut, begin.transport, begin.link_id)
-        except TransferFailed as error:
+            await asyncio.to_thread(self._cut, begin.transport, begin.links)
+        except (TransferFailed, WorkerLost) as error:
             logger.warning("the memory of a hand-over from %s stays out of use: %s", ticket.producer_id, error.message)
             return ""
         logger.info("the link of %s, which did not say that it is quiet, was cut", ticket.producer_id)

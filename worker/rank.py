@@ -2,18 +2,17 @@
 
     python -m worker.rank --rank 1 --local-ranks 2 --control 127.0.0.1:4321      its configuration comes on stdin
 
-dial rank 0, Hello ──▶ Load ──▶ join the others, load the weights, Ready ──▶ Measure, Measured ──▶ PlaceKV, Ready
-──▶ WarmUp, Ready ──▶ plan, result, plan ...
+dial rank 0, Hello ──▶ Load ──▶ join the others, load the weights, Ready ──▶ Measure, Measured
+──▶ on another host than rank 0's, the lowest rank there: KeepKV, Kept ──▶ PlaceKV, Ready ──▶ WarmUp, Ready
+──▶ plan, result, plan ...                beside that: what rank 0 asks (rank_requests.py)
 the connection ends without a Stop: rank 0 is gone, and this process with it, at once, whatever it waits for
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import ctypes
 import dataclasses
-import mmap
 import os
 import queue
 import signal
@@ -23,28 +22,28 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 from engine.engine import Engine
 from engine.grammar import Grammars
 from engine.groups import Groups, join
 from engine.layer_hook import LayerHook
 from engine.model_files import open_model
 from kvtransfer.layer_groups import ends_within
+from kvtransfer.plan import RankKV
 from legato.v1 import rank_pb2
 from service import logs
 from service.config import WorkerConfig, load
 from service.messages import constraint_from_proto
 from service.model_source import resolve_model
 from service.run import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_OK
-from spec.errors import InternalError, InvalidConfiguration, LegatoError, SetupError, WorkerLost
+from spec.errors import InternalError, LegatoError, SetupError, WorkerLost
 from spec.shard import shard_of
 from worker import rank_link
 from worker.adapters import by_id, check_same, open_adapters
 from worker.device_memory import blocks_to_measure, fitting, measure
 from worker.grammars import grammars_of
-from worker.kv_region import copy_blocks, kv_slice, landing_of
+from worker.kv_region import kv_slice, landing_of, map_file
 from worker.rank_messages import plan_from_message, result_to_message
+from worker.rank_requests import Keeper, OwnKV, RankRequests
 from worker.rank_setup import Place, host_name, layout_of, options_for
 
 logger = logs.get(__name__)
@@ -67,11 +66,10 @@ class Rank:
         self._link = rank_link.dial(*place.control, key, dial_timeout_s)
         self._sending = threading.Lock()
         self._commands: queue.SimpleQueue[rank_pb2.RankCommand] = queue.SimpleQueue()
-        self._copies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="copy")
+        self._requests = RankRequests(self._tell)
         self._groups: Groups | None = None
         self._engine: Engine | None = None
         self._grammars: Grammars | None = None
-        self._landing: torch.Tensor | None = None
 
     def run(self) -> None:
         """Until Stop. Raises what ends it before."""
@@ -83,37 +81,41 @@ class Rank:
         self._tell(Report(hello=hello))
         threading.Thread(target=self._read, args=(self._link,), name="control", daemon=True).start()
         try:
-            while True:
-                command = self._commands.get()
-                match command.WhichOneof("command"):
-                    case "load":
-                        self._load(command.load)
-                    case "measure":
-                        assert self._engine is not None
-                        use = measure(self._engine, self._config.engine)
-                        self._tell(Report(measured=Report.Measured(**dataclasses.asdict(use))))
-                    case "place_kv":
-                        self._place_kv(command.place_kv)
-                    case "warm_up":
-                        assert self._engine is not None
-                        self._engine.warm_up()
-                        if self._engine.graph_failure:
-                            logger.warning("no CUDA graphs: %s", self._engine.graph_failure)
-                        self._tell(Report(ready=Report.Ready()))
-                    case "replicate":
-                        assert self._engine is not None
-                        self._engine.replicate_experts(command.replicate.copies)
-                        self._tell(Report(ready=Report.Ready()))
-                    case "execute":
-                        self._execute(command.execute)
-                    case "stop":
-                        return
+            while not (command := self._commands.get()).HasField("stop"):
+                self._carry_out(command)
+            self._requests.close()
         except Exception as error:
             known = error if isinstance(error, LegatoError) else InternalError(repr(error))
             if not isinstance(error, LegatoError):
                 logger.exception("a step failed")
             self._tell(Report(failed=Report.Failed(reason=known.reason, message=known.message)))
             raise
+
+    def _carry_out(self, command: rank_pb2.RankCommand) -> None:
+        """Raises what the engine does."""
+        match command.WhichOneof("command"):
+            case "load":
+                self._load(command.load)
+            case "keep_kv":
+                self._keep_kv(command.keep_kv)
+            case "place_kv":
+                self._place_kv(command.place_kv)
+            case "execute":
+                self._execute(command.execute)
+            case "measure":
+                assert self._engine is not None
+                use = measure(self._engine, self._config.engine)
+                self._tell(Report(measured=Report.Measured(**dataclasses.asdict(use))))
+            case "warm_up":
+                assert self._engine is not None
+                self._engine.warm_up()
+                if self._engine.graph_failure:
+                    logger.warning("no CUDA graphs: %s", self._engine.graph_failure)
+                self._tell(Report(ready=Report.Ready()))
+            case "replicate":
+                assert self._engine is not None
+                self._engine.replicate_experts(command.replicate.copies)
+                self._tell(Report(ready=Report.Ready()))
 
     def _read(self, link: Connection) -> None:
         """In a thread of its own: whatever the other one waits for, the end of the connection ends the process."""
@@ -125,8 +127,8 @@ class Rank:
                     if self._groups.shard.is_last_stage:
                         self._grammars.compiled(constraint_from_proto(command.compile))
                     continue
-                if command.HasField("copy"):
-                    self._copies.submit(self._copy, command.copy)
+                if command.request_id:
+                    self._requests.take(command)
                     continue
                 self._commands.put(command)
                 if command.HasField("stop"):
@@ -170,14 +172,19 @@ class Rank:
             )
         self._tell(Report(ready=Report.Ready()))
 
+    def _keep_kv(self, keep: rank_pb2.RankCommand.KeepKV) -> None:
+        address = rank_link.own_address(self._link)
+        self._requests.keeper = keeper = Keeper(self._config.handoff.transports, address, keep)
+        self._tell(Report(kept=keeper.kept()))
+
     def _place_kv(self, place: rank_pb2.RankCommand.PlaceKV) -> None:
-        assert self._engine is not None
-        layout, on_cpu, own = self._engine.kv.layout, self._engine.device.type == "cpu", None
-        if place.memory_path:
-            own = kv_slice(map_file(place.memory_path), place.offset_bytes, place.num_blocks * layout.block_bytes)
-        self._engine.place_kv(place.num_blocks, own if on_cpu else None)
-        if own is not None and not on_cpu:
-            self._landing = landing_of(own, layout, place.num_blocks)
+        assert self._engine is not None and self._groups is not None
+        layout, shard = self._engine.kv.layout, self._groups.shard
+        part = kv_slice(map_file(place.memory_path), place.offset_bytes, place.num_blocks * layout.block_bytes)
+        self._engine.place_kv(place.num_blocks, part if self._engine.device.type == "cpu" else None)
+        held = RankKV(layout, shard.layers, shard.kv_heads)
+        landing = landing_of(part, layout, place.num_blocks)
+        self._requests.own = OwnKV(held, landing, self._engine.kv.tensor)
         self._tell(Report(ready=Report.Ready()))
 
     def _execute(self, message: rank_pb2.RankPlan) -> None:
@@ -197,23 +204,6 @@ class Rank:
         assert self._groups is not None
         ends = ends_within(message.layer_ends, self._groups.shard.layers)
         return LayerHook(ends, lambda end: self._tell(Report(written=Report.Written(step=message.step, end=end))))
-
-    def _copy(self, copy: rank_pb2.RankCommand.Copy) -> None:
-        """On a GPU alone: elsewhere the shared file is the engine's own memory."""
-        assert self._engine is not None
-        if self._landing is not None:
-            layers = range(copy.first_layer, copy.first_layer + copy.num_layers)
-            copy_blocks(self._landing, self._engine.kv.tensor, copy.block_ids, layers, copy.to_device)
-        self._tell(Report(copied=Report.Copied(copy_id=copy.copy_id)))
-
-
-def map_file(path: str) -> mmap.mmap:
-    """Raises InvalidConfiguration where another process's memory cannot be opened."""
-    try:
-        with Path(path).open("r+b") as file:
-            return mmap.mmap(file.fileno(), 0)
-    except OSError as error:
-        raise InvalidConfiguration(f"rank 0's KV memory cannot be opened ({error.strerror}): {path}") from None
 
 
 def run_rank(config: WorkerConfig, place: Place, dial_timeout_s: float = DIAL_TIMEOUT_S) -> int:

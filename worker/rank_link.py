@@ -49,6 +49,14 @@ def tune(connection: Connection) -> None:
         own.detach()
 
 
+def own_address(connection: Connection) -> str:
+    """By which this host reaches the other end, and is reached: a number."""
+    with socket.socket(fileno=connection.fileno()) as own:
+        address: str = own.getsockname()[0]
+        own.detach()
+    return address
+
+
 def send(connection: Connection, message: Message) -> None:
     """Raises WorkerLost when the other end is gone or reads nothing."""
     send_bytes(connection, message.SerializeToString())

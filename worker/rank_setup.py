@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -78,3 +78,14 @@ def host_name() -> str:
     """Equal for processes that see each other's memory: of one machine, and not in containers of their own."""
     space = "/proc/self/ns/pid"
     return f"{host_id()} {os.readlink(space) if os.path.exists(space) else ''}".strip()
+
+
+def host_numbers(names: Sequence[str]) -> tuple[int, ...]:
+    """Of the ranks' hosts, by rank: equal for equal names, from 0 on, rank 0's first."""
+    known = list(dict.fromkeys(names))
+    return tuple(known.index(name) for name in names)
+
+
+def keepers_of(hosts: Sequence[int]) -> tuple[int, ...]:
+    """By host the lowest of its ranks, which keeps the KV memory of them all."""
+    return tuple(hosts.index(host) for host in range(max(hosts) + 1))

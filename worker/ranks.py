@@ -27,6 +27,7 @@ from legato.v1 import rank_pb2
 from service import logs
 from service.config import WorkerConfig, to_yaml
 from service.messages import constraint_to_proto
+from service.status import error_from_reason
 from spec.constraint import Constraint
 from spec.errors import BY_REASON, InternalError, LegatoError, WorkerLost
 from worker import rank_link
@@ -51,13 +52,14 @@ class Ranks:
         self.lost: LegatoError | None = None
         self.hellos: dict[int, rank_pb2.RankReport.Hello] = {}
         self.measured: dict[int, rank_pb2.RankReport.Measured] = {}  # since their weights are loaded
+        self.kept: dict[int, rank_pb2.RankReport.Kept] = {}  # of hosts' keepers
         self.progress: dict[int, float] = dict.fromkeys(range(1, num_ranks), 0.0)
         self._links: dict[int, Connection] = {}
         self._results: dict[int, queue.SimpleQueue[rank_pb2.RankResult | None]] = {}
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._copies: dict[int, concurrent.futures.Future[None]] = {}
+        self._asked: dict[int, concurrent.futures.Future[rank_pb2.RankReport.Answered]] = {}
         self.on_written: Callable[[int, int, int], None] = lambda rank, step, end: None
-        self._copy_ids = itertools.count()
+        self._request_ids = itertools.count(1)
         self._sending = threading.Lock()
         self._ending = False
         self._timeout_s = config.engine.rank_timeout_s
@@ -120,9 +122,9 @@ class Ranks:
                 except WorkerLost as error:
                     raise self.cause(error) from None
 
-    def wait_ready(self, report: Callable[[float], None] = lambda fraction: None) -> None:
-        """Until each has said Ready once more. Raises what the worker is lost for."""
-        for _ in self._links:
+    def wait_ready(self, report: Callable[[float], None] = lambda fraction: None, of: int | None = None) -> None:
+        """Until each, or so many of them, has said once more that it is done. Raises what the worker is lost for."""
+        for _ in range(len(self._links) if of is None else of):
             while True:
                 report(min(self.progress.values()))
                 with contextlib.suppress(queue.Empty):
@@ -158,26 +160,17 @@ class Ranks:
             raise self.cause(silent)
         return found
 
-    def copy(
-        self, rank: int, block_ids: Sequence[int], layers: range, *, to_device: bool
-    ) -> concurrent.futures.Future[None]:
-        """Between the memory of the rank's GPU and its part of the region, of the rank's own `layers`; done when it is
-        there."""
-        copying: concurrent.futures.Future[None] = concurrent.futures.Future()
-        copying.set_running_or_notify_cancel()
-        copy_id = next(self._copy_ids)
-        self._copies[copy_id] = copying
-        copy = Command.Copy(
-            copy_id=copy_id,
-            to_device=to_device,
-            block_ids=block_ids,
-            first_layer=layers.start,
-            num_layers=len(layers),
-        )
-        self.send(rank, Command(copy=copy))
+    def ask(self, rank: int, command: rank_pb2.RankCommand) -> concurrent.futures.Future[rank_pb2.RankReport.Answered]:
+        """Copy, Digest, HasLink or CutLink, carried out beside the rank's steps. Fails with what that fails with, and
+        with what the worker is lost for."""
+        answer: concurrent.futures.Future[rank_pb2.RankReport.Answered] = concurrent.futures.Future()
+        answer.set_running_or_notify_cancel()
+        command.request_id = next(self._request_ids)
+        self._asked[command.request_id] = answer
+        self.send(rank, command)
         if self.lost is not None:
-            self._fail_copies(self.lost)
-        return copying
+            self._fail_asked(self.lost)
+        return answer
 
     def compile(self, constraint: Constraint) -> None:
         """On every rank, beside its steps; whichever draws needs it. Raises what the worker is lost for."""
@@ -214,10 +207,20 @@ class Ranks:
             case "measured":
                 self.measured[rank] = report.measured
                 self._ready.put(rank)
-            case "copied":
-                self._copies.pop(report.copied.copy_id).set_result(None)
+            case "kept":
+                self.kept[rank] = report.kept
+                self._ready.put(rank)
+            case "answered":
+                self._answered(report.answered)
             case "failed":
                 self._lose(self._first_to_fail(rank, report.failed))
+
+    def _answered(self, answered: rank_pb2.RankReport.Answered) -> None:
+        asked = self._asked.pop(answered.request_id)
+        if answered.reason:
+            asked.set_exception(error_from_reason(answered.reason, answered.message))
+        else:
+            asked.set_result(answered)
 
     def _first_to_fail(self, rank: int, failed: rank_pb2.RankReport.Failed) -> LegatoError:
         """A rank that lost the others names no culprit: one that has died, or is stopped, is looked for."""
@@ -258,13 +261,13 @@ class Ranks:
             waiting.put(None)
         for _ in self._links:
             self._ready.put(None)
-        self._fail_copies(error)
+        self._fail_asked(error)
         self.on_lost(error)
 
-    def _fail_copies(self, error: LegatoError) -> None:
-        for copy_id in list(self._copies):
-            if (copying := self._copies.pop(copy_id, None)) is not None:
-                copying.set_exception(error)
+    def _fail_asked(self, error: LegatoError) -> None:
+        for request_id in list(self._asked):
+            if (asked := self._asked.pop(request_id, None)) is not None:
+                asked.set_exception(error)
 
     def cause(self, error: LegatoError) -> LegatoError:
         """Why the worker is really lost, where `error` is what rank 0 saw of it."""

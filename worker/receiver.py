@@ -119,7 +119,7 @@ class Receiver:
                     raise TicketRefused("a hand-over begins once, and first")
                 match event:
                     case "begin":
-                        self._open(message.begin)
+                        await self._open(message.begin)
                         self.replies.put_nowait(Reply(accepted=Reply.Accepted()))
                     case "alive":
                         await self._guarded(self._renew())
@@ -141,18 +141,23 @@ class Receiver:
                 logger.warning("hand-over of %s refused: %s", self.ticket.sequence_id, error)
             self._give_up(error)
 
-    def _open(self, begin: Request.Begin) -> None:
+    async def _open(self, begin: Request.Begin) -> None:
         core = self._core
         try:
             ticket = tickets.verify(core.cluster_key, begin.ticket, now_unix_ns=time.time_ns())
-            self._check(ticket)
+            hosts = self._check(ticket)
             agreed(core.record.wire, begin.wire, ticket.producer_id)
             if ":" not in begin.producer_address:
                 raise TicketRefused("the writer does not say where it can be asked whether it is quiet")
-            if begin.transport not in core.transports:
-                raise TicketRefused("the writer does not say by which link it writes")
-            if not core.transports[begin.transport].has_link(begin.link_id):  # else a cut of it would prove nothing
-                raise TicketRefused("the link by which the writer wants to write is not open here", cause=NO_LINK)
+            if begin.transport not in core.transports or {link.host for link in begin.links} != hosts:
+                raise TicketRefused("the writer does not say by which links it writes")
+            is_open = await core.has_links(begin.transport, begin.links)
+            for link, holds in zip(begin.links, is_open, strict=True):
+                if not holds:  # a cut of it would prove nothing
+                    raise TicketRefused(
+                        "the link by which the writer wants to write is not open here", cause=NO_LINK, host=link.host
+                    )
+            self._check(ticket)  # it may have been given up meanwhile
             with core.loop.lock:
                 core.reservations.begin(
                     ticket.reservation_id,
@@ -170,7 +175,8 @@ class Receiver:
         self.ticket, self.begin = ticket, begin
         self._claimed().cancel_writer = self._cancel_writer
 
-    def _check(self, ticket: worker_pb2.Ticket) -> None:
+    def _check(self, ticket: worker_pb2.Ticket) -> set[int]:
+        """The hosts that its blocks are on."""
         core = self._core
         if (ticket.consumer_id, ticket.consumer_epoch) != (core.record.worker_id, core.record.epoch):
             raise TicketRefused("the ticket is for another worker, or for this one before it restarted")
@@ -182,8 +188,10 @@ class Receiver:
         adapter = "" if claim.reservation is None else claim.reservation.adapter
         if ticket.identity != with_adapter(core.record.identity, adapter):
             raise TicketRefused("the ticket is for another model, adapter or revision")
-        if claim.reservation is None or ticket.kv_layout_id != layout_id(core.ranks_of(claim.reservation.group)):
+        ranks = () if claim.reservation is None else core.ranks_of(claim.reservation.group)
+        if not ranks or ticket.kv_layout_id != layout_id(ranks):
             raise TicketRefused("the ticket is for another KV layout")
+        return {rank.host for rank in ranks}
 
     def _claimed(self) -> Claim:
         assert self.ticket is not None
@@ -247,7 +255,8 @@ class Receiver:
         if check is None or (check.first_token, check.num_tokens) != (first_token, num_tokens):
             assert self.ticket is not None
             blocks = tuple(self.ticket.block_ids)
-            self._landing = check = LandingCheck(ranks, self._core.digest_pool, blocks, first_token, num_tokens)
+            given = blocks, first_token, num_tokens
+            self._landing = check = LandingCheck(ranks, self._core.digest_pool, *given, self._core.others)
         return check
 
     async def _admit(self, final: Request.Final) -> None:

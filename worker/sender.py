@@ -28,7 +28,7 @@ from service import logs
 from service.status import error_from_reason, error_from_rpc
 from service.wire import spoken
 from spec.errors import HandoffError, LegatoError, RequestCancelled, TransferFailed
-from worker.departures import Departures, Target
+from worker.departures import Departures, Target, Way
 from worker.receiver import NO_LINK
 from worker.staging import SourceKV, Staging
 
@@ -57,7 +57,7 @@ class Sender:
         self._staging = Staging(source, target.ranks, pool)
         self._departures = Departures(target, self._staging, policy, pool, self._write, self.failed)
         self._producer_address = producer_address
-        self._is_link_gone = False  # its owner has it no more, whatever it looks like from here
+        self._gone: tuple[Way, ...] = ()  # the owner has that link no more, whatever it looks like from here
         self._admitted = asyncio.Event()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
         self._tasks: list[asyncio.Task[None]] = []
@@ -65,13 +65,13 @@ class Sender:
 
     async def open(self, timeout_s: float) -> None:
         """Raises the HandoffError that the decode worker refused with, TransferFailed when it cannot be asked."""
-        self._call = self._stub.Handoff()
+        self._call, target = self._stub.Handoff(), self._target
         begin = worker_pb2.HandoffRequest.Begin(
-            ticket=self._target.signed,
+            ticket=target.signed,
             producer_address=self._producer_address,
             wire=spoken(),
-            transport=self._target.transport,
-            link_id=self._target.peer.link_id,
+            transport=target.transport,
+            links=[worker_pb2.HandoffRequest.Link(host=way.host, link_id=way.peer.link_id) for way in target.ways],
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -114,7 +114,8 @@ class Sender:
     def _refusal(self, error: grpc.aio.AioRpcError) -> HandoffError:
         """What the decode worker says of the hand-over; all else is about the way there, and not about this worker."""
         found = error_from_rpc(error)
-        self._is_link_gone = found.details.get("cause") == NO_LINK
+        if found.details.get("cause") == NO_LINK:
+            self._gone = tuple(way for way in self._target.ways if str(way.host) == found.details.get("host"))
         if isinstance(found, HandoffError):
             return found
         return TransferFailed(f"{self._target.ticket.consumer_id} did not accept the hand-over: {found.message}")
@@ -152,16 +153,17 @@ class Sender:
             await asyncio.wait([self._tasks[1]])
         for task in self._tasks[1:]:
             task.cancel()
-        while self._departures.is_unproven:
+        while self._departures.unproven:
+            way = next(iter(self._departures.unproven))
             try:
-                await self._target.link.release(self._target.peer)
-                self._departures.is_unproven = False
+                await way.link.release(way.peer)
+                self._departures.unproven.discard(way)
             except TransferFailed as error:
                 logger.warning("the hand-over to %s is not proven quiet: %s", self._target.ticket.consumer_id, error)
                 await asyncio.sleep(ASK_AGAIN_S)
-        if self._is_link_gone:
+        for way in self._gone:
             with contextlib.suppress(TransferFailed):  # it is not taken again: the next hand-over connects anew
-                await self._target.link.release(self._target.peer)
+                await way.link.release(way.peer)
         await asyncio.to_thread(self._staging.release)  # a transport may have to wait
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with self._writing:

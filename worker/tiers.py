@@ -83,6 +83,13 @@ def open_tiers(config: KVTiersConfig, model: str, ranks: Sequence[RankMemory]) -
     return tuple(tiers)
 
 
+def configured_tier(config: KVTiersConfig) -> str | None:
+    """The key of one that open_tiers() opens."""
+    if config.host_bytes:
+        return "kv_tiers.host_bytes"
+    return None if config.disk_folder is None else "kv_tiers.disk_folder"
+
+
 def owner_of(model: str, ranks: Sequence[RankMemory]) -> bytes:
     """32 bytes: equal where contents of the same hash are the same bytes. `model` names its weights and dtype, `ranks`
     are those of one group; what they hold counts, not where their memory lies."""

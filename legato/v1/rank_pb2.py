@@ -23,57 +23,68 @@ _sym_db = _symbol_database.Default()
 
 
 from legato.v1 import common_pb2 as legato_dot_v1_dot_common__pb2
+from legato.v1 import worker_pb2 as legato_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14legato/v1/rank.proto\x12\tlegato.v1\x1a\x16legato/v1/common.proto\"\x85\x06\n\x0bRankCommand\x12+\n\x04load\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankCommand.LoadH\x00\x12\x30\n\x07warm_up\x18\x02 \x01(\x0b\x32\x1d.legato.v1.RankCommand.WarmUpH\x00\x12&\n\x07\x65xecute\x18\x03 \x01(\x0b\x32\x13.legato.v1.RankPlanH\x00\x12+\n\x04\x63opy\x18\x04 \x01(\x0b\x32\x1b.legato.v1.RankCommand.CopyH\x00\x12+\n\x04stop\x18\x05 \x01(\x0b\x32\x1b.legato.v1.RankCommand.StopH\x00\x12\x35\n\treplicate\x18\x07 \x01(\x0b\x32 .legato.v1.RankCommand.ReplicateH\x00\x12(\n\x07\x63ompile\x18\x06 \x01(\x0b\x32\x15.legato.v1.ConstraintH\x00\x12\x31\n\x07measure\x18\x08 \x01(\x0b\x32\x1e.legato.v1.RankCommand.MeasureH\x00\x12\x32\n\x08place_kv\x18\t \x01(\x0b\x32\x1e.legato.v1.RankCommand.PlaceKVH\x00\x1aV\n\x04Load\x12\x14\n\x0cjoin_address\x18\x01 \x01(\t\x12\x13\n\x0blayer_costs\x18\x02 \x03(\x01\x12\x11\n\thead_cost\x18\x03 \x01(\x01\x12\x10\n\x08\x61\x64\x61pters\x18\x04 \x03(\t\x1a\t\n\x07Measure\x1aH\n\x07PlaceKV\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x13\n\x0bmemory_path\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x1a\x08\n\x06WarmUp\x1a\x1b\n\tReplicate\x12\x0e\n\x06\x63opies\x18\x01 \x01(\r\x1a\x66\n\x04\x43opy\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\x04\x12\x11\n\tto_device\x18\x02 \x01(\x08\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x1a\x06\n\x04StopB\t\n\x07\x63ommand\"\xe9\x05\n\nRankReport\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankReport.HelloH\x00\x12\x32\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.legato.v1.RankReport.ProgressH\x00\x12,\n\x05ready\x18\x03 \x01(\x0b\x32\x1b.legato.v1.RankReport.ReadyH\x00\x12\'\n\x06result\x18\x04 \x01(\x0b\x32\x15.legato.v1.RankResultH\x00\x12.\n\x06\x63opied\x18\x05 \x01(\x0b\x32\x1c.legato.v1.RankReport.CopiedH\x00\x12.\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1c.legato.v1.RankReport.FailedH\x00\x12\x30\n\x07written\x18\x07 \x01(\x0b\x32\x1d.legato.v1.RankReport.WrittenH\x00\x12\x32\n\x08measured\x18\x08 \x01(\x0b\x32\x1e.legato.v1.RankReport.MeasuredH\x00\x1a\x30\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04host\x18\x03 \x01(\t\x1a\x8c\x01\n\x08Measured\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x18\n\x10\x61\x63tivation_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fhost_free_bytes\x18\x06 \x01(\x04\x1a\x1c\n\x08Progress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\x1a\x07\n\x05Ready\x1a\x19\n\x06\x43opied\x12\x0f\n\x07\x63opy_id\x18\x01 \x01(\x04\x1a$\n\x07Written\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x1a)\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tB\x08\n\x06report\"\x9d\x03\n\x08RankPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x06slices\x18\x02 \x03(\x0b\x32\x19.legato.v1.RankPlan.Slice\x12\x12\n\nlayer_ends\x18\x03 \x03(\r\x1a\xf1\x01\n\x05Slice\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x04 \x03(\r\x12&\n\x04\x64raw\x18\x05 \x01(\x0b\x32\x18.legato.v1.RankPlan.Draw\x12\x1c\n\x0fprompt_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0eprompt_targets\x18\x07 \x03(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x19\n\x11guessed_token_ids\x18\t \x03(\rB\x12\n\x10_prompt_logprobs\x1aP\n\x04\x44raw\x12\x0e\n\x06params\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0f\n\x07history\x18\x04 \x03(\r\"\xb0\x02\n\nRankResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x02 \x01(\x02\x12/\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1d.legato.v1.RankResult.Outcome\x1ah\n\x07Outcome\x12*\n\x05\x64rawn\x18\x01 \x03(\x0b\x32\x1b.legato.v1.RankResult.Drawn\x12\x31\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x18.legato.v1.TokenLogprobs\x1ai\n\x05\x44rawn\x12\x10\n\x08token_id\x18\x01 \x01(\x11\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.legato.v1.TokenLogprobs\x12\x11\n\tcompletes\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14legato/v1/rank.proto\x12\tlegato.v1\x1a\x16legato/v1/common.proto\x1a\x16legato/v1/worker.proto\"\xea\t\n\x0bRankCommand\x12+\n\x04load\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankCommand.LoadH\x00\x12\x30\n\x07warm_up\x18\x02 \x01(\x0b\x32\x1d.legato.v1.RankCommand.WarmUpH\x00\x12&\n\x07\x65xecute\x18\x03 \x01(\x0b\x32\x13.legato.v1.RankPlanH\x00\x12+\n\x04\x63opy\x18\x04 \x01(\x0b\x32\x1b.legato.v1.RankCommand.CopyH\x00\x12+\n\x04stop\x18\x05 \x01(\x0b\x32\x1b.legato.v1.RankCommand.StopH\x00\x12\x35\n\treplicate\x18\x07 \x01(\x0b\x32 .legato.v1.RankCommand.ReplicateH\x00\x12(\n\x07\x63ompile\x18\x06 \x01(\x0b\x32\x15.legato.v1.ConstraintH\x00\x12\x31\n\x07measure\x18\x08 \x01(\x0b\x32\x1e.legato.v1.RankCommand.MeasureH\x00\x12\x32\n\x08place_kv\x18\t \x01(\x0b\x32\x1e.legato.v1.RankCommand.PlaceKVH\x00\x12\x30\n\x07keep_kv\x18\n \x01(\x0b\x32\x1d.legato.v1.RankCommand.KeepKVH\x00\x12/\n\x06\x64igest\x18\x0b \x01(\x0b\x32\x1d.legato.v1.RankCommand.DigestH\x00\x12\x32\n\x08has_link\x18\x0c \x01(\x0b\x32\x1e.legato.v1.RankCommand.HasLinkH\x00\x12\x32\n\x08\x63ut_link\x18\r \x01(\x0b\x32\x1e.legato.v1.RankCommand.CutLinkH\x00\x12\x12\n\nrequest_id\x18\x0f \x01(\x04\x1aV\n\x04Load\x12\x14\n\x0cjoin_address\x18\x01 \x01(\t\x12\x13\n\x0blayer_costs\x18\x02 \x03(\x01\x12\x11\n\thead_cost\x18\x03 \x01(\x01\x12\x10\n\x08\x61\x64\x61pters\x18\x04 \x03(\t\x1a\t\n\x07Measure\x1a\x42\n\x06KeepKV\x12\x0c\n\x04host\x18\x01 \x01(\r\x12\x14\n\x0cregion_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cprobe_offset\x18\x03 \x01(\x04\x1aH\n\x07PlaceKV\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x13\n\x0bmemory_path\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x1a\x08\n\x06WarmUp\x1a\x1b\n\tReplicate\x12\x0e\n\x06\x63opies\x18\x01 \x01(\r\x1a[\n\x04\x43opy\x12\x11\n\tto_device\x18\x02 \x01(\x08\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\rJ\x04\x08\x01\x10\x02\x1am\n\x06\x44igest\x12\x11\n\tblock_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x1a-\n\x07HasLink\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07link_id\x18\x02 \x01(\x06\x1a-\n\x07\x43utLink\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07link_id\x18\x02 \x01(\x06\x1a\x06\n\x04StopB\t\n\x07\x63ommand\"\xc5\x07\n\nRankReport\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.legato.v1.RankReport.HelloH\x00\x12\x32\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.legato.v1.RankReport.ProgressH\x00\x12,\n\x05ready\x18\x03 \x01(\x0b\x32\x1b.legato.v1.RankReport.ReadyH\x00\x12\'\n\x06result\x18\x04 \x01(\x0b\x32\x15.legato.v1.RankResultH\x00\x12\x32\n\x08\x61nswered\x18\x05 \x01(\x0b\x32\x1e.legato.v1.RankReport.AnsweredH\x00\x12.\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1c.legato.v1.RankReport.FailedH\x00\x12\x30\n\x07written\x18\x07 \x01(\x0b\x32\x1d.legato.v1.RankReport.WrittenH\x00\x12\x32\n\x08measured\x18\x08 \x01(\x0b\x32\x1e.legato.v1.RankReport.MeasuredH\x00\x12*\n\x04kept\x18\t \x01(\x0b\x32\x1a.legato.v1.RankReport.KeptH\x00\x1a\x30\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04host\x18\x03 \x01(\t\x1a\x8c\x01\n\x08Measured\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x18\n\x10\x61\x63tivation_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fhost_free_bytes\x18\x06 \x01(\x04\x1a\x1c\n\x08Progress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\x1a\x07\n\x05Ready\x1aL\n\x04Kept\x12\x13\n\x0bmemory_path\x18\x01 \x01(\t\x12/\n\tendpoints\x18\x02 \x03(\x0b\x32\x1c.legato.v1.TransportEndpoint\x1aw\n\x08\x41nswered\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.legato.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04sums\x18\x04 \x01(\x0c\x12\x10\n\x08has_link\x18\x05 \x01(\x08\x1a$\n\x07Written\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x1a)\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tB\x08\n\x06report\"\x9d\x03\n\x08RankPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x06slices\x18\x02 \x03(\x0b\x32\x19.legato.v1.RankPlan.Slice\x12\x12\n\nlayer_ends\x18\x03 \x03(\r\x1a\xf1\x01\n\x05Slice\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x04 \x03(\r\x12&\n\x04\x64raw\x18\x05 \x01(\x0b\x32\x18.legato.v1.RankPlan.Draw\x12\x1c\n\x0fprompt_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0eprompt_targets\x18\x07 \x03(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x19\n\x11guessed_token_ids\x18\t \x03(\rB\x12\n\x10_prompt_logprobs\x1aP\n\x04\x44raw\x12\x0e\n\x06params\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0f\n\x07history\x18\x04 \x03(\r\"\xb0\x02\n\nRankResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x02 \x01(\x02\x12/\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1d.legato.v1.RankResult.Outcome\x1ah\n\x07Outcome\x12*\n\x05\x64rawn\x18\x01 \x03(\x0b\x32\x1b.legato.v1.RankResult.Drawn\x12\x31\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x18.legato.v1.TokenLogprobs\x1ai\n\x05\x44rawn\x12\x10\n\x08token_id\x18\x01 \x01(\x11\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.legato.v1.TokenLogprobs\x12\x11\n\tcompletes\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'legato.v1.rank_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RANKCOMMAND']._serialized_start=60
-  _globals['_RANKCOMMAND']._serialized_end=833
-  _globals['_RANKCOMMAND_LOAD']._serialized_start=500
-  _globals['_RANKCOMMAND_LOAD']._serialized_end=586
-  _globals['_RANKCOMMAND_MEASURE']._serialized_start=588
-  _globals['_RANKCOMMAND_MEASURE']._serialized_end=597
-  _globals['_RANKCOMMAND_PLACEKV']._serialized_start=599
-  _globals['_RANKCOMMAND_PLACEKV']._serialized_end=671
-  _globals['_RANKCOMMAND_WARMUP']._serialized_start=673
-  _globals['_RANKCOMMAND_WARMUP']._serialized_end=681
-  _globals['_RANKCOMMAND_REPLICATE']._serialized_start=683
-  _globals['_RANKCOMMAND_REPLICATE']._serialized_end=710
-  _globals['_RANKCOMMAND_COPY']._serialized_start=712
-  _globals['_RANKCOMMAND_COPY']._serialized_end=814
-  _globals['_RANKCOMMAND_STOP']._serialized_start=816
-  _globals['_RANKCOMMAND_STOP']._serialized_end=822
-  _globals['_RANKREPORT']._serialized_start=836
-  _globals['_RANKREPORT']._serialized_end=1581
-  _globals['_RANKREPORT_HELLO']._serialized_start=1233
-  _globals['_RANKREPORT_HELLO']._serialized_end=1281
-  _globals['_RANKREPORT_MEASURED']._serialized_start=1284
-  _globals['_RANKREPORT_MEASURED']._serialized_end=1424
-  _globals['_RANKREPORT_PROGRESS']._serialized_start=1426
-  _globals['_RANKREPORT_PROGRESS']._serialized_end=1454
-  _globals['_RANKREPORT_READY']._serialized_start=1456
-  _globals['_RANKREPORT_READY']._serialized_end=1463
-  _globals['_RANKREPORT_COPIED']._serialized_start=1465
-  _globals['_RANKREPORT_COPIED']._serialized_end=1490
-  _globals['_RANKREPORT_WRITTEN']._serialized_start=1492
-  _globals['_RANKREPORT_WRITTEN']._serialized_end=1528
-  _globals['_RANKREPORT_FAILED']._serialized_start=1530
-  _globals['_RANKREPORT_FAILED']._serialized_end=1571
-  _globals['_RANKPLAN']._serialized_start=1584
-  _globals['_RANKPLAN']._serialized_end=1997
-  _globals['_RANKPLAN_SLICE']._serialized_start=1674
-  _globals['_RANKPLAN_SLICE']._serialized_end=1915
-  _globals['_RANKPLAN_DRAW']._serialized_start=1917
-  _globals['_RANKPLAN_DRAW']._serialized_end=1997
-  _globals['_RANKRESULT']._serialized_start=2000
-  _globals['_RANKRESULT']._serialized_end=2304
-  _globals['_RANKRESULT_OUTCOME']._serialized_start=2093
-  _globals['_RANKRESULT_OUTCOME']._serialized_end=2197
-  _globals['_RANKRESULT_DRAWN']._serialized_start=2199
-  _globals['_RANKRESULT_DRAWN']._serialized_end=2304
+  _globals['_RANKCOMMAND']._serialized_start=84
+  _globals['_RANKCOMMAND']._serialized_end=1342
+  _globals['_RANKCOMMAND_LOAD']._serialized_start=747
+  _globals['_RANKCOMMAND_LOAD']._serialized_end=833
+  _globals['_RANKCOMMAND_MEASURE']._serialized_start=835
+  _globals['_RANKCOMMAND_MEASURE']._serialized_end=844
+  _globals['_RANKCOMMAND_KEEPKV']._serialized_start=846
+  _globals['_RANKCOMMAND_KEEPKV']._serialized_end=912
+  _globals['_RANKCOMMAND_PLACEKV']._serialized_start=914
+  _globals['_RANKCOMMAND_PLACEKV']._serialized_end=986
+  _globals['_RANKCOMMAND_WARMUP']._serialized_start=988
+  _globals['_RANKCOMMAND_WARMUP']._serialized_end=996
+  _globals['_RANKCOMMAND_REPLICATE']._serialized_start=998
+  _globals['_RANKCOMMAND_REPLICATE']._serialized_end=1025
+  _globals['_RANKCOMMAND_COPY']._serialized_start=1027
+  _globals['_RANKCOMMAND_COPY']._serialized_end=1118
+  _globals['_RANKCOMMAND_DIGEST']._serialized_start=1120
+  _globals['_RANKCOMMAND_DIGEST']._serialized_end=1229
+  _globals['_RANKCOMMAND_HASLINK']._serialized_start=1231
+  _globals['_RANKCOMMAND_HASLINK']._serialized_end=1276
+  _globals['_RANKCOMMAND_CUTLINK']._serialized_start=1278
+  _globals['_RANKCOMMAND_CUTLINK']._serialized_end=1323
+  _globals['_RANKCOMMAND_STOP']._serialized_start=1325
+  _globals['_RANKCOMMAND_STOP']._serialized_end=1331
+  _globals['_RANKREPORT']._serialized_start=1345
+  _globals['_RANKREPORT']._serialized_end=2310
+  _globals['_RANKREPORT_HELLO']._serialized_start=1790
+  _globals['_RANKREPORT_HELLO']._serialized_end=1838
+  _globals['_RANKREPORT_MEASURED']._serialized_start=1841
+  _globals['_RANKREPORT_MEASURED']._serialized_end=1981
+  _globals['_RANKREPORT_PROGRESS']._serialized_start=1983
+  _globals['_RANKREPORT_PROGRESS']._serialized_end=2011
+  _globals['_RANKREPORT_READY']._serialized_start=2013
+  _globals['_RANKREPORT_READY']._serialized_end=2020
+  _globals['_RANKREPORT_KEPT']._serialized_start=2022
+  _globals['_RANKREPORT_KEPT']._serialized_end=2098
+  _globals['_RANKREPORT_ANSWERED']._serialized_start=2100
+  _globals['_RANKREPORT_ANSWERED']._serialized_end=2219
+  _globals['_RANKREPORT_WRITTEN']._serialized_start=2221
+  _globals['_RANKREPORT_WRITTEN']._serialized_end=2257
+  _globals['_RANKREPORT_FAILED']._serialized_start=2259
+  _globals['_RANKREPORT_FAILED']._serialized_end=2300
+  _globals['_RANKPLAN']._serialized_start=2313
+  _globals['_RANKPLAN']._serialized_end=2726
+  _globals['_RANKPLAN_SLICE']._serialized_start=2403
+  _globals['_RANKPLAN_SLICE']._serialized_end=2644
+  _globals['_RANKPLAN_DRAW']._serialized_start=2646
+  _globals['_RANKPLAN_DRAW']._serialized_end=2726
+  _globals['_RANKRESULT']._serialized_start=2729
+  _globals['_RANKRESULT']._serialized_end=3033
+  _globals['_RANKRESULT_OUTCOME']._serialized_start=2822
+  _globals['_RANKRESULT_OUTCOME']._serialized_end=2926
+  _globals['_RANKRESULT_DRAWN']._serialized_start=2928
+  _globals['_RANKRESULT_DRAWN']._serialized_end=3033
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,5 @@
 from legato.v1 import common_pb2 as _common_pb2
+from legato.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -7,7 +8,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankCommand(_message.Message):
-    __slots__ = ("load", "warm_up", "execute", "copy", "stop", "replicate", "compile", "measure", "place_kv")
+    __slots__ = ("load", "warm_up", "execute", "copy", "stop", "replicate", "compile", "measure", "place_kv", "keep_kv", "digest", "has_link", "cut_link", "request_id")
     class Load(_message.Message):
         __slots__ = ("join_address", "layer_costs", "head_cost", "adapters")
         JOIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +23,15 @@ class RankCommand(_message.Message):
     class Measure(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
+    class KeepKV(_message.Message):
+        __slots__ = ("host", "region_bytes", "probe_offset")
+        HOST_FIELD_NUMBER: _ClassVar[int]
+        REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
+        PROBE_OFFSET_FIELD_NUMBER: _ClassVar[int]
+        host: int
+        region_bytes: int
+        probe_offset: int
+        def __init__(self, host: _Optional[int] = ..., region_bytes: _Optional[int] = ..., probe_offset: _Optional[int] = ...) -> None: ...
     class PlaceKV(_message.Message):
         __slots__ = ("num_blocks", "memory_path", "offset_bytes")
         NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -40,18 +50,43 @@ class RankCommand(_message.Message):
         copies: int
         def __init__(self, copies: _Optional[int] = ...) -> None: ...
     class Copy(_message.Message):
-        __slots__ = ("copy_id", "to_device", "block_ids", "first_layer", "num_layers")
-        COPY_ID_FIELD_NUMBER: _ClassVar[int]
+        __slots__ = ("to_device", "block_ids", "first_layer", "num_layers")
         TO_DEVICE_FIELD_NUMBER: _ClassVar[int]
         BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
         FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
         NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
-        copy_id: int
         to_device: bool
         block_ids: _containers.RepeatedScalarFieldContainer[int]
         first_layer: int
         num_layers: int
-        def __init__(self, copy_id: _Optional[int] = ..., to_device: bool = ..., block_ids: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+        def __init__(self, to_device: bool = ..., block_ids: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+    class Digest(_message.Message):
+        __slots__ = ("block_ids", "first_token", "num_tokens", "first_layer", "num_layers")
+        BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+        FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+        NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+        NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+        block_ids: _containers.RepeatedScalarFieldContainer[int]
+        first_token: int
+        num_tokens: int
+        first_layer: int
+        num_layers: int
+        def __init__(self, block_ids: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+    class HasLink(_message.Message):
+        __slots__ = ("transport", "link_id")
+        TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+        LINK_ID_FIELD_NUMBER: _ClassVar[int]
+        transport: str
+        link_id: int
+        def __init__(self, transport: _Optional[str] = ..., link_id: _Optional[int] = ...) -> None: ...
+    class CutLink(_message.Message):
+        __slots__ = ("transport", "link_id")
+        TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+        LINK_ID_FIELD_NUMBER: _ClassVar[int]
+        transport: str
+        link_id: int
+        def __init__(self, transport: _Optional[str] = ..., link_id: _Optional[int] = ...) -> None: ...
     class Stop(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
@@ -64,6 +99,11 @@ class RankCommand(_message.Message):
     COMPILE_FIELD_NUMBER: _ClassVar[int]
     MEASURE_FIELD_NUMBER: _ClassVar[int]
     PLACE_KV_FIELD_NUMBER: _ClassVar[int]
+    KEEP_KV_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    HAS_LINK_FIELD_NUMBER: _ClassVar[int]
+    CUT_LINK_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     load: RankCommand.Load
     warm_up: RankCommand.WarmUp
     execute: RankPlan
@@ -73,10 +113,15 @@ class RankCommand(_message.Message):
     compile: _common_pb2.Constraint
     measure: RankCommand.Measure
     place_kv: RankCommand.PlaceKV
-    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., replicate: _Optional[_Union[RankCommand.Replicate, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ..., measure: _Optional[_Union[RankCommand.Measure, _Mapping]] = ..., place_kv: _Optional[_Union[RankCommand.PlaceKV, _Mapping]] = ...) -> None: ...
+    keep_kv: RankCommand.KeepKV
+    digest: RankCommand.Digest
+    has_link: RankCommand.HasLink
+    cut_link: RankCommand.CutLink
+    request_id: int
+    def __init__(self, load: _Optional[_Union[RankCommand.Load, _Mapping]] = ..., warm_up: _Optional[_Union[RankCommand.WarmUp, _Mapping]] = ..., execute: _Optional[_Union[RankPlan, _Mapping]] = ..., copy: _Optional[_Union[RankCommand.Copy, _Mapping]] = ..., stop: _Optional[_Union[RankCommand.Stop, _Mapping]] = ..., replicate: _Optional[_Union[RankCommand.Replicate, _Mapping]] = ..., compile: _Optional[_Union[_common_pb2.Constraint, _Mapping]] = ..., measure: _Optional[_Union[RankCommand.Measure, _Mapping]] = ..., place_kv: _Optional[_Union[RankCommand.PlaceKV, _Mapping]] = ..., keep_kv: _Optional[_Union[RankCommand.KeepKV, _Mapping]] = ..., digest: _Optional[_Union[RankCommand.Digest, _Mapping]] = ..., has_link: _Optional[_Union[RankCommand.HasLink, _Mapping]] = ..., cut_link: _Optional[_Union[RankCommand.CutLink, _Mapping]] = ..., request_id: _Optional[int] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("hello", "progress", "ready", "result", "copied", "failed", "written", "measured")
+    __slots__ = ("hello", "progress", "ready", "result", "answered", "failed", "written", "measured", "kept")
     class Hello(_message.Message):
         __slots__ = ("rank", "pid", "host")
         RANK_FIELD_NUMBER: _ClassVar[int]
@@ -109,11 +154,26 @@ class RankReport(_message.Message):
     class Ready(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
-    class Copied(_message.Message):
-        __slots__ = ("copy_id",)
-        COPY_ID_FIELD_NUMBER: _ClassVar[int]
-        copy_id: int
-        def __init__(self, copy_id: _Optional[int] = ...) -> None: ...
+    class Kept(_message.Message):
+        __slots__ = ("memory_path", "endpoints")
+        MEMORY_PATH_FIELD_NUMBER: _ClassVar[int]
+        ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+        memory_path: str
+        endpoints: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TransportEndpoint]
+        def __init__(self, memory_path: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[_worker_pb2.TransportEndpoint, _Mapping]]] = ...) -> None: ...
+    class Answered(_message.Message):
+        __slots__ = ("request_id", "reason", "message", "sums", "has_link")
+        REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+        REASON_FIELD_NUMBER: _ClassVar[int]
+        MESSAGE_FIELD_NUMBER: _ClassVar[int]
+        SUMS_FIELD_NUMBER: _ClassVar[int]
+        HAS_LINK_FIELD_NUMBER: _ClassVar[int]
+        request_id: int
+        reason: _common_pb2.ErrorReason
+        message: str
+        sums: bytes
+        has_link: bool
+        def __init__(self, request_id: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.ErrorReason, str]] = ..., message: _Optional[str] = ..., sums: _Optional[bytes] = ..., has_link: bool = ...) -> None: ...
     class Written(_message.Message):
         __slots__ = ("step", "end")
         STEP_FIELD_NUMBER: _ClassVar[int]
@@ -132,19 +192,21 @@ class RankReport(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
-    COPIED_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     WRITTEN_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     hello: RankReport.Hello
     progress: RankReport.Progress
     ready: RankReport.Ready
     result: RankResult
-    copied: RankReport.Copied
+    answered: RankReport.Answered
     failed: RankReport.Failed
     written: RankReport.Written
     measured: RankReport.Measured
-    def __init__(self, hello: _Optional[_Union[RankReport.Hello, _Mapping]] = ..., progress: _Optional[_Union[RankReport.Progress, _Mapping]] = ..., ready: _Optional[_Union[RankReport.Ready, _Mapping]] = ..., result: _Optional[_Union[RankResult, _Mapping]] = ..., copied: _Optional[_Union[RankReport.Copied, _Mapping]] = ..., failed: _Optional[_Union[RankReport.Failed, _Mapping]] = ..., written: _Optional[_Union[RankReport.Written, _Mapping]] = ..., measured: _Optional[_Union[RankReport.Measured, _Mapping]] = ...) -> None: ...
+    kept: RankReport.Kept
+    def __init__(self, hello: _Optional[_Union[RankReport.Hello, _Mapping]] = ..., progress: _Optional[_Union[RankReport.Progress, _Mapping]] = ..., ready: _Optional[_Union[RankReport.Ready, _Mapping]] = ..., result: _Optional[_Union[RankResult, _Mapping]] = ..., answered: _Optional[_Union[RankReport.Answered, _Mapping]] = ..., failed: _Optional[_Union[RankReport.Failed, _Mapping]] = ..., written: _Optional[_Union[RankReport.Written, _Mapping]] = ..., measured: _Optional[_Union[RankReport.Measured, _Mapping]] = ..., kept: _Optional[_Union[RankReport.Kept, _Mapping]] = ...) -> None: ...
 
 class RankPlan(_message.Message):
     __slots__ = ("step", "slices", "layer_ends")

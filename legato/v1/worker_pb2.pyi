@@ -45,32 +45,36 @@ class KVLayout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., planes: _Optional[int] = ...) -> None: ...
 
 class RankKV(_message.Message):
-    __slots__ = ("first_layer", "num_layers", "first_head", "num_heads", "group", "offset_bytes")
+    __slots__ = ("first_layer", "num_layers", "first_head", "num_heads", "group", "offset_bytes", "host")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
     NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
     num_layers: int
     first_head: int
     num_heads: int
     group: int
     offset_bytes: int
-    def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., group: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
+    host: int
+    def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., host: _Optional[int] = ...) -> None: ...
 
 class TransportEndpoint(_message.Message):
-    __slots__ = ("name", "address", "region", "probe_offset")
+    __slots__ = ("name", "address", "region", "probe_offset", "host")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
     PROBE_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: bytes
     region: bytes
     probe_offset: int
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ..., probe_offset: _Optional[int] = ...) -> None: ...
+    host: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[bytes] = ..., region: _Optional[bytes] = ..., probe_offset: _Optional[int] = ..., host: _Optional[int] = ...) -> None: ...
 
 class WireVersions(_message.Message):
     __slots__ = ("oldest", "newest")
@@ -231,20 +235,22 @@ class Counts(_message.Message):
     def __init__(self, live: _Optional[_Mapping[str, int]] = ..., total: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[PeerLink, _Mapping]]] = ...) -> None: ...
 
 class PeerLink(_message.Message):
-    __slots__ = ("worker_id", "transport", "runs_over", "bytes_per_s", "latency_s", "taken")
+    __slots__ = ("worker_id", "transport", "runs_over", "bytes_per_s", "latency_s", "taken", "host")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     RUNS_OVER_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     transport: str
     runs_over: str
     bytes_per_s: float
     latency_s: float
     taken: bool
-    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., runs_over: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., taken: bool = ...) -> None: ...
+    host: int
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., runs_over: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., taken: bool = ..., host: _Optional[int] = ...) -> None: ...
 
 class SequenceState(_message.Message):
     __slots__ = ("sequence_id", "prompt_token_ids", "output_token_ids", "sampling", "deadline_unix_ns", "adapter")
@@ -466,18 +472,25 @@ class HandoffRequest(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class Begin(_message.Message):
-        __slots__ = ("ticket", "producer_address", "wire", "transport", "link_id")
+        __slots__ = ("ticket", "producer_address", "wire", "transport", "links")
         TICKET_FIELD_NUMBER: _ClassVar[int]
         PRODUCER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
         WIRE_FIELD_NUMBER: _ClassVar[int]
         TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-        LINK_ID_FIELD_NUMBER: _ClassVar[int]
+        LINKS_FIELD_NUMBER: _ClassVar[int]
         ticket: SignedTicket
         producer_address: str
         wire: WireVersions
         transport: str
+        links: _containers.RepeatedCompositeFieldContainer[HandoffRequest.Link]
+        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ..., transport: _Optional[str] = ..., links: _Optional[_Iterable[_Union[HandoffRequest.Link, _Mapping]]] = ...) -> None: ...
+    class Link(_message.Message):
+        __slots__ = ("host", "link_id")
+        HOST_FIELD_NUMBER: _ClassVar[int]
+        LINK_ID_FIELD_NUMBER: _ClassVar[int]
+        host: int
         link_id: int
-        def __init__(self, ticket: _Optional[_Union[SignedTicket, _Mapping]] = ..., producer_address: _Optional[str] = ..., wire: _Optional[_Union[WireVersions, _Mapping]] = ..., transport: _Optional[str] = ..., link_id: _Optional[int] = ...) -> None: ...
+        def __init__(self, host: _Optional[int] = ..., link_id: _Optional[int] = ...) -> None: ...
     class Landed(_message.Message):
         __slots__ = ("first_token", "num_tokens", "end_layer")
         FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]

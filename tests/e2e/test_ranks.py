@@ -16,7 +16,6 @@ from tiny_llama import load_reference, reference_of, write_tokenizer
 from tiny_models import make_model
 
 import legato
-import worker.build
 import worker.executor
 from worker.meter import Meter
 
@@ -64,20 +63,6 @@ async def test_a_decode_worker_that_prefills_itself(
         assert await answers(running) == expected
         assert bool(placed) == ("ep" in layout)
         assert await answers(running) == expected  # with what is in the prefix caches
-        await running.assert_as_at_start()
-
-
-async def test_ranks_on_several_hosts_take_part_in_no_handoff(
-    models: dict[str, Path], redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is written into the memory of rank 0's host would not be the other rank's."""
-    options = {"num_blocks": None, "kv_memory": "4MiB"}
-    async with cluster(models["llama3"], redis_url, prefill=0, engine=options) as running:
-        expected = await answers(running)
-    monkeypatch.setattr(worker.build, "host_name", lambda: "another")
-    async with cluster(models["llama3"], redis_url, engine=options, decode_engine={"layout": "tp2"}) as running:
-        assert await answers(running) == expected
-        assert running.workers["decode-0"].core.reservations.totals()["reserved"] == 0
         await running.assert_as_at_start()
 
 

@@ -219,7 +219,7 @@ async def test_a_hand_over_by_a_link_that_is_not_open_does_not_begin(model: Path
             await _refused(link, reservation.ticket, "link", link_id=999)
             with links_to(reservation) as open_link:
                 cut, known = open_link(), open_link()
-                decode.cut("sockets", cut)
+                decode.cut("sockets", [worker_pb2.HandoffRequest.Link(link_id=cut)])
                 await _refused(link, reservation.ticket, "link", link_id=cut)
                 assert decode.live()["reservations.reservations_reserved"] == 1, "nothing has begun"
                 stream = worker_pb2_grpc.WorkerStub(link).Handoff()
@@ -367,6 +367,10 @@ async def test_blocks_that_come_free_are_used_at_once(
 
 def _begin(signed: worker_pb2.SignedTicket, address: str, link_id: int) -> worker_pb2.HandoffRequest:
     begin = worker_pb2.HandoffRequest.Begin(
-        ticket=signed, producer_address=address, wire=spoken(), transport="sockets", link_id=link_id
+        ticket=signed,
+        producer_address=address,
+        wire=spoken(),
+        transport="sockets",
+        links=[worker_pb2.HandoffRequest.Link(link_id=link_id)],
     )
     return worker_pb2.HandoffRequest(begin=begin)

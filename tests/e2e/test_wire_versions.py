@@ -27,7 +27,7 @@ from service.wire import NEWEST, OLDEST
 from spec.dtype import Dtype
 from spec.errors import WireMismatch
 from spec.layout import KVLayout
-from worker.departures import Target
+from worker.departures import Target, Way
 from worker.link import Link
 from worker.sender import Sender
 
@@ -57,7 +57,8 @@ def reserve_request(decode: worker_pb2.WorkerRecord, producer: worker_pb2.Worker
 
 def begin(signed: worker_pb2.SignedTicket, address: str, oldest: int, newest: int, link_id: int = 0) -> Request:
     wire = worker_pb2.WireVersions(oldest=oldest, newest=newest)
-    made = Request.Begin(ticket=signed, producer_address=address, wire=wire, transport="sockets", link_id=link_id)
+    links = [Request.Link(link_id=link_id)]
+    made = Request.Begin(ticket=signed, producer_address=address, wire=wire, transport="sockets", links=links)
     return Request(begin=Request.Begin.FromString(made.SerializeToString() + UNKNOWN_FIELD))
 
 
@@ -123,7 +124,7 @@ async def writing_to(newer: NewerWorker) -> AsyncIterator[Sender]:
     ranks = (RankMemory(RankKV.whole(KVLayout(1, 1, 2, 4, Dtype.FLOAT32))),)
     ticket, nobody = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None)
     peer = typing.cast("Any", types.SimpleNamespace(link_id=1))
-    target = Target(ticket, worker_pb2.SignedTicket(), ranks, peer, "sockets", Link(), 5.0)
+    target = Target(ticket, worker_pb2.SignedTicket(), ranks, (Way(0, peer, Link()),), "sockets", 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as link:
             stub = worker_pb2_grpc.WorkerStub(link)

@@ -110,7 +110,7 @@ def stranger_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Core, "cut", lambda self, transport, link_id: None)
+    monkeypatch.setattr(Core, "cut", lambda self, transport, links: None)
 
 
 def source_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:

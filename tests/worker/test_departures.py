@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from legato.v1 import worker_pb2
 from spec.dtype import Dtype
 from spec.errors import LegatoError, RequestCancelled
 from worker.core import CoreRank
-from worker.departures import Departures, Target
+from worker.departures import Departures, Target, Way
 from worker.link import Link
 from worker.staging import SourceKV, Staging
 from worker.watch import StepWatch
@@ -33,7 +34,7 @@ CHUNKS = (6, 13, 21, 27)  # ends; blocks are partial at most of them
 SOURCE_BLOCKS, TARGET_BLOCKS = [8, 1, 5, 0, 7, 2, 6], [3, 9, 0, 7, 1, 8, 2, 5, 4]
 
 
-class Way:
+class OneWay:
     """One hand-over between two workers' memories. `told` is what the receiver was told, `released` which holds are."""
 
     def __init__(self, source: MemoryWorker, target: MemoryWorker, transport: MemoryTransport, **options: Any) -> None:
@@ -42,7 +43,9 @@ class Way:
         self.released: list[int] = []
         self.failed: asyncio.Future[LegatoError] = asyncio.get_running_loop().create_future()
         region = transport.register(source.region.nbytes, memoryview(source.region))
-        theirs = transport.register(target.region.nbytes, memoryview(target.region))
+        hosts = options.pop("hosts", 1)  # of the target: the ranks' memory is the same, the regions are not
+        theirs = [transport.register(target.region.nbytes, memoryview(target.region)) for _ in range(hosts)]
+        target_ranks = tuple(dataclasses.replace(rank, host=number % hosts) for number, rank in enumerate(target.ranks))
         dtype = {2: torch.float16, 4: torch.float32}[WHOLE.dtype.itemsize_bytes]
         ranks = [
             CoreRank(rank.kv, rank.group, rank.offset_bytes, landing=torch.from_numpy(view).view(dtype), number=number)
@@ -56,16 +59,17 @@ class Way:
             first_token=options.pop("first_token", 0),
             block_ids=TARGET_BLOCKS,
         )
-        peer = transport.connect(transport.address, theirs.descriptor)
+        peers = [transport.connect(transport.address, each.descriptor) for each in theirs]
+        links = [options.pop("link", None) or Link() for _ in theirs]
+        self.ways = tuple(Way(*each) for each in zip(range(hosts), peers, links, strict=True))
         self.staging = Staging(kv, target.ranks, self.pool)
         self.departures = Departures(
             Target(
                 ticket,
                 worker_pb2.SignedTicket(),
-                target.ranks,
-                peer,
+                target_ranks,
+                self.ways,
                 "memory",
-                options.pop("link", None) or Link(),
                 5.0,
             ),
             self.staging,
@@ -96,14 +100,14 @@ async def linked(
     dtype: Dtype = WHOLE.dtype,
     faults: dict[int, Fault] | None = None,
     **options: Any,
-) -> AsyncIterator[Way]:
+) -> AsyncIterator[OneWay]:
     theirs = model_layout(num_layers=5, heads=4, block_tokens=3, dtype=dtype)
     source = make_worker(WHOLE, tp=tps[0], layers=STAGES[pps[0]], num_blocks=9, seed=1)
     target = make_worker(theirs, tp=tps[1], layers=STAGES[pps[1]], num_blocks=10, seed=2)
     values = numpy.random.default_rng(5).standard_normal((5, 2, 4, TOKENS, WHOLE.head_dim)).astype(numpy.float16)
     source.fill(values.view(numpy.uint8), SOURCE_BLOCKS)
     transport = MemoryTransport(faults)
-    link = Way(source, target, transport, **options)
+    link = OneWay(source, target, transport, **options)
     running = asyncio.create_task(link.departures.run())
     try:
         yield link
@@ -115,11 +119,11 @@ async def linked(
         link.staging.release()
         counts = transport.counts()
         transport.close()
-    assert (counts["transfers"], counts["regions"]) == (0, 2)
+    assert (counts["transfers"], counts["regions"]) == (0, 1 + len(link.ways))
     assert sorted(link.released) == sorted(set(link.released)), "a hold is given back once"
 
 
-async def by_layers(link: Way, ends: Sequence[int]) -> None:
+async def by_layers(link: OneWay, ends: Sequence[int]) -> None:
     """As a step of each rank tells it, chunk after chunk."""
     for end in CHUNKS:
         link.begin(end)
@@ -136,7 +140,7 @@ async def by_layers(link: Way, ends: Sequence[int]) -> None:
     link.departures.end()
 
 
-async def at_once(link: Way, ends: Sequence[int]) -> None:
+async def at_once(link: OneWay, ends: Sequence[int]) -> None:
     for end in CHUNKS:
         link.begin(end)
         link.departures.computed(end)
@@ -146,14 +150,24 @@ async def at_once(link: Way, ends: Sequence[int]) -> None:
 @pytest.mark.parametrize("first_token", [0, 9])
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT16, Dtype.FLOAT32], ids=str)
 @pytest.mark.parametrize(
-    ("tps", "pps"), [((1, 1), (1, 1)), ((2, 1), (1, 2)), ((1, 4), (2, 1)), ((2, 2), (2, 2)), ((8, 1), (1, 1))], ids=str
+    ("tps", "pps", "hosts"),
+    [
+        ((1, 1), (1, 1), 1),
+        ((2, 1), (1, 2), 1),
+        ((2, 1), (1, 2), 2),
+        ((1, 4), (2, 1), 1),
+        ((1, 4), (2, 1), 2),
+        ((2, 2), (2, 2), 1),
+        ((8, 1), (1, 1), 1),
+    ],
+    ids=str,
 )
 async def test_groups_of_layers_bring_the_bytes_and_digests_of_whole_chunks(
-    tps: tuple[int, int], pps: tuple[int, int], dtype: Dtype, first_token: int
+    tps: tuple[int, int], pps: tuple[int, int], dtype: Dtype, first_token: int, hosts: int
 ) -> None:
     found = []
     for drive, ends in ((at_once, ()), (by_layers, (1, 2, 3, 4, 5)), (by_layers, (3, 4, 5))):
-        async with linked(tps, pps, dtype, first_token=first_token) as link:
+        async with linked(tps, pps, dtype, first_token=first_token, hosts=hosts) as link:
             await drive(link, ends)
         assert not link.failed.done(), link.failed.result()
         assert sorted(link.released) == list(CHUNKS)
@@ -171,7 +185,7 @@ async def test_groups_of_layers_bring_the_bytes_and_digests_of_whole_chunks(
     assert found[0] == found[1] == found[2]
 
 
-def link_views(link: Way) -> list[torch.Tensor]:
+def link_views(link: OneWay) -> list[torch.Tensor]:
     return [torch.from_numpy(view) for view in link.target.views]
 
 
@@ -223,7 +237,7 @@ async def test_blocks_are_held_until_what_left_has_landed() -> None:
         await asyncio.sleep(0.05)
         assert not link.released, "it is still read from"
     assert link.released == [TOKENS]
-    assert not link.departures.is_unproven
+    assert not link.departures.unproven
 
 
 async def test_blocks_of_what_never_left_are_given_back_while_others_are_read() -> None:
@@ -242,7 +256,7 @@ async def test_a_transfer_that_fails_leaves_the_hand_over_unproven(kind: FaultKi
     async with linked(faults={1: Fault(kind)}) as link:
         await by_layers(link, (2, 5))
     assert link.failed.done()
-    assert link.departures.is_unproven
+    assert [way.host for way in link.departures.unproven] == [0]
     assert sorted(link.released) == list(CHUNKS)
 
 
@@ -275,6 +289,29 @@ def test_a_group_has_reached_what_all_its_ranks_have_written() -> None:
     hooks[behind[1]].written(2)
     hooks[behind[1]].written(3)
     assert told == [(1, 1), (1, 2), (1, 4), (1, 5)]
+
+
+async def test_layers_are_told_as_landed_once_each_host_has_them() -> None:
+    """The writes alternate between the hosts; the first to the second one is slow."""
+    slow = {1: Fault(FaultKind.DELAY, delay_s=0.3)}
+    async with linked(tps=(1, 4), faults=slow, hosts=2) as link:
+        link.begin(TOKENS)
+        link.departures.reached(TOKENS, 3)
+        await asyncio.sleep(0.05)
+        assert not link.told
+        await until(lambda: bool(link.told))
+        assert [each.landed.end_layer for each in link.told] == [3]
+        link.departures.computed(TOKENS)
+        link.departures.end()
+
+
+async def test_a_write_to_one_of_two_hosts_that_fails_leaves_that_one_unproven() -> None:
+    async with linked(tps=(1, 4), faults={1: Fault(FaultKind.FAIL)}, hosts=2) as link:
+        await by_layers(link, (2, 5))
+    assert link.failed.done()
+    assert [way.host for way in link.departures.unproven] == [1]
+    assert sorted(link.released) == list(CHUNKS)
+    assert not link.chunks
 
 
 async def test_layers_are_told_as_they_land_for_the_digest_and_the_chunk_behind_them() -> None:

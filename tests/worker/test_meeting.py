@@ -102,15 +102,15 @@ async def test_before_any_request_and_again_after_a_restart(
     monkeypatch.setattr(worker.meeting, "AGAIN_S", 1e6)  # a new life is no second try
     async with joined(core) as peers:
         async with registered(core, decode):
-            await eventually(lambda: peers.is_connected("decode-0", 1))
+            await eventually(lambda: peers.is_connected(decode.record))
             await eventually(lambda: core.met == ["sockets unix socket"])
         decode.transport.close()  # it dies, and is started again
         successor = Decode(epoch=2)
         try:
             async with registered(core, successor):
                 await eventually(lambda: len(core.met) == 2)
-                assert peers.is_connected("decode-0", 2)
-                assert not peers.is_connected("decode-0", 1)
+                assert peers.is_connected(successor.record)
+                assert not peers.is_connected(decode.record)
                 assert [(link.worker_id, link.taken) for link in peers.links()] == [("decode-0", True)]
         finally:
             successor.transport.close()
@@ -161,8 +161,8 @@ async def test_one_that_cannot_be_reached_harms_nobody(core: Core, decode: Decod
     gone.record.worker_id = "decode-9"
     gone.transport.close()
     async with joined(core) as peers, registered(core, gone), registered(core, decode):
-        await eventually(lambda: peers.is_connected("decode-0", 1))
-        assert not peers.is_connected("decode-9", 1)
+        await eventually(lambda: peers.is_connected(decode.record))
+        assert not peers.is_connected(gone.record)
 
 
 async def test_one_that_left_is_forgotten(core: Core, decode: Decode) -> None:

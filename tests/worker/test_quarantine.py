@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import types
 import typing
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -51,8 +51,8 @@ class Asked:
         record = worker_pb2.WorkerRecord(worker_id=worker_id, epoch=epoch, address=address)
         self.records[worker_id] = record
 
-    def cut(self, transport: str, link_id: int) -> None:
-        self.cuts.append((transport, link_id))
+    def cut(self, transport: str, links: Sequence[worker_pb2.HandoffRequest.Link]) -> None:
+        self.cuts += [(transport, link.link_id) for link in links]
         if len(self.cuts) <= self.unproven_cuts:
             raise TransferFailed("it has this memory mapped, and lives")
 
@@ -107,12 +107,15 @@ async def test_a_registered_writer_is_asked_where_it_is_registered() -> None:
     assert there.asked == ["prefill-0/5 r"] * 2
 
 
+LINKS = [worker_pb2.HandoffRequest.Link(link_id=77)]
+
+
 class Broken:
     """A receiver whose stream broke."""
 
     def __init__(self, address: str) -> None:
         self.ticket = TICKET
-        self.begin = worker_pb2.HandoffRequest.Begin(producer_address=address, transport="sockets", link_id=77)
+        self.begin = worker_pb2.HandoffRequest.Begin(producer_address=address, transport="sockets", links=LINKS)
         self.is_gone = self.is_quiet = False
 
     def writer_gone(self) -> None:

@@ -11,8 +11,8 @@ from service.config import EngineConfig
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration
 from spec.layout import KVLayout, ParallelLayout
-from worker.kv_region import RankMemories
-from worker.rank_setup import Place, options_for, place_from
+from worker.kv_region import HostRegion, KVPlaces
+from worker.rank_setup import Place, host_numbers, keepers_of, options_for, place_from
 
 LAUNCHED = {
     "RANK": "3",
@@ -54,12 +54,24 @@ def test_cores_are_shared_out_unless_it_is_said(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_each_rank_has_a_part_of_the_region_that_begins_on_a_page() -> None:
-    memory = RankMemories([NARROW, WIDE, NARROW], 9, shared=False)
-    assert memory.sizes == [9 * 504, 9 * 840, 9 * 504]
-    assert [offset % mmap.PAGESIZE for offset in memory.offsets] == [0, 0, 0]
-    assert memory.offsets[2] + 9 * 504 <= memory.probe_offset == memory.nbytes - PROBE_BYTES
-    memory.whole = memoryview(bytearray(memory.nbytes))
+    places = KVPlaces([NARROW, WIDE, NARROW], 9, (0, 0, 0))
+    assert places.sizes == [9 * 504, 9 * 840, 9 * 504]
+    assert [offset % mmap.PAGESIZE for offset in places.offsets] == [0, 0, 0]
+    assert places.offsets[2] + 9 * 504 <= places.probe_offsets[0] == places.region_bytes[0] - PROBE_BYTES
+    region = HostRegion(places.region_bytes[0], shared=False)
+    region.whole = memoryview(bytearray(region.nbytes))
     for rank in range(3):
-        memory.landing(rank).fill_(rank + 1)
-    assert [float(memory.landing(rank).min()) for rank in range(3)] == [1.0, 2.0, 3.0]
-    assert memory.landing(1).shape == (9, 5, 2, 1, 7, 6)
+        region.landing(places, rank).fill_(rank + 1)
+    assert [float(region.landing(places, rank).min()) for rank in range(3)] == [1.0, 2.0, 3.0]
+    assert region.landing(places, 1).shape == (9, 5, 2, 1, 7, 6)
+
+
+def test_each_host_has_a_region_of_its_ranks_alone() -> None:
+    hosts = host_numbers(["b", "a", "b", "a"])
+    assert hosts == (0, 1, 0, 1)
+    assert keepers_of(hosts) == (0, 1)
+    assert keepers_of(host_numbers(["b", "b", "c", "a", "c"])) == (0, 2, 3)
+    places = KVPlaces([NARROW, WIDE, WIDE, NARROW], 9, hosts)
+    alone = KVPlaces([WIDE, NARROW], 9, (0, 0))
+    assert [places.offsets[1], places.offsets[3]] == alone.offsets
+    assert [places.region_bytes[1], places.probe_offsets[1]] == [alone.region_bytes[0], alone.probe_offsets[0]]

@@ -21,13 +21,13 @@ from service.ports import free_port
 from spec.dtype import Dtype
 from spec.errors import LegatoError, TicketRefused, TransferFailed, WorkerLost
 from spec.layout import KVLayout
-from worker.departures import Target
-from worker.link import Link
+from worker.departures import Target, Way
 from worker.sender import Sender
 
 KEY = "a key for tests"
 LAYOUT = KVLayout(1, 1, 2, 4, Dtype.FLOAT32)
-PEER = typing.cast("Any", types.SimpleNamespace(link_id=1))  # by which nothing is written
+# By which nothing is written.
+WAYS = (Way(0, typing.cast("Any", types.SimpleNamespace(link_id=1)), typing.cast("Any", None)),)
 
 
 class Unwilling(worker_pb2_grpc.WorkerServicer):
@@ -43,7 +43,7 @@ class Unwilling(worker_pb2_grpc.WorkerServicer):
 async def opened(address: str) -> None:
     ranks = (RankMemory(RankKV.whole(LAYOUT)),)
     ticket, nobody = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None)
-    target = Target(ticket, worker_pb2.SignedTicket(), ranks, PEER, "sockets", Link(), 5.0)
+    target = Target(ticket, worker_pb2.SignedTicket(), ranks, WAYS, "sockets", 5.0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         async with channel(address, KEY) as link:
             stub = worker_pb2_grpc.WorkerStub(link)
@@ -60,9 +60,7 @@ class Willing(worker_pb2_grpc.WorkerServicer):
 async def test_scratch_memory_is_given_back_beside_the_event_loop() -> None:
     """A transport may have to wait before it lets go of memory."""
     ticket, nobody, threads = worker_pb2.Ticket(consumer_id="decode-0"), typing.cast("Any", None), list[int]()
-    target = Target(
-        ticket, worker_pb2.SignedTicket(), (RankMemory(RankKV.whole(LAYOUT)),), PEER, "sockets", Link(), 5.0
-    )
+    target = Target(ticket, worker_pb2.SignedTicket(), (RankMemory(RankKV.whole(LAYOUT)),), WAYS, "sockets", 5.0)
     async with Host("127.0.0.1", 0, internal_key=KEY) as host:
         host.add(worker_pb2_grpc.add_WorkerServicer_to_server, Willing(), "legato.v1.Worker", internal=True)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
