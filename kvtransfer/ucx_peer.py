@@ -29,6 +29,7 @@ from spec.errors import TransferFailed
 
 TURN_BYTES = 4 << 20  # copied before the thread looks at what else there is
 WRITES_IN_FLIGHT = 8
+MESSAGE_BYTES = 4 << 20  # of one piece: the owner's libucp puts a message together before it gives it away
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,7 +80,7 @@ class UcxPeer(Peer):
         if self._mapped_base:
             left = [part for grid in plan.grids for part in grid.cut(TURN_BYTES, TURN_BYTES, sys.maxsize)]
         else:
-            left = parts(plan, self._worker.max_header_bytes)
+            left = parts(plan, self._worker.max_header_bytes, MESSAGE_BYTES)
         write = _Outgoing(Transfer(), held, source_address, total_bytes, collections.deque(left))
         write.transfer.set_running_or_notify_cancel()
         self._ledger.began(write.transfer)

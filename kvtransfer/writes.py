@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import numpy
 
@@ -10,15 +11,15 @@ from kvtransfer.grids import Grid, TransferPlan
 from legato.v1.transfer_pb2 import TransferFrame
 from spec.errors import TransferFailed
 
-PART_BYTES = 4 << 20  # of one Write, many pieces or a part of one: they are sent from where they lie
+PART_BYTES = 4 << 20  # of one Write of several pieces
 GROUP_NUMBERS = 4096  # segments and units of one Write, together
 
 
-def parts(plan: TransferPlan, max_encoded_bytes: int = 1 << 20) -> list[Grid]:
-    """What goes as one Write each, encoded in no more bytes than that."""
+def parts(plan: TransferPlan, max_encoded_bytes: int = 1 << 20, max_piece_bytes: int = sys.maxsize) -> list[Grid]:
+    """What goes as one Write each, encoded in no more bytes than that, with no piece longer than that."""
     numbers = min(GROUP_NUMBERS, (max_encoded_bytes - 64) // 16)  # a place and a size of eight bytes each
     assert numbers >= 2
-    return [part for grid in plan.grids for part in grid.cut(PART_BYTES, PART_BYTES, numbers)]
+    return [part for grid in plan.grids for part in grid.cut(max_piece_bytes, PART_BYTES, numbers)]
 
 
 def announced(part: Grid, write_id: int, *, link_id: int | None = None, more: bool = False) -> TransferFrame.Write:

@@ -73,7 +73,7 @@ def test_a_write_whose_header_does_not_fit_fails_and_the_next_does_not(
     peer = near.connect(far.address, region.descriptor)
     many = [Piece(7 * number, 7 * number, 3) for number in range(4000)]
     with monkeypatch.context() as patched:
-        patched.setattr(kvtransfer.ucx_peer, "parts", lambda plan, _limit: parts(plan))
+        patched.setattr(kvtransfer.ucx_peer, "parts", lambda plan, *_limits: parts(plan))
         with pytest.raises(TransferFailed, match="the write failed"):
             writes(near, peer, region, many)
     assert writes(near, peer, region, many)
