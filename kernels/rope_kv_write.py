@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import rms_norm, tuning
 from kernels.cpu.library import library_for
 from kernels.jit import jit, tl, triton
-from kernels.kv_rows import LARGEST_CODE, SCALE_BYTES, quantise_rows
+from kernels.kv_rows import LARGEST_CODE, SCALE_BYTES, encoded, largest_size, quantise_rows, scale_of
 
 
 def reference(
@@ -80,27 +80,6 @@ def _norm_weights(weight_ptr, column, mask, offset, HAS_NORM: tl.constexpr):
     if HAS_NORM:
         weights = tl.load(weight_ptr + column, mask, other=0.0).to(tl.float32) + offset
     return weights[None, :]
-
-
-@jit
-def _codes(values, scale, LARGEST_CODE: tl.constexpr):
-    """[heads, columns] fp32, [heads] fp32 -> uint8, the codes of `kv_rows.quantise_rows`.
-
-    To fp8 by arithmetic, since sm_80 has no conversion.
-    """
-    divisor = tl.broadcast_to(tl.where(scale != 0.0, scale, 1.0)[:, None], values.shape)
-    quotient = tl.div_rn(values, divisor)
-    if LARGEST_CODE == 127:
-        quotient = tl.where(quotient > 127.0, 127.0, tl.where(quotient < -127.0, -127.0, quotient))
-        codes = (quotient + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 · 2^23: the integer is in the low bits
-    else:
-        sign = (quotient.to(tl.int32, bitcast=True) >> 24) & 0x80
-        size = tl.minimum(tl.abs(quotient), 448.0)
-        bits = size.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # 8 · 120, what the exponents' biases differ by
-        subnormal = (size + 16384.0).to(tl.int32, bitcast=True) & 0x7F  # 2^14, whose last bit is worth 2^-9
-        codes = tl.where(size < 0.015625, subnormal, normal) | sign
-    return codes.to(tl.uint8)
 
 
 @jit
@@ -182,10 +161,8 @@ def _kernel(
         stored = out.to(key_ptr.dtype.element_ty)
     else:
         exact = out.to(tl.float32)
-        # Sizes compare as integers, where a NaN is above all.
-        size = tl.max(tl.abs(exact).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(size, tl.full(size.shape, LARGEST_CODE, tl.float32))
-        stored = _codes(exact, scale, LARGEST_CODE)
+        scale = scale_of(largest_size(exact), LARGEST_CODE)
+        stored = encoded(exact, scale, LARGEST_CODE)
         byte = tl.arange(0, 4)[None, :]
         scale_bytes = (scale.to(tl.int32, bitcast=True)[:, None] >> (8 * byte)).to(tl.uint8)
         tl.store(key_row + HEAD_DIM + byte, scale_bytes, is_key & (byte >= 0))

@@ -35,6 +35,7 @@ _TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "gated_activation": {"columns": (512, 1024, 2048, 4096)},
     "grouped_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128, 256), "depth": (32, 64, 128)},
     "grouped_quantised_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128), "depth": (32, 64, 128, 256)},
+    "kv_pack": {"elements": (512, 1024, 2048, 4096)},
     "moe_combine": {"columns": (512, 1024, 2048, 4096)},
     "paged_attention": {"rows": (16, 32, 64, 128), "kv_tokens": (16, 32, 64, 128)},
     "quantised_linear": {"rows": (16, 32, 64), "outputs": (32, 64, 128), "depth": (32, 64, 128, 256)},

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import (
     gated_activation,
+    kv_pack,
     linear,
     moe_mlp,
     moe_route,
@@ -105,6 +106,40 @@ def rope(
         functools.partial(run, rope_kv_write.launch),
         functools.partial(results, rope_kv_write.launch),
         functools.partial(results, rope_kv_write.reference),
+    )
+
+
+def pack(
+    device: torch.device,
+    *,
+    heads: tuple[int, int] = (8, 128),  # KV heads, size
+    planes: int = 2,
+    layers: int = 8,
+    source: torch.dtype = BRAIN,
+    target: torch.dtype = BRAIN,
+    has_digest: bool = True,
+) -> Call:
+    """512 blocks of a memory of twice as many."""
+    kv_heads, dim = heads
+
+    def memory(num_blocks: int, dtype: torch.dtype) -> Tensor:
+        kv_dtype = dtype if dtype in LARGEST_CODE else None
+        shape = num_blocks, layers, planes, kv_heads, BLOCK_TOKENS, dim
+        return _drawn_rows(device, *shape, dtype=dtype, kv_dtype=kv_dtype)
+
+    held, packed = memory(1024, source), memory(512, target)
+    tables = torch.randperm(1024, device=device)[:512], torch.arange(512, device=device)
+    arguments = held, tables[0], packed, tables[1], 0, 512 * BLOCK_TOKENS
+    corner = kv_pack.Corner(0, 0) if has_digest else None
+
+    def results(copy: Callable[..., Tensor | None]) -> Results:
+        copy(*arguments, corner=corner)
+        return (_plain(packed),)
+
+    return Call(
+        functools.partial(kv_pack.launch, *arguments, corner=corner),
+        functools.partial(results, kv_pack.launch),
+        functools.partial(results, kv_pack.reference),
     )
 
 

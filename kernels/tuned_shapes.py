@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kernels.tuned_calls import Call, attention, experts, gate, norm, quantised, rope, route, sample
+from kernels.tuned_calls import Call, attention, experts, gate, norm, pack, quantised, rope, route, sample
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +66,15 @@ _GATE: dict[str, dict[str, Any]] = {
     "silu bf16 1536": {"intermediate_size": 1536, "kind": "silu"},
     "gelu_tanh bf16 9216": {"intermediate_size": 9216, "kind": "gelu_tanh"},
     "swiglu bf16 2880": {"intermediate_size": 2880, "kind": "swiglu_clamped"},
+}
+_PACK: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "bf16, no digest": {"has_digest": False},
+    "bf16 latent, odd": {"heads": (1, 576), "planes": 1, "layers": 61},
+    "int8": {"source": INT8, "target": INT8},
+    "bf16 to fp8": {"target": FP8},
+    "int8 to bf16": {"source": INT8},
+    "fp8 to int8": {"source": FP8, "target": INT8},
 }
 _ROPE: dict[str, dict[str, Any]] = {
     "bf16 9/3 64": {"heads": SMOL},
@@ -160,6 +169,7 @@ SHAPES: dict[str, TunedShape] = {
         ("gated_activation", gate, _GATE),
         ("grouped_linear", experts, _EXPERTS),
         ("grouped_quantised_linear", experts, _QUANTISED_EXPERTS),
+        ("kv_pack", pack, _PACK),
         ("moe_combine", experts, _SUMS),
         ("moe_route", route, _ROUTE),
         ("paged_attention", attention, _ATTENTION),

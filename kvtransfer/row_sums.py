@@ -28,19 +28,10 @@ import numpy
 from numpy.typing import NDArray
 
 from kernels.cpu.row_digest import shared_row_sums
+from kernels.row_digest import BLOCK_STRIPES, PRIME, SECRET, STRIPE_BYTES
 from kvtransfer.grids import Grid, Rows, Sums
 
-_STRIPE_BYTES, _BLOCK_STRIPES = 64, 16
-_SECRET = numpy.array(
-    [
-        0xBE4BA423396CFEB8, 0x1CAD21F72C81017C, 0xDB979083E96DD4DE, 0x1F67B3B7A4A44072, 0x78E5C0CC4EE679CB,
-        0x2172FFCC7DD05A82, 0x8E2443F7744608B8, 0x4C263A81E69035E0, 0xCB00C391BB52283C, 0xA32E531B8B65D088,
-        0x4EF90DA297486471, 0xD8ACDEA946EF1938, 0x3F349CE33F76FAA8, 0x1D4F0BC7C7BBDCF9, 0x3159B4CD4BE0518A,
-        0x647378D9C97E9FC8, 0xC3EBD33483ACC5EA, 0xEB6313FAFFA081C5, 0x49DAF0B751DD0D17, 0x9E68D429265516D3,
-        0xFCA1477D58BE162B, 0xCE31D07AD1B8F88F, 0x280416958F3ACB45, 0x7E404BBBCAFBD7AF,
-    ],
-    numpy.uint64,
-)  # fmt: skip
+_SECRET = numpy.array(SECRET, numpy.uint64)
 _U = numpy.uint64
 
 
@@ -105,14 +96,14 @@ def _add_run(sums: Sums, run: NDArray[numpy.uint8], first_place: int) -> None:
 def terms(rows: NDArray[numpy.uint8], places: NDArray[numpy.uint64]) -> NDArray[numpy.uint64]:
     """What rows [N, row_bytes] of these places [N] add to S, [N, 8]; a place is plane << 48 | head << 32 | token."""
     num_rows, row_bytes = rows.shape
-    padded = numpy.zeros((num_rows, -(-row_bytes // _STRIPE_BYTES) * _STRIPE_BYTES), numpy.uint8)
+    padded = numpy.zeros((num_rows, -(-row_bytes // STRIPE_BYTES) * STRIPE_BYTES), numpy.uint8)
     padded[:, :row_bytes] = rows
     words = padded.view("<u8").astype(_U, copy=False).reshape(num_rows, -1, 8)
     found = numpy.zeros((num_rows, 8), _U)
     for stripe in range(words.shape[1]):
-        within = stripe % _BLOCK_STRIPES
+        within = stripe % BLOCK_STRIPES
         if stripe and not within:
-            found = (found ^ found >> _U(47) ^ _SECRET[16:]) * _U(0x9E3779B1)
+            found = (found ^ found >> _U(47) ^ _SECRET[16:]) * _U(PRIME)
         mixed = words[:, stripe] ^ _SECRET[within : within + 8]
         found += (mixed & _U(0xFFFFFFFF)) * (mixed >> _U(32)) + words[:, stripe, [1, 0, 3, 2, 5, 4, 7, 6]]
     even = _splitmix(places)

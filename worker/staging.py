@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from engine.kv_memory import TORCH_DTYPES
-from kernels.kv_rows import LARGEST_CODE, dequantise_rows, quantise_rows
+from kernels.kv_pack import copy_rows
 from kvtransfer.plan import RankKV, common
 from kvtransfer.routes import RankMemory, Route, routes_between
 from kvtransfer.transport import Region
@@ -72,13 +72,18 @@ class Staging:
         if not self.converts(group):
             return Staged(ranks, self._source.region, block_table)
         scratch, region = await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._converted, ranks, readers, block_table[first:end], layers
+            self._pool, self._converted, ranks, readers, block_table[first:end], (first_token, end_token), layers
         )
         table = [0] * first + list(range(end - first))  # of blocks before the first none is read
         return Staged(scratch, region, table)
 
     def _converted(
-        self, ranks: Sequence[CoreRank], readers: Sequence[int], block_ids: Sequence[int], layers: range
+        self,
+        ranks: Sequence[CoreRank],
+        readers: Sequence[int],
+        block_ids: Sequence[int],  # of these tokens
+        tokens: tuple[int, int],
+        layers: range,
     ) -> tuple[list[RankMemory], Region]:
         """The blocks of `readers`, one rank's after the other's; the other ranks have none."""
         dtype, scratch, nbytes = self._targets[0].layout.dtype, [], 0
@@ -88,15 +93,18 @@ class Staging:
             nbytes += len(block_ids) * layout.block_bytes if number in readers else 0
         region = self._scratch_of(nbytes)  # grows with the first layers of a chunk alone
         memory = torch.frombuffer(region.buffer, dtype=torch.uint8)
-        for number, (source, target) in enumerate(zip(ranks, scratch, strict=True)):
-            held, layout = block_ids if number in readers else (), target.kv.layout
-            there = memory[target.offset_bytes :][: len(held) * layout.block_bytes]
-            landing = there.view(TORCH_DTYPES[dtype]).view(layout.shape(len(held)))
-            index = torch.tensor(held, dtype=torch.int64)
-            start = source.kv.layers.start
-            for layer in common(layers, source.kv.layers) if held else ():  # one at a time: what is between is float32
-                layer -= start
-                landing[:, layer] = convert_rows(source.landing[:, layer].index_select(0, index), TORCH_DTYPES[dtype])
+        table, places = torch.tensor(block_ids, dtype=torch.int64), torch.arange(len(block_ids))
+        size, (first_token, end_token) = ranks[0].kv.layout.block_tokens, tokens
+        for number in readers:
+            source, target = ranks[number], scratch[number]
+            held, layout = common(layers, source.kv.layers), target.kv.layout
+            if not held:
+                continue
+            own = slice(held.start - source.kv.layers.start, held.stop - source.kv.layers.start)
+            there = memory[target.offset_bytes :][: len(block_ids) * layout.block_bytes]
+            landing = there.view(TORCH_DTYPES[dtype]).view(layout.shape(len(block_ids)))
+            ends = source.landing[:, own], table, landing[:, own], places
+            copy_rows(*ends, first_token, end_token - first_token, table_token=first_token - first_token % size)
         return scratch, region
 
     def _scratch_of(self, nbytes: int) -> Region:
@@ -110,9 +118,3 @@ class Staging:
         if self._scratch is not None:
             self._scratch.release()
             self._scratch = None
-
-
-def convert_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """KV rows (see spec/layout.py) of any KV dtype -> the same values in rows of `dtype`, rounded to nearest."""
-    values = dequantise_rows(rows) if rows.dtype in LARGEST_CODE else rows
-    return quantise_rows(values, dtype) if dtype in LARGEST_CODE else values.to(dtype)

@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("triton", reason="no Triton on this platform")
 
 
-def test_kernels_agree_with_their_references() -> None:
-    cases = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_kv_pack.py"])
+def test_kernels_agree_with_their_references(file: str) -> None:
+    cases = Path(__file__).with_name(file)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(cases)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -15,12 +15,12 @@ from handoff_cases import Case, draw_case
 from memory_worker import loaded, make_worker, model_layout, slots
 
 from engine.kv_memory import TORCH_DTYPES
-from kernels.kv_rows import dequantise_rows, quantise_rows
+from kernels.kv_rows import convert_rows, dequantise_rows, quantise_rows
 from kvtransfer.memory import MemoryTransport
 from kvtransfer.routes import HandoffPlan
 from spec.dtype import Dtype
 from worker.core import CoreRank
-from worker.staging import SourceKV, Staging, convert_rows
+from worker.staging import SourceKV, Staging
 
 # A float's rounding, relative to the value; where rows are quantised, relative to the row's largest: half of a code's
 # step in int8 (127 steps), 2^-4 of the value in fp8 (three bits of mantissa).
