@@ -21,13 +21,14 @@ import legato
 
 PROMPTS = [[3 + (seed * 31 + 7 * index) % 90 for index in range(length)] for seed, length in enumerate((5, 37, 61, 18))]
 TOKENS = 14
-PAIRS = {
-    "llama3": ({"layout": "tp2"}, {"layout": "pp2"}),
-    "llama3.2-tied": ({"block_tokens": "16"}, {"layout": "tp4"}),  # of 2 KV heads
-    "deepseek-v2-lite": ({"layout": "tp2"}, {"layout": "pp2", "block_tokens": "5"}),  # latents
-    "mistral": ({"layout": "pp2"}, {"block_tokens": "16"}),  # a sliding window
-    "mixtral": ({"layout": "tp2"}, {"layout": "dp2-ep2"}),
-}
+PAIRS = [
+    ("llama3", {"layout": "dp2-stage"}, {"layout": "pp2"}),
+    ("llama3.2-tied", {"block_tokens": "16"}, {"layout": "tp4"}),  # of 2 KV heads
+    ("deepseek-v2-lite", {"layout": "tp2"}, {"layout": "pp2", "block_tokens": "5"}),  # latents
+    ("mistral", {"layout": "pp2"}, {"block_tokens": "16"}),  # a sliding window
+    ("mixtral", {"layout": "tp2"}, {"layout": "dp2-ep2"}),
+    ("qwen3", {"layout": "tp2"}, {"layout": "dp2-stage", "block_tokens": "5"}),
+]
 OPTIONS = {"dtype": "float32", "max_step_tokens": "24", "max_sequences": "8", "block_tokens": "7", "threads": "1"}
 
 
@@ -73,13 +74,15 @@ async def answers(client: legato.AsyncClient) -> list[Any]:
     return [each.token_ids for each in found]
 
 
-@pytest.mark.parametrize("name", list(PAIRS))
-async def test_prefill_and_decode_of_unlike_layouts(tmp_path: Path, redis_url: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "prefill", "decode"), PAIRS)
+async def test_prefill_and_decode_of_unlike_layouts(
+    tmp_path: Path, redis_url: str, name: str, prefill: dict[str, str], decode: dict[str, str]
+) -> None:
     model = make_model(tmp_path / "model", name)
     write_tokenizer(model, json.loads((model / "config.json").read_text())["vocab_size"])
     async with cluster(model, redis_url, engine={**OPTIONS, "num_blocks": None, "kv_memory": "4MiB"}) as one_rank:
         expected = await answers(one_rank.client)
-    with up(model, tmp_path, *PAIRS[name]) as address:
+    with up(model, tmp_path, prefill, decode) as address:
         async with legato.AsyncClient(address, timeout_s=120) as client:
             assert await answers(client) == expected
             assert await answers(client) == expected  # with what is in the prefix caches
