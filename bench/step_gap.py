@@ -49,7 +49,7 @@ class Gaps:
 
 
 class NeverAhead(Lanes):
-    def plan_ahead(self) -> None:
+    def plan_ahead(self, now_s: float) -> None:
         return None
 
 

@@ -12,7 +12,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.events import Computed, Event, Failed, Finish, Tokens
 from scheduler.lifetime import Stage
 from scheduler.membership import Membership
-from scheduler.plan import NO_TOKEN, Drawn, Slice, StepPlan, StepResult
+from scheduler.plan import NO_TOKEN, Drawn, Slice, StepPlan, StepResult, TokenLogprobs
 from scheduler.sequence import Sequence
 from scheduler.speculation import draft_computed_after, guess_limit_after
 from spec import errors
@@ -41,39 +41,50 @@ class Commits(Membership):
         events, self._untold = self._untold, []
         outcome = zip(plan.slices, sequences, result.drawn, result.prompt_logprobs, strict=True)
         for piece, sequence, drawn, scored in outcome:
-            sequence.in_flight -= 1
-            if sequence.stage is Stage.LEAVING:
-                if not sequence.in_flight:
-                    self._end(sequence)
-                continue
-            assert bool(drawn) == (piece.draw is not None)
-            assert len(scored) == len(piece.prompt_targets)
-            if drawn and drawn[0].token_id == NO_TOKEN:  # its KV is suspect, too: nothing of it is published
-                self._end(sequence)
-                self._totals["failed"] += 1
-                events.append(Failed(sequence.sequence_id, _why_no_token(sequence, drawn[0])))
-                continue
-            known, kept, finish = sequence.known_tokens, drawn, None
-            if drawn:
-                kept, finish = sequence.extend(drawn, self.config.eos_token_ids, self.context_limit)
-            accepted = min(len(kept), max(len(drawn) - 1, 0))
-            if piece.num_guesses:
-                sequence.guess_limit = guess_limit_after(piece.num_guesses, accepted)
-            if piece.proposal is not None:
-                sequence.draft_computed_tokens = draft_computed_after(piece.proposal, known, accepted)
-            assert sequence.computed_tokens == piece.start
-            sequence.computed_tokens = piece.start + len(piece.token_ids) + max(len(kept) - 1, 0)
-            if not sequence.in_flight:
-                sequence.planned_tokens = sequence.computed_tokens
-            sequence.prompt_logprobs += scored
-            self._publish(sequence, sequence.computed_tokens)
-            count = sequence.computed_tokens - piece.start
-            table = piece.block_table[: self.pool.blocks_for(sequence.computed_tokens)]
-            events.append(Computed(piece.sequence_id, piece.start, count, table, self.config.group))
-            if kept:
-                events.append(self._drawn(sequence, kept, finish, piece.num_guesses, accepted, now_s))
+            early = self._early.pop(sequence, None)
+            events += self._take_over(piece, sequence, drawn, scored, now_s) if early is None else early
         self._totals["steps"] += 1
         self._totals["computed_tokens"] += plan.num_tokens
+        return events
+
+    def _take_over(
+        self,
+        piece: Slice,
+        sequence: Sequence,
+        drawn: tuple[Drawn, ...],
+        scored: tuple[TokenLogprobs, ...],
+        now_s: float,
+    ) -> list[Event]:
+        sequence.in_flight -= 1
+        if sequence.stage is Stage.LEAVING:
+            if not sequence.in_flight:
+                self._end(sequence)
+            return []
+        assert bool(drawn) == (piece.draw is not None)
+        assert len(scored) == len(piece.prompt_targets)
+        if drawn and drawn[0].token_id == NO_TOKEN:  # its KV is suspect, too: nothing of it is published
+            self._end(sequence)
+            self._totals["failed"] += 1
+            return [Failed(sequence.sequence_id, _why_no_token(sequence, drawn[0]))]
+        known, kept, finish = sequence.known_tokens, drawn, None
+        if drawn:
+            kept, finish = sequence.extend(drawn, self.config.eos_token_ids, self.context_limit)
+        accepted = min(len(kept), max(len(drawn) - 1, 0))
+        if piece.num_guesses:
+            sequence.guess_limit = guess_limit_after(piece.num_guesses, accepted)
+        if piece.proposal is not None:
+            sequence.draft_computed_tokens = draft_computed_after(piece.proposal, known, accepted)
+        assert sequence.computed_tokens == piece.start
+        sequence.computed_tokens = piece.start + len(piece.token_ids) + max(len(kept) - 1, 0)
+        if not sequence.in_flight:
+            sequence.planned_tokens = sequence.computed_tokens
+        sequence.prompt_logprobs += scored
+        self._publish(sequence, sequence.computed_tokens)
+        count = sequence.computed_tokens - piece.start
+        table = piece.block_table[: self.pool.blocks_for(sequence.computed_tokens)]
+        events: list[Event] = [Computed(piece.sequence_id, piece.start, count, table, self.config.group)]
+        if kept:
+            events.append(self._drawn(sequence, kept, finish, piece.num_guesses, accepted, now_s))
         return events
 
     def _drawn(

@@ -6,6 +6,7 @@ import collections
 
 from scheduler.blocks import BlockPool, count_references
 from scheduler.config import Load, SchedulerConfig
+from scheduler.events import Event
 from scheduler.plan import StepPlan
 from scheduler.prefix import PrefixCache
 from scheduler.roster import Roster
@@ -21,6 +22,7 @@ class Holdings:
         self.prefix = PrefixCache(self.pool, config.cache_salt, enabled=config.prefix_caching)
         self._roster = Roster()
         self._flights: dict[int, tuple[StepPlan, tuple[Sequence, ...]]] = {}  # steps that are not committed
+        self._early: dict[Sequence, list[Event]] = {}  # whose part of the step that is committed next is taken over
         self._totals: collections.Counter[str] = collections.Counter()
 
     def has(self, sequence_id: str) -> bool:
@@ -75,5 +77,6 @@ class Holdings:
             assert sequence.in_flight or sequence.computed_tokens == sequence.planned_tokens
             assert len(sequence.block_table) >= self.pool.blocks_for(sequence.computed_tokens)
         assert not any(sequence.block_table for sequence in self._roster.waiting)
-        flying = collections.Counter(id(each) for _, sequences in self._flights.values() for each in sequences)
+        out = (each for _, sequences in self._flights.values() for each in sequences if each not in self._early)
+        flying = collections.Counter(map(id, out))
         assert flying == {id(sequence): sequence.in_flight for sequence in self._roster if sequence.in_flight}

@@ -44,7 +44,7 @@ class StepExecutor(Protocol):
         ...
 
     def prepare(self, slices: tuple[Slice, ...]) -> None:
-        """Called `meanwhile`: see Engine."""
+        """Called `meanwhile`, with those of the first group: see Engine."""
         ...
 
     def result(self) -> Sequence[StepResult]:

@@ -17,6 +17,8 @@ from scheduler.handoff import HandoffConfig, Reservation, Reservations
 from scheduler.plan import StepPlan, StepResult
 from scheduler.sequence import Sequence as Running
 
+AheadPlans = tuple[AheadPlan | None, ...]  # by lane; None: it has nothing to do
+
 
 class Lanes:
     """As one Scheduler, to those who add sequences and to the loop."""
@@ -102,14 +104,30 @@ class Lanes:
             return None
         return tuple(StepPlan(0, ()) if plan is None else plan for plan in plans)
 
-    def plan_ahead(self) -> AheadPlan | None:
-        """As Scheduler.plan_ahead() does. None with several lanes, which would all have to go on."""
-        return self.schedulers[0].plan_ahead() if len(self.schedulers) == 1 else None
+    def plan_ahead(self, now_s: float) -> AheadPlans | None:
+        """As Scheduler.plan_ahead() does, of every lane that has something to do. None where one of these has none."""
+        idle = [scheduler.has_nothing_to_plan(now_s) for scheduler in self.schedulers]
+        if all(idle):
+            return None
+        found: list[AheadPlan | None] = []
+        for scheduler, does_nothing in zip(self.schedulers, idle, strict=True):
+            ahead = None if does_nothing else scheduler.plan_ahead()
+            if ahead is None and not does_nothing:
+                return None
+            found.append(ahead)
+        return tuple(found)
 
-    def follow(self, ahead: AheadPlan, results: Sequence[StepResult], now_s: float) -> tuple[StepPlan, ...] | None:
-        """As Scheduler.follow() does."""
-        plan = self.schedulers[0].follow(ahead, results[0], now_s)
-        return None if plan is None else (plan,)
+    def follow(
+        self, ahead: AheadPlans, results: Sequence[StepResult], now_s: float, drawn_s: float
+    ) -> tuple[StepPlan, ...] | None:
+        """As Scheduler.follow() does, where what was made ahead holds in every lane. None: nothing has changed."""
+        each = list(zip(self.schedulers, ahead, results, strict=True))
+        for lane, made, result in each:
+            if not (lane.has_nothing_to_plan(now_s) if made is None else lane.holds(made, result, now_s)):
+                return None
+        return tuple(
+            StepPlan(0, ()) if made is None else lane.follow(made, result, drawn_s) for lane, made, result in each
+        )
 
     def commit(self, plans: Sequence[StepPlan], results: Sequence[StepResult], now_s: float) -> list[Event]:
         events: list[Event] = []

@@ -28,13 +28,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from scheduler.ahead import AheadPlan
 from scheduler.events import Event, Failed
 from scheduler.plan import StepPlan, StepResult
 from service import logs
 from spec.errors import InternalError, WorkerLost
 from worker.executor import StepExecutor
-from worker.lanes import Lanes
+from worker.lanes import AheadPlans, Lanes
 from worker.watch import StepWatch
 
 logger = logs.get(__name__)
@@ -63,7 +62,7 @@ class EngineLoop:
         self._executor = executor
         self._out: collections.deque[tuple[StepPlan, ...]] = collections.deque()  # submitted, result not taken
         self._taken: tuple[tuple[StepPlan, ...], Sequence[StepResult], float] | None = None  # and when; to be committed
-        self._ahead: AheadPlan | None = None  # behind the newest step that is out
+        self._ahead: AheadPlans | None = None  # behind the newest step that is out
         self._deliver = deliver
         self._untold: list[Event] = []  # told while the next step is computed
         self._on_failure = on_failure
@@ -161,16 +160,17 @@ class EngineLoop:
         ahead, self._ahead = self._ahead, None
         if ahead is None or self._taken is None:
             return None
-        return self.scheduler.follow(ahead, self._taken[1], now_s)
+        _, results, taken_s = self._taken
+        return self.scheduler.follow(ahead, results, now_s, taken_s)
 
     def _meanwhile(self) -> None:
         """When a step is under way."""
         with self.lock:
             self._commit()
             self._tell()
-            self._ahead = self.scheduler.plan_ahead()
-        if self._ahead is not None:
-            self._executor.prepare(self._ahead.slices)
+            self._ahead = self.scheduler.plan_ahead(time.monotonic())
+        if self._ahead is not None and (own := self._ahead[0]) is not None:
+            self._executor.prepare(own.slices)
 
     def _commit(self) -> None:
         """What was taken and is not committed yet."""

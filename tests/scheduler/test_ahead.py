@@ -84,7 +84,7 @@ class Pair:
     def __init__(self, fake: SimpleNamespace, config: SchedulerConfig, seed: int, num_sequences: int) -> None:
         self.fake, self.rng, self.left = fake, random.Random(seed), num_sequences
         self.sides = self.plain, self.ahead = Side(fake, config), Side(fake, config)
-        self.followed = self.made = 0
+        self.followed = self.made = self.without_leavers = 0
         self.now_s = 0.0
         self.out: list[Any] = []  # the plan that is out, of each side
         self.names: list[str] = []
@@ -148,7 +148,9 @@ class Pair:
         assert results[0] == results[1]
         plain.commit(self.out[0], results[0], now_s)
         following = plain.plan(now_s)
-        found = None if made is None else ahead.scheduler.follow(made, results[1], now_s)
+        holds = made is not None and ahead.scheduler.holds(made, results[1], now_s)
+        found = ahead.scheduler.follow(made, results[1], now_s) if holds else None
+        self.without_leavers += bool(holds) and not all(made.stays)
         self.made, self.followed = self.made + (made is not None), self.followed + (found is not None)
         if found is not None:
             assert found.ahead is made.slices
@@ -238,11 +240,21 @@ def test_what_it_is_about_does_happen(fake: SimpleNamespace) -> None:
         pair = Pair(fake, config_of(num_blocks=24), seed, num_sequences=8)
         pair.run()
         found = {"followed": pair.followed, "dropped": pair.made - pair.followed, **pair.ahead.scheduler.totals()}
+        found["without leavers"] = pair.without_leavers
         for name, count in found.items():
             seen[name] = seen.get(name, 0) + count
     assert seen["followed"] > 0.4 * seen["steps"]
     assert seen["dropped"] > 0.05 * seen["steps"]
-    for name in ("preemptions", "adopted", "cached_tokens", "failed", "aborted", "expired", "evictions"):
+    for name in (
+        "preemptions",
+        "adopted",
+        "cached_tokens",
+        "failed",
+        "aborted",
+        "expired",
+        "evictions",
+        "without leavers",
+    ):
         assert seen[name] > 0, name
 
 
@@ -276,8 +288,8 @@ def test_one_is_given_up_between_following_and_committing(fake: SimpleNamespace,
     assert plan is not None
     made, result = scheduler.plan_ahead(), side.execute(plan, None)
     assert made is not None
+    assert scheduler.holds(made, result, 1.0)
     following = scheduler.follow(made, result, 1.0)
-    assert following is not None
     assert scheduler.abort(sequence_id, 1.0)
     side.commit(plan, result, 1.0)
     assert {event.sequence_id for event in side.events} == {"a", "b"} - {sequence_id}

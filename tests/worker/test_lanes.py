@@ -129,3 +129,79 @@ def test_a_reservation_of_no_lane_is_refused(reservation_id: str) -> None:
     with pytest.raises(TicketRefused, match="unknown"):
         reservations.renew(reservation_id, 0.0)
     assert not reservations.quiet(reservation_id, 0.0)
+
+
+def drawn_by_place(plan: StepPlan) -> StepResult:
+    """One token in 19 is the end."""
+    drawn: list[tuple[Drawn, ...]] = []
+    for piece in plan.slices:
+        place = None if piece.draw is None else f"{piece.sequence_id} {piece.draw.position}"
+        drawn.append(() if place is None else (Drawn(random.Random(place).randrange(19)),))
+    return StepResult(tuple(drawn), ((),) * len(drawn))
+
+
+class Pair:
+    """Two of the same lanes, told the same: one commits and plans, the other follows where it can, then commits."""
+
+    def __init__(self, seed: int, seen: dict[str, int]) -> None:
+        self.draw, self.seen, self.now_s = random.Random(seed), seen, 0.0
+        self.plain, self.ahead = (lanes_of(2, eos_token_ids=(3,)) for _ in range(2))
+        self.names = [f"{seed}-{number}" for number in range(9)]
+        self.events: tuple[list[Any], list[Any]] = ([], [])
+
+    def come(self, chance: float) -> None:
+        while self.names and self.draw.random() < chance:
+            name, length, most = self.names.pop(), self.draw.randint(1, 20), self.draw.randint(1, 30)
+            params, deadline_s = SamplingParams(max_tokens=most, ignore_eos=length % 2 == 0), self.now_s + 25.0
+            for lanes in (self.plain, self.ahead):
+                lanes.add(Sequence(name, tuple(range(length)), [], params, deadline_s), self.now_s)
+
+    def run(self) -> None:
+        self.come(0.8)
+        plans = [lanes.plan(self.now_s) for lanes in (self.plain, self.ahead)]
+        while plans[0] is not None:
+            assert plans[1] == plans[0]
+            self.now_s += 1.0
+            plans = self.step(*plans)
+            if plans[0] is None:
+                self.come(0.9)
+                plans = [lanes.plan(self.now_s) for lanes in (self.plain, self.ahead)]
+        assert set(self.ahead.counts().values()) == {0}
+
+    def step(self, plain_plans: Any, ahead_plans: Any) -> list[Any]:
+        """What comes behind these."""
+        plain, ahead, seen, now_s = self.plain, self.ahead, self.seen, self.now_s
+        made = ahead.plan_ahead(now_s)
+        self.come(0.1)
+        results = [drawn_by_place(plan) for plan in plain_plans]
+        self.events[0].extend(plain.commit(plain_plans, results, now_s))
+        self.events[0].extend(plain.expire(now_s))
+        following = None if made is None else ahead.follow(made, results, now_s, now_s)
+        self.events[1].extend(ahead.commit(ahead_plans, results, now_s))
+        if made is not None and following is not None:
+            seen["followed"] += 1
+            seen["with an idle lane"] += None in made
+            seen["with both lanes"] += None not in made
+            seen["without leavers"] += not all(all(each.stays) for each in made if each is not None)
+        else:
+            self.events[1].extend(ahead.expire(now_s))
+            seen["dropped"] += made is not None
+        seen["steps"] += 1
+        found = [plain.plan(now_s), ahead.plan(now_s) if following is None else following]
+        assert told(self.events[0]) == told(self.events[1])
+        assert plain.totals() == ahead.totals()
+        ahead.check()
+        return found
+
+
+def told(events: list[Any]) -> list[Any]:
+    return [(e.sequence_id, e.error.message) if isinstance(e, Failed) else e for e in events]
+
+
+def test_what_lanes_plan_ahead_is_what_they_plan_without() -> None:
+    names = ("steps", "followed", "with an idle lane", "with both lanes", "without leavers", "dropped")
+    seen = dict.fromkeys(names, 0)
+    for seed in range(25):
+        Pair(seed, seen).run()
+    assert seen["followed"] > 0.4 * seen["steps"]
+    assert min(seen.values()) > 0, seen
