@@ -131,7 +131,7 @@ def ticket_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         self._progress(entry, now_s)
 
     monkeypatch.setattr(tickets, "verify", parsed)
-    monkeypatch.setattr(Receiver, "_check", lambda self, ticket: None)
+    monkeypatch.setattr(Receiver, "_check", lambda self, ticket: {0})
     monkeypatch.setattr(Reservations, "begin", begin)
 
 
