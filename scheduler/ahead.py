@@ -10,7 +10,7 @@ What is made ahead is frozen data and nothing is changed for it: to drop it is t
 remembered, it is compared with what is. Where somebody ends with a token, comes, has gone, is to be held, or lacks a
 block, it does not, and n is committed and n + 1 planned as if nothing had been made ahead.
 
-Nothing is made where somebody who goes on guesses, is constrained or has penalties.
+Nothing is made where somebody who goes on guesses.
 
 Between follow() and commit() two steps that draw are out for each sequence. Others may come in between (a request, an
 abort, a hand-over); the one who plans must not.
@@ -33,7 +33,8 @@ class AheadPlan:
     after: StepPlan
     sequences: tuple[Sequence, ...]  # of `after`, in its order
     stays: tuple[bool, ...]  # of these; the others leave with it
-    slices: tuple[Slice, ...]  # of those who stay; the token of each is NO_TOKEN, and a table may lack its last block
+    # Of those who stay. The token of each is NO_TOKEN, its draw has no history, and a table may lack its last block.
+    slices: tuple[Slice, ...]
     missing_blocks: int  # so many tables do
 
 
@@ -57,7 +58,7 @@ class PlansAhead(Commits):
             return None
         for piece, sequence, goes_on in zip(plan.slices, sequences, stays, strict=True):
             known = sequence.known_tokens
-            if piece.draw is None or (goes_on and not _is_plain(sequence)):
+            if piece.draw is None or (goes_on and sequence.params.speculation is not None):
                 return None
             if not goes_on:
                 continue
@@ -102,7 +103,10 @@ class PlansAhead(Commits):
                 table = sequence.table()
             sequence.in_flight += 1
             sequence.planned_tokens = start + 1
-            slices.append(Slice(piece.sequence_id, (token_id,), start, table, piece.draw, adapter=piece.adapter))
+            draw = piece.draw
+            if draw is not None and draw.params.needs_history:
+                draw = draw._replace(history=(*sequence.tokens(0, start), token_id))
+            slices.append(Slice(piece.sequence_id, (token_id,), start, table, draw, adapter=piece.adapter))
         return self._send_out(slices, (sequence for sequence, _ in staying), ahead.slices)
 
     def holds(self, ahead: AheadPlan, result: StepResult, now_s: float) -> bool:
@@ -122,15 +126,9 @@ class PlansAhead(Commits):
         if not stays:
             return self._leaves(sequence)
         token_id = drawn[0].token_id
-        if token_id == NO_TOKEN or sequence.stops_at(token_id, self.config.eos_token_ids):
+        if token_id == NO_TOKEN or drawn[0].completes or sequence.stops_at(token_id, self.config.eos_token_ids):
             return False
         return not _is_to_be_held(sequence)
-
-
-def _is_plain(sequence: Sequence) -> bool:
-    """What it computes next depends on nothing but its newest token."""
-    params = sequence.params
-    return params.speculation is None and params.constraint is None and not params.needs_history
 
 
 def _is_to_be_held(sequence: Sequence) -> bool:

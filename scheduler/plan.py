@@ -65,8 +65,8 @@ class StepPlan:
 
     step: int
     slices: tuple[Slice, ...]
-    # The slices as they were known while the step before was computed, in the same order: without the token, and maybe
-    # without the last block of the table. None: this plan was not made ahead.
+    # The slices as they were known while the step before was computed, in the same order: without the token and the
+    # draw's history, and maybe without the last block of the table. None: this plan was not made ahead.
     ahead: tuple[Slice, ...] | None = dataclasses.field(default=None, compare=False)
 
     @property

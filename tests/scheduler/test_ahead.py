@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scheduler.batch import Event, Failed, Scheduler, SchedulerConfig, Tokens
-from scheduler.plan import NO_TOKEN, Drawn, StepPlan, StepResult
+from scheduler.plan import NO_TOKEN, Drawn, Slice, StepPlan, StepResult
 from scheduler.sequence import Sequence
+from spec.constraint import Constraint
 from spec.sampling import SamplingParams, Speculation
 
 EOS = (3,)
@@ -30,10 +31,20 @@ def any_params(rng: random.Random) -> SamplingParams:
         seed=rng.randrange(5),
         ignore_eos=rng.random() < 0.7,
         stop_token_ids=(11,) if rng.random() < 0.2 else (),
-        presence_penalty=0.5 if rng.random() < 0.05 else 0.0,
+        presence_penalty=0.5 if rng.random() < 0.2 else 0.0,
+        constraint=Constraint("regex", ("a*",)) if rng.random() < 0.2 else None,
         prompt_logprobs=0 if rng.random() < 0.1 else None,
         speculation=Speculation("prompt_lookup", 2, 1) if rng.random() < 0.05 else None,
     )
+
+
+def completed(piece: Slice, drawn: tuple[Drawn, ...]) -> tuple[Drawn, ...]:
+    """What a constraint makes of what was drawn, by the whole answer: the history is that of the newest token."""
+    if piece.draw is None or piece.draw.params.constraint is None:
+        return drawn
+    assert len(piece.draw.history) == piece.draw.position
+    assert piece.draw.history[-1] == piece.token_ids[-1]
+    return tuple(each._replace(completes=(sum(piece.draw.history) + each.token_id) % 8 == 0) for each in drawn)
 
 
 class Side:
@@ -64,10 +75,10 @@ class Side:
             self.scheduler.pool.release(self.reserved.pop())
 
     def execute(self, plan: StepPlan, broken: str | None) -> StepResult:
-        """`broken`: whose logits are not finite."""
+        """`broken`: whose logits are not finite. A constraint is met by one token in eight."""
         result = self.engine.execute(plan)
         pairs = zip(plan.slices, result.drawn, strict=True)
-        drawn = tuple((Drawn(NO_TOKEN),) if d and p.sequence_id == broken else d for p, d in pairs)
+        drawn = tuple((Drawn(NO_TOKEN),) if d and p.sequence_id == broken else completed(p, d) for p, d in pairs)
         return StepResult(drawn, result.prompt_logprobs)
 
     def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
