@@ -101,10 +101,10 @@ class Target(worker_pb2_grpc.WorkerServicer):
                     check = LandingCheck(self._ranks, self._pool, tuple(ticket.block_ids), 0, ticket.num_tokens)
                     yield Reply(accepted=Reply.Accepted())
                 case "landed":
-                    assert check
+                    assert check is not None
                     await check.take(message.landed.end_layer)
                 case "chunk":
-                    assert check
+                    assert check is not None
                     if message.chunk.digests:
                         await check.compare(message.chunk.digests)
                     print(json.dumps(Verdict(time.monotonic(), time.process_time())), flush=True)

@@ -67,36 +67,72 @@ inline void scramble(Lanes &row) {
 
 enum class To { NOWHERE, MEMORY, PAST_CACHES };
 
+// A line is loaded once: behind a store that might have changed it, it would be loaded again.
+template <To to>
+inline Lanes taken(const char *from, char *target) {
+    const Lanes lanes = lanes_at(from);
+    if constexpr (to == To::MEMORY) memcpy(target, &lanes, STRIPE);
+    if constexpr (to == To::PAST_CACHES) store_line(target, (const char *)&lanes);
+    return lanes;
+}
+
+inline Lanes stripe_term(Lanes lanes, Lanes secret) {
+    return neighbours_swapped(lanes) + halves_multiplied(lanes ^ secret);
+}
+
+inline Lanes row_term(Lanes row, uint64_t position) {
+    const uint64_t even = mixed(position), odd = ((even << 32) | (even >> 32)) | 1;
+    const Lanes factors = {even | 1, odd, even | 1, odd, even | 1, odd, even | 1, odd};
+    return (row ^ (row >> 32)) * factors;
+}
+
 // One row; what of it does not fill a stripe is followed by zeros.
 template <To to>
-inline void add_row(Lanes &sums, const char *from, char *target, int64_t row_bytes, uint64_t position) {
+inline Lanes term_of(const char *from, char *target, int64_t row_bytes, uint64_t position) {
     Lanes row = {};
     int stripe = 0;
-    const auto add = [&](Lanes value) {
+    const auto add = [&](Lanes lanes) {
         if (stripe == BLOCK_STRIPES) scramble(row), stripe = 0;
-        row += neighbours_swapped(value) + halves_multiplied(value ^ lanes_at(secret_words + stripe++));
+        row += stripe_term(lanes, lanes_at(secret_words + stripe++));
     };
     int64_t done = 0;
-    for (; done + STRIPE <= row_bytes; done += STRIPE) {
-        if constexpr (to == To::MEMORY) memcpy(target + done, from + done, STRIPE);
-        if constexpr (to == To::PAST_CACHES) store_line(target + done, from + done);
-        add(lanes_at(from + done));
-    }
+    for (; done + STRIPE <= row_bytes; done += STRIPE) add(taken<to>(from + done, target + done));
     if (const int64_t rest = row_bytes - done) {
         char padded[STRIPE] = {};
         memcpy(padded, from + done, rest);
         if constexpr (to != To::NOWHERE) memcpy(target + done, padded, rest);
         add(lanes_at(padded));
     }
-    const uint64_t even = mixed(position), odd = ((even << 32) | (even >> 32)) | 1;
-    const Lanes factors = {even | 1, odd, even | 1, odd, even | 1, odd, even | 1, odd};
-    sums += (row ^ (row >> 32)) * factors;
+    return row_term(row, position);
+}
+
+// Of few whole stripes, as most rows are: the secret stays in registers, and the digest hides behind the memory.
+template <To to, int STRIPES>
+void add_short_rows(Lanes &sums, const char *from, char *target, int64_t num_rows, uint64_t position) {
+    Lanes secrets[STRIPES], found = sums;
+    for (int stripe = 0; stripe < STRIPES; ++stripe) secrets[stripe] = lanes_at(secret_words + stripe);
+    for (int64_t number = 0; number < num_rows; ++number) {
+        Lanes row = {};
+        for (int stripe = 0; stripe < STRIPES; ++stripe) {
+            const int64_t at = (number * STRIPES + stripe) * STRIPE;
+            row += stripe_term(taken<to>(from + at, target + at), secrets[stripe]);
+        }
+        found += row_term(row, position + number);
+    }
+    sums = found;
 }
 
 template <To to>
 void add_rows(Lanes &sums, const char *from, char *target, int64_t row_bytes, int64_t num_rows, uint64_t position) {
-    for (int64_t row = 0; row < num_rows; ++row, from += row_bytes, target += to == To::NOWHERE ? 0 : row_bytes)
-        add_row<to>(sums, from, target, row_bytes, position + row);
+    switch (row_bytes) {
+    case STRIPE: return add_short_rows<to, 1>(sums, from, target, num_rows, position);
+    case 2 * STRIPE: return add_short_rows<to, 2>(sums, from, target, num_rows, position);
+    case 3 * STRIPE: return add_short_rows<to, 3>(sums, from, target, num_rows, position);
+    case 4 * STRIPE: return add_short_rows<to, 4>(sums, from, target, num_rows, position);
+    case 8 * STRIPE: return add_short_rows<to, 8>(sums, from, target, num_rows, position);
+    }
+    for (int64_t row = 0; row < num_rows; ++row)
+        sums += term_of<to>(from + row * row_bytes, target + row * row_bytes, row_bytes, position + row);
 }
 
 void add_run(Lanes &sums, const char *from, char *target, int64_t row_bytes, int64_t num_rows, uint64_t position) {

@@ -113,10 +113,14 @@ def test_it_equals_an_independent_one(dtype: Dtype, first_token: int, num_tokens
     assert digest == oracle(kv, block_ids, first_token, num_tokens)
 
 
-@pytest.mark.parametrize("head_dim", [1, 31, 32, 33, 128, 511, 512, 513, 576, 1100])
-def test_rows_of_any_size_are_digested_in_the_same_way_and_copied(head_dim: int) -> None:
+@pytest.mark.parametrize("shift", [0, 16])
+@pytest.mark.parametrize("head_dim", [1, 31, 32, 33, 64, 96, 128, 160, 256, 511, 512, 513, 576, 1100])
+def test_rows_of_any_size_are_digested_in_the_same_way_and_copied(head_dim: int, shift: int) -> None:
     layout = KVLayout(2, 1, head_dim, 3, Dtype.BFLOAT16, planes=1)
-    kv, there, block_ids = noise(layout, 4), noise(layout, 4, seed=5), [2, 0, 3]
+    kv, block_ids = noise(layout, 4), [2, 0, 3]
+    room = torch.zeros(4 * layout.block_bytes + 128, dtype=torch.uint8)
+    start = -room.data_ptr() % 64 + shift  # of a line of a cache
+    there = room[start : start + 4 * layout.block_bytes].view(DTYPES[layout.dtype]).view(layout.shape(4))
     expected = oracle(kv, block_ids, 1, 7)
     assert chunk_digest(kv, layout, block_ids, 1, 7) == expected
     rank, sums, lands_in = RankKV.whole(layout), no_rows(), [1, 2, 0]
