@@ -33,15 +33,16 @@ from legato.v1 import worker_pb2
 from legato.v1.common_pb2 import TransferStats
 from service import logs
 from spec.errors import LegatoError, TransferFailed
-from worker.link import Link
+from worker.link import HANDOFF_BYTES, Link
 from worker.staging import Staging
 
 logger = logs.get(__name__)
 
 _Planned = TypeVar("_Planned")
 
-DIGESTED_SHARE = 2 / 3  # of what is ready leaves together: to digest it takes no longer than to send the rest
-LEAST_DIGESTED_BYTES = 1 << 20
+# What is digested leaves in shipments of at least so much: while the receiver digests one the next one moves, and the
+# link has room for the one behind it. Each is planned, posted and told of, which takes 0.2 to 0.5 ms on either side.
+SHIPMENT_BYTES = HANDOFF_BYTES // 2
 RANKS_PLANNED_AT_ONCE = 2  # of the target; a rank takes some 0.05 ms
 
 TRANSFER_TIMEOUT_S = 10.0  # the moving clock of one group of layers; the waiting clock is the reservation's lease
@@ -257,11 +258,9 @@ class Departures:
         return await asyncio.get_running_loop().run_in_executor(self._pool, planning)
 
     def _together(self, layers: range, num_tokens: int) -> int:
-        """How many of `layers`, ready to leave, make one shipment. The receiver digests it while the next one moves,
-        and the last one when nothing moves any more, so that one is small."""
-        layer_bytes = max(1, num_tokens * sum(_layer_bytes(rank, layers) for rank in self._target.ranks) // len(layers))
-        least = -(-LEAST_DIGESTED_BYTES // layer_bytes)
-        return max(least, round(len(layers) * DIGESTED_SHARE))
+        """How many of `layers`, ready to leave, make the next of equal shipments."""
+        nbytes = num_tokens * sum(_layer_bytes(rank, layers) for rank in self._target.ranks)
+        return -(-len(layers) // max(1, min(len(layers), nbytes // SHIPMENT_BYTES)))
 
     async def _may_write(self, link: Link, nbytes: int) -> bool:
         """Once the link has room. False: the hand-over failed before."""
