@@ -15,18 +15,13 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
 import hmac
-import ipaddress
 import logging
 import secrets
 import threading
 import time
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
-
-from google.protobuf.message import DecodeError
 
 from kvtransfer import ucx_key
 from kvtransfer.copying import scatter
@@ -34,34 +29,16 @@ from kvtransfer.ledger import Ledger
 from kvtransfer.mapping_lock import WatchedLock
 from kvtransfer.pieces import check_memory
 from kvtransfer.transport import LINK_IN_USE, QUIET_TIMEOUT_S, Peer, Region, Transfer, Transport
+from kvtransfer.ucx_address import TOKEN_BYTES, opened, sealed, short, token_of
+from kvtransfer.ucx_context import default_options
 from kvtransfer.ucx_peer import UcxPeer
 from kvtransfer.ucx_worker import Endpoint, UcxWorker
 from kvtransfer.writes import landing_of
-from legato.v1.transfer_pb2 import RegionDescriptor, TransferFrame, UcxAddress
+from legato.v1.transfer_pb2 import RegionDescriptor, TransferFrame
 from spec.errors import TransferFailed
 
-TOKEN_BYTES = 16  # by which a region is named
 LOOK_S = 0.01  # whether a lock is let go of
 _log = logging.getLogger(__name__)
-
-
-def default_options(host: str) -> dict[str, str]:
-    """What libucp is told: loopback stays on loopback; without GPU and RDMA device the transports of a plain host."""
-    options = {"TCP_TX_SEG_SIZE": "512k", "TCP_RX_SEG_SIZE": "512k", "TCP_MAX_POLL": "64"}
-    options["TCP_MAX_IOV"] = "16"  # pieces of one system call: the most that libucp takes
-    options["ALLOC_PRIO"] = "md:sysv,md:posix,mmap"  # never the heap: new memory is zeros, and untouched until used
-    if _is_loopback(host):
-        options["NET_DEVICES"] = "lo"
-    if not Path("/proc/driver/nvidia").exists() and not Path("/sys/class/infiniband").exists():
-        options["TLS"] = "tcp,sm,self"
-    return options
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class UcxTransport(Transport, Ledger):
@@ -84,7 +61,7 @@ class UcxTransport(Transport, Ledger):
             on_lost=self._lost,
             on_turn=self._turn,
         )
-        self._endpoint_address = _sealed(self._worker.address, self._worker.library.version)
+        self._endpoint_address = sealed(self._worker.address, self._worker.library.version)
         self.address = self._endpoint_address.SerializeToString()
         self.detail = f"libucp {self._worker.library.version}: {' '.join(self._worker.resources())}"
 
@@ -98,8 +75,8 @@ class UcxTransport(Transport, Ledger):
 
     def connect(self, address: bytes, descriptor: bytes, timeout_s: float = 5.0) -> Peer:
         self._refuse_when_closed()
-        theirs = self._opened(address)
-        token = _token_of(descriptor)
+        theirs = opened(address, self._worker.library.version)
+        token = token_of(descriptor)
         peer = UcxPeer(self, self._worker)
         with self._lock:
             self._peers[peer.link_id] = peer
@@ -108,10 +85,10 @@ class UcxTransport(Transport, Ledger):
             peer.attached.result(timeout_s)
         except concurrent.futures.TimeoutError:
             peer.abandon()
-            raise TransferFailed(f"the peer at {_short(theirs)} does not answer", address=_short(theirs)) from None
+            raise TransferFailed(f"the peer at {short(theirs)} does not answer", address=short(theirs)) from None
         except TransferFailed as error:
             peer.abandon()
-            raise TransferFailed(f"the peer at {_short(theirs)}: {error.message}", address=_short(theirs)) from None
+            raise TransferFailed(f"the peer at {short(theirs)}: {error.message}", address=short(theirs)) from None
         return peer
 
     def has_link(self, link_id: int) -> bool:
@@ -147,19 +124,6 @@ class UcxTransport(Transport, Ledger):
     def _refuse_when_closed(self) -> None:
         if self._closed:
             raise TransferFailed("this transport is closed")
-
-    def _opened(self, address: bytes) -> UcxAddress:
-        """Raises TransferFailed for what is no address: libucp would parse any bytes."""
-        try:
-            theirs = UcxAddress.FromString(address)
-        except DecodeError:
-            raise TransferFailed("not an address of ucx", address=address.hex()[:32]) from None
-        if not hmac.compare_digest(_sealed(theirs.worker_address, "").checksum, theirs.checksum):
-            raise TransferFailed("not an address of ucx, or a damaged one", address=address.hex()[:32])
-        ours = self._worker.library.version
-        if theirs.version.split(".")[:2] != ours.split(".")[:2]:
-            raise TransferFailed(f"the peer's libucp is {theirs.version}, this one's is {ours}")
-        return theirs
 
     # ---- on the worker's thread
 
@@ -210,7 +174,7 @@ class UcxTransport(Transport, Ledger):
 
     def _welcome(self, attach: TransferFrame.Attach) -> None:
         try:
-            theirs = self._opened(attach.reply_to.SerializeToString())
+            theirs = opened(attach.reply_to.SerializeToString(), self._worker.library.version)
             endpoint = self._worker.endpoint(theirs.worker_address)
         except TransferFailed:
             return  # there is no way back to it
@@ -339,23 +303,3 @@ class _UcxRegion(Region):
         if self._given is not None:
             self._worker.unmap(self._mapping)
             self._given = None
-
-
-def _sealed(worker_address: bytes, version: str) -> UcxAddress:
-    checksum = hashlib.blake2b(worker_address, digest_size=16).digest()
-    return UcxAddress(worker_address=worker_address, checksum=checksum, version=version)
-
-
-def _token_of(descriptor: bytes) -> bytes:
-    """Raises TransferFailed for what no owner says: what is longer would not fit into a message."""
-    try:
-        token = RegionDescriptor.FromString(descriptor).token
-    except DecodeError:
-        token = b""
-    if len(token) != TOKEN_BYTES:
-        raise TransferFailed("not a descriptor of ucx", descriptor=descriptor[:64].hex())
-    return token
-
-
-def _short(address: UcxAddress) -> str:
-    return address.checksum.hex()[:12]

@@ -27,6 +27,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from kvtransfer import libucp
+from kvtransfer.ucx_context import open_context
 from kvtransfer.vectors import Vectors
 from legato.v1.transfer_pb2 import TransferFrame
 from spec.errors import TransferFailed, TransportUnavailable
@@ -77,7 +78,7 @@ class UcxWorker:
         self._message_handler = libucp.MessageHandler(self._receive)  # libucp holds pointers to these three
         self._data_handler = libucp.MessageHandler(self._receive_data)
         self._error_handler = libucp.ErrorHandler(lambda _, endpoint, status: self._errors.append((endpoint, status)))
-        self._context = _open_context(self.library, options)
+        self._context = open_context(self.library, options)
         try:
             self._worker = self._open_worker()
             descriptor = ctypes.c_int()
@@ -380,26 +381,3 @@ class UcxWorker:
         wanted = libucp.WorkerAttributes(field_mask=libucp.WorkerAttributes.MAX_AM_HEADER)
         self.library.check(self.library.ucp_worker_query(self._worker, ctypes.byref(wanted)), "largest header")
         return int(wanted.max_am_header)
-
-
-def _open_context(library: libucp.LibUcp, options: Mapping[str, str]) -> int | None:
-    configuration = ctypes.c_void_p()
-    try:
-        library.check(library.ucp_config_read(None, None, ctypes.byref(configuration)), "configuration")
-        try:
-            for name, value in options.items():
-                status = library.ucp_config_modify(configuration, name.encode(), value.encode())
-                library.check(status, f"option {name}={value}")
-            params = libucp.Params(
-                field_mask=libucp.Params.FEATURES | libucp.Params.MT_WORKERS_SHARED,
-                features=libucp.FEATURE_RMA | libucp.FEATURE_AM | libucp.FEATURE_WAKEUP,
-                mt_workers_shared=1,  # finalizers unmap memory from their own threads
-            )
-            context = ctypes.c_void_p()
-            status = library.ucp_init_version(1, 15, ctypes.byref(params), configuration, ctypes.byref(context))
-            library.check(status, "context")
-        finally:
-            library.ucp_config_release(configuration)
-    except TransferFailed as error:
-        raise TransportUnavailable(f"libucp {library.version} cannot start: {error}") from None
-    return context.value
