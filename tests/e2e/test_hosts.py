@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, cluster
+from cluster import KEY, Cluster, cluster, two_free_ports
 from tiny_llama import load_reference, reference_of, write_tokenizer
 from tiny_models import make_model
 
 import worker.build
+from service.config import EngineConfig, WorkerConfig, save
 from spec.errors import InvalidConfiguration
+from worker.departures import Departures, Way
 from worker.kv_region import map_file
 from worker.landing import LandingCheck
 
@@ -120,3 +125,83 @@ async def test_what_needs_all_kv_on_one_host_is_refused_by_name(
     with pytest.raises(InvalidConfiguration, match=f"2 hosts.*{word}"):
         async with cluster(model, redis_url, engine=OPTIONS | {"layout": "tp2"}, kv_tiers=tiers, **others):
             pass
+
+
+def in_another_namespace(*command: str) -> list[str]:
+    """It sees no process here, and shares no memory with one, as of another host."""
+    return ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *command]
+
+
+def cannot_be_apart() -> str:
+    try:
+        subprocess.run(in_another_namespace("true"), check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"process namespaces cannot be made (run as root): {error}"
+    return ""
+
+
+class Launched:
+    """A decode worker of two ranks, each started by itself on a host of its own, as torchrun does."""
+
+    def __init__(self, folder: Path, model: Path, redis_url: str, layout: str) -> None:
+        options = {key: value for key, value in OPTIONS.items() if key != "num_blocks"}
+        engine = EngineConfig(model=str(model), dtype="float32", device="cpu", threads=1, layout=layout, **options)
+        shared = {"redis_url": redis_url, "cluster": "test", "cluster_key": KEY}
+        save(WorkerConfig(role="decode", worker_id="decode-0", engine=engine, **shared), folder / "config.yaml")
+        self.log = folder / "log"
+        port = str(two_free_ports())
+        command = [sys.executable, "-m", "decode_svc", "--config", str(folder / "config.yaml")]
+        self.ranks = []
+        for rank, started in enumerate((command, in_another_namespace(*command))):
+            launch = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            with self.log.open("a") as log:
+                environment = os.environ | launch | {"LOCAL_WORLD_SIZE": "1", "MASTER_PORT": port}
+                process = subprocess.Popen(started, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+            self.ranks.append(process)
+
+    async def ready(self) -> None:
+        async with asyncio.timeout(120):
+            while "state=ready" not in self.log.read_text():
+                assert self.ranks[0].poll() is None, self.log.read_text()
+                await asyncio.sleep(0.02)
+
+    async def ended(self) -> list[int]:
+        async with asyncio.timeout(25):
+            return [await asyncio.to_thread(rank.wait) for rank in self.ranks]
+
+    def kill_all(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.wait()
+
+
+@pytest.mark.skipif(bool(cannot_be_apart()), reason=cannot_be_apart())
+async def test_a_rank_of_the_other_host_is_killed_while_kv_moves_there(
+    tmp_path: Path, model: Path, redis_url: str, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode worker is lost as a whole, and the prefill worker has nothing left of it."""
+    post, killed = Departures._post_pieces, list[int]()
+
+    def post_to_the_dead(departures: Departures, chunk: Any, way: Way, *given: Any) -> None:
+        if way.host == 1 and not killed:
+            killed.append(first.ranks[1].pid)
+            first.ranks[1].kill()
+            first.ranks[1].wait()
+        post(departures, chunk, way, *given)
+
+    first = Launched(tmp_path, model, redis_url, "tp2")
+    try:
+        await first.ready()
+        async with cluster(model, redis_url, decode=0, engine=OPTIONS) as running:
+            assert [each.token_ids for each in await answers(running)] == expected
+            monkeypatch.setattr(Departures, "_post_pieces", post_to_the_dead)
+            asking = asyncio.create_task(running.client.generate([*PROMPTS[2], 7], max_tokens=TOKENS, timeout_s=90))
+            assert await first.ended() == [1, -signal.SIGKILL]
+            assert "legato: WORKER_LOST: rank 1 (pid " in first.log.read_text()
+            assert "on another host) is gone" in first.log.read_text()
+            asking.cancel()
+            await asyncio.wait([asking])
+            await running.assert_as_at_start()
+    finally:
+        first.kill_all()
+    assert killed

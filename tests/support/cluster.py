@@ -191,5 +191,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def two_free_ports() -> int:
+    """The first of two that follow each other."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
 def _moves(counts: dict[str, dict[str, int]]) -> bool:
     return any(count for each in counts.values() for key, count in each.items() if key.endswith(".transfers"))

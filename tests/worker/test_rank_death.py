@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from types import MappingProxyType
 
 import psutil
 import pytest
-from cluster import KEY, Cluster, cluster
+from cluster import KEY, Cluster, cluster, two_free_ports
 from tiny_llama import Shape, make_llama
 
 from legato.errors import LegatoError
@@ -132,17 +131,6 @@ def launched(folder: Path, launch: Mapping[str, str]) -> subprocess.Popen[bytes]
     """One more rank of the worker in `folder`."""
     command = [sys.executable, "-m", "decode_svc", "--config", str(folder / "config.yaml")]
     return subprocess.Popen(command, env=os.environ | launch, stdin=subprocess.DEVNULL)
-
-
-def two_free_ports() -> int:
-    """The first of two that follow each other."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
 
 
 READY = "state=ready"
