@@ -50,7 +50,7 @@ class AdapterFiles:
             raise UnsupportedModel(f"{path} has ranks of its own for single layers; one rank for all is known")
         if spec.latent is not None:
             raise UnsupportedModel(f"adapters are not known to family {spec.family}, which has latent attention")
-        rank, alpha = config["r"], config.get("lora_alpha", config["r"])
+        rank, alpha = config["r"], config["lora_alpha"]
         self.rank, self.scale = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self._file = path / "adapter_model.safetensors"
         self._shapes = _shapes(self._file)
@@ -138,7 +138,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
-        rank, alpha = config["r"], config.get("lora_alpha", 1)
+        rank, alpha = config["r"], config["lora_alpha"]
         if type(rank) is not int or rank < 1:
             raise ValueError(f"r must be a whole number above 0, is {rank!r}")
         if type(alpha) not in (int, float) or not (math.isfinite(alpha) and alpha > 0):
@@ -146,7 +146,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         float(rank)
     except OSError as error:
         raise InvalidModel(f"{path} is no adapter: {file.name} cannot be read ({error.strerror})", file=file) from None
-    except (ValueError, KeyError, OverflowError) as error:
+    except KeyError as error:
+        raise InvalidModel(f"{file} does not fit: it has no {error}", file=file) from None
+    except (ValueError, OverflowError) as error:
         raise InvalidModel(f"{file} does not fit: {error}", file=file) from None
     return config
 

@@ -137,27 +137,28 @@ def join(shard: RankShard, address: str, device: torch.device, timeout_s: float 
     layout = shard.layout
     if layout.num_ranks == 1:
         return Groups(shard, device)
+    timeout = datetime.timedelta(seconds=timeout_s)  # given to each group: none takes it from another
     with _typed():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=f"tcp://{address}",
             rank=shard.rank,
             world_size=layout.num_ranks,
-            timeout=datetime.timedelta(seconds=timeout_s),
+            timeout=timeout,
         )
         tensor = stage = peers = None
         for first in range(0, layout.num_ranks, layout.tp) if layout.tp > 1 else ():
-            group = dist.new_group(list(range(first, first + layout.tp)))
+            group = dist.new_group(list(range(first, first + layout.tp)), timeout)
             if first <= shard.rank < first + layout.tp:
                 tensor = group
         for first in range(0, layout.num_ranks, layout.stage_ranks) if layout.stage_ranks > 1 else ():
-            group = dist.new_group(list(range(first, first + layout.stage_ranks)))
+            group = dist.new_group(list(range(first, first + layout.stage_ranks)), timeout)
             if first <= shard.rank < first + layout.stage_ranks:
                 stage = group
         for first in range(0, layout.num_ranks, layout.stage_ranks) if layout.mlp == "stage" else ():
             for index in range(layout.tp):
                 ranks = list(range(first + index, first + layout.stage_ranks, layout.tp))
-                group = dist.new_group(ranks)
+                group = dist.new_group(ranks, timeout)
                 if shard.rank in ranks:
                     peers = group
         return Groups(shard, device, tensor, stage, peers)

@@ -97,6 +97,10 @@ class _Builder:
             raise InvalidConfiguration(
                 f"engine.expert_replicas is for layouts with ep above 1; engine.layout is {self._layout}"
             )
+        if config.engine.micro_batches and self._layout.pp == 1:
+            raise InvalidConfiguration(
+                f"engine.micro_batches is for layouts with pp above 1; engine.layout is {self._layout}"
+            )
         self._max_context_tokens = self._options.context_of(self._files.spec)
 
     def close(self) -> None:

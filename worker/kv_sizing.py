@@ -134,7 +134,7 @@ def _as_configured(kv_memory: int, rooms: Sequence[RankRoom]) -> int:
         )
     on_gpu = [room for room in rooms if room.is_on_gpu]
     takings = []  # where, what of it is free, what is wanted of it
-    for (host, device), sharing in _by(on_gpu, lambda room: (room.host, room.use.device)).items():
+    for (host, device), sharing in _by(rooms, lambda room: (room.host, room.use.device)).items():
         free = min(room.use.free_bytes for room in sharing) - sum(room.use.activation_bytes for room in sharing)
         takings.append((f"{device} of {host}", free, sum(room.block_bytes for room in sharing)))
     for host, sharing in _by(on_gpu, lambda room: room.host).items():  # a draft model's KV has no mirror

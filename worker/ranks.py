@@ -39,6 +39,7 @@ HELLO_TIMEOUT_S = 120.0  # imports, and a model that is fetched on another host
 CAUSE_S = 1.0  # how long a rank that lost the others is no proof that it was the first to fail
 STOP_S = 3.0
 POLL_S = 0.05
+READY_POLL_S = 0.5
 Report, Command = rank_pb2.RankReport, rank_pb2.RankCommand
 Result = TypeVar("Result")
 
@@ -123,14 +124,20 @@ class Ranks:
                     raise self.cause(error) from None
 
     def wait_ready(self, report: Callable[[float], None] = lambda fraction: None, of: int | None = None) -> None:
-        """Until each, or so many of them, has said once more that it is done. Raises what the worker is lost for."""
+        """Until each, or so many of them, has said once more that it is done: it may take long over that, but not be
+        stopped. Raises what the worker is lost for."""
+        stopped_s = 0.0
         for _ in range(len(self._links) if of is None else of):
             while True:
                 report(min(self.progress.values()))
                 with contextlib.suppress(queue.Empty):
-                    if self._ready.get(timeout=0.5) is None:
+                    if self._ready.get(timeout=READY_POLL_S) is None:
                         raise self.cause(WorkerLost("a rank of this worker has ended"))
                     break
+                stopped = self._stopped()
+                stopped_s = stopped_s + READY_POLL_S if stopped is not None else 0.0
+                if stopped is not None and stopped_s > self._timeout_s:
+                    raise stopped
 
     def unless_lost(self, work: Callable[[], Result]) -> Result:
         """What `work()` returns or raises, in a thread of its own: where it waits for a rank that ends meanwhile, as
@@ -237,12 +244,18 @@ class Ranks:
                 code = process.poll()
                 if code is not None and code < 0:
                     return WorkerLost(f"rank {rank} (pid {process.pid}) ended: {_ending(code)}")
-                with contextlib.suppress(psutil.Error):
-                    if code is None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
-                        return WorkerLost(f"rank {rank} (pid {process.pid}) is stopped")
-            if time.monotonic() > until_s:
-                return None
+            stopped = self._stopped()
+            if stopped is not None or time.monotonic() > until_s:
+                return stopped
             time.sleep(POLL_S)
+
+    def _stopped(self) -> WorkerLost | None:
+        """Of this host's ranks."""
+        for rank, process in self._processes.items():
+            with contextlib.suppress(psutil.Error):
+                if process.poll() is None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+                    return WorkerLost(f"rank {rank} (pid {process.pid}) is stopped")
+        return None
 
     def _how_it_ended(self, rank: int) -> str:
         process = self._processes.get(rank)

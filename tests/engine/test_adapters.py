@@ -113,6 +113,18 @@ def test_what_is_no_plain_adapter_is_refused(
         AdapterFiles(tmp_path, open_model(base).spec)
 
 
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_what_an_adapter_does_not_say_is_not_made_up(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path, key: str
+) -> None:
+    base, adapters = world
+    config = json.loads((adapters["few"] / "adapter_config.json").read_text())
+    del config[key]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidModel, match=f"it has no '{key}'"):
+        AdapterFiles(tmp_path, open_model(base).spec)
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
     [

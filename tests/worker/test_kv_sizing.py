@@ -142,10 +142,10 @@ def test_more_of_anything_never_makes_fewer_blocks(seed: int) -> None:
 
 
 def test_kv_memory_is_of_all_ranks() -> None:
-    assert choose_num_blocks(13_440, [on_cpu(NARROW, "a", 0), on_cpu(WIDE, "a", 0)], 0.9, 1) == 10
-    assert choose_num_blocks(13_440, [on_cpu(NARROW, "a", 0)], 0.9, 1) == 26
+    assert choose_num_blocks(13_440, [on_cpu(NARROW, "a", GIB), on_cpu(WIDE, "a", GIB)], 0.9, 1) == 10
+    assert choose_num_blocks(13_440, [on_cpu(NARROW, "a", GIB)], 0.9, 1) == 26
     with pytest.raises(InvalidConfiguration, match="at least 2"):
-        choose_num_blocks(2_687, [on_cpu(NARROW, "a", 0), on_cpu(WIDE, "a", 0)], 0.9, 1)
+        choose_num_blocks(2_687, [on_cpu(NARROW, "a", GIB), on_cpu(WIDE, "a", GIB)], 0.9, 1)
 
 
 def test_kv_memory_that_a_card_does_not_have_is_refused() -> None:
@@ -154,6 +154,14 @@ def test_kv_memory_that_a_card_does_not_have_is_refused() -> None:
         choose_num_blocks(64 * GIB, [on_gpu(LLAMA_8B)], 0.9, 1)
     with pytest.raises(InvalidConfiguration, match=r"host memory.*1\.00 GiB are missing"):
         choose_num_blocks(16 * GIB, [on_gpu(LLAMA_8B, host_free_bytes=15 * GIB)], 0.9, 1)
+
+
+def test_kv_memory_that_a_host_does_not_have_is_refused() -> None:
+    """Two ranks share what is free on theirs."""
+    rooms = [on_cpu(WIDE, "a", 3 * GIB), on_cpu(WIDE, "a", 3 * GIB), on_cpu(WIDE, "b", 2 * GIB)]
+    assert choose_num_blocks(4 * GIB, rooms, 0.9, 1) == 4 * GIB // (3 * WIDE.block_bytes)
+    with pytest.raises(InvalidConfiguration, match=r"takes 4\.00 GiB of cpu of a, and 1\.00 GiB are missing"):
+        choose_num_blocks(6 * GIB, rooms, 0.9, 1)
 
 
 def test_of_a_cpu_a_tenth_of_the_shortest_memory() -> None:

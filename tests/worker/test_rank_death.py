@@ -109,8 +109,8 @@ def _alive(process: psutil.Process) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def streaming(model: Path, redis_url: str) -> AsyncIterator[None]:
-    """Its block runs while tokens are being drawn."""
+async def streaming(model: Path, redis_url: str, *, begun_first: bool = True) -> AsyncIterator[None]:
+    """Its block runs while tokens are being drawn; not `begun_first`: as soon as they are asked for."""
     begun = asyncio.Event()
 
     async def read(running: Cluster) -> None:
@@ -120,8 +120,9 @@ async def streaming(model: Path, redis_url: str) -> AsyncIterator[None]:
 
     async with cluster(model, redis_url, prefill=0, decode=0) as running:
         reading = asyncio.create_task(read(running))
-        await asyncio.wait_for(begun.wait(), 30)
-        await asyncio.sleep(0.1)
+        if begun_first:
+            await asyncio.wait_for(begun.wait(), 30)
+            await asyncio.sleep(0.1)
         yield
         reading.cancel()
         await asyncio.wait([reading])
@@ -199,16 +200,27 @@ def raise_(error: Exception) -> None:
     raise error
 
 
-async def test_a_rank_that_is_stopped(tmp_path: Path, model: Path, redis_url: str) -> None:
-    worker = Worker(tmp_path, model, redis_url, "pp3", rank_timeout_s=3.0)
+@pytest.mark.parametrize(
+    ("layout", "moment"),
+    [("pp3", "in a step"), ("tp2", "in a step"), ("dp2-stage", "in a step"), ("tp2", "idle"), ("tp2", "loading")],
+)
+async def test_a_rank_that_is_stopped(tmp_path: Path, model: Path, redis_url: str, layout: str, moment: str) -> None:
+    """Whichever group of ranks waits for it. What is idle learns of it with the next step."""
+    last = ParallelLayout.parse(layout).num_ranks - 1
+    worker = Worker(tmp_path, model, redis_url, layout, rank_timeout_s=3.0)
     try:
-        await worker.until(READY, 2)
-        async with streaming(model, redis_url):
-            os.kill(worker.ranks[1].pid, signal.SIGSTOP)
+        await worker.until(MOMENTS[moment], last)
+        pid = worker.ranks[last - 1].pid
+        if is_before := moment != "in a step":
+            os.kill(pid, signal.SIGSTOP)
+        stream = streaming(model, redis_url, begun_first=not is_before)
+        async with contextlib.nullcontext() if moment == "loading" else stream:
+            if not is_before:
+                os.kill(pid, signal.SIGSTOP)
             code = await worker.ended()
         log = worker.log.read_text()
         assert code == 1, log
-        assert f"rank 2 (pid {worker.ranks[1].pid}) is stopped" in log
+        assert f"rank {last} (pid {pid}) is stopped" in log
     finally:
         worker.kill_all()
 
