@@ -49,10 +49,9 @@ def group(weights: Sequence[PackedLinear]) -> GroupedWeights | None:
         return None
     if quantised and (len(quantised) < len(weights) or not alike(quantised)):
         return None
-    rows = [[weight.weight for weight in weights], [weight.bias for weight in weights]]
-    rows += (
-        zip(*(weight.tensors()[1:] for weight in quantised), strict=True) if quantised else [[None] * len(weights)] * 3
-    )
+    rows: list[Sequence[Tensor | None]] = [[weight.weight for weight in weights], [weight.bias for weight in weights]]
+    for place in range(1, 4):
+        rows.append([weight.tensors()[place] for weight in quantised] or [None] * len(weights))
     table = torch.tensor([[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows])
     row_bytes = first.weight.shape[1] * first.weight.element_size()
     aligned = not (row_bytes % ALIGNMENT_BYTES or bool((table[:2] % ALIGNMENT_BYTES).any()))
