@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import native_specialize_impl
 
 from kernels import (
+    fp8_linear,
     gated_activation,
+    grouped_fp8_linear,
     grouped_linear,
     grouped_quantised_linear,
     kv_pack,
@@ -39,9 +41,12 @@ from kernels import (
 from kernels.tuned_shapes import SHAPES
 from kernels.tuning import SHARED_BYTES, Config
 
-TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+TARGETS = {80: "sm_80", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
 KERNELS: dict[str, tuple[ModuleType, str]] = {  # the one that an operation's table is of
+    "fp8_linear": (fp8_linear, "_kernel"),
+    "fp8_quantise": (fp8_linear, "_quantise_kernel"),
     "gated_activation": (gated_activation, "_kernel"),
+    "grouped_fp8_linear": (grouped_fp8_linear, "_kernel"),
     "grouped_linear": (grouped_linear, "_kernel"),
     "grouped_quantised_linear": (grouped_quantised_linear, "_kernel"),
     "kv_pack": (kv_pack, "_kernel"),
@@ -54,6 +59,15 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {  # the one that an operation's ta
     "rope_kv_write": (rope_kv_write, "_kernel"),
     "sampling": (sampling, "_kernel"),
 }
+LEAST_CAPABILITY = {
+    "fp8_linear": 89,
+    "grouped_fp8_linear": 89,
+}  # where sm_80, whose tables serve 89 too, has no product
+
+
+def capability_of(operation: str, architecture: int) -> int:
+    """Of the lowest device that launches it with the tables of an architecture."""
+    return max(architecture, LEAST_CAPABILITY.get(operation, architecture))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,11 +133,14 @@ class _Recorder:
 @contextlib.contextmanager
 def _recorded_in(launches: list[Launch]) -> Iterator[None]:
     kernels = {operation: getattr(*place) for operation, place in KERNELS.items()}
+    has_products = fp8_linear.has_products
     try:
+        fp8_linear.has_products = lambda device: True
         for operation, (module, name) in KERNELS.items():
             setattr(module, name, _Recorder(operation, kernels[operation], launches))
         yield
     finally:
+        fp8_linear.has_products = has_products
         for operation, (module, name) in KERNELS.items():
             setattr(module, name, kernels[operation])
 
@@ -160,11 +177,11 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
         dict(launch.constants),
         {place: CUDABackend.parse_attr(key) for place, key in launch.attributes},
     )
-    report = io.StringIO()
+    report, capability = io.StringIO(), capability_of(launch.operation, architecture)
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(report):
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     registers, spilled = (
         int(re.findall(pattern, report.getvalue())[0]) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill st")
     )
@@ -180,7 +197,7 @@ def compile_shape(shape: str, architecture: int) -> list[Usage]:
 def line_of(shape: str, usage: Usage) -> str:
     tiles = " ".join(f"{name.lower()}={value}" for name, value in usage.config.tiles.items())
     return (
-        f"{shape:52} {usage.operation:20} {TARGETS[usage.architecture]:7} {usage.registers:4} registers "
+        f"{shape:52} {usage.operation:20} {usage.ptx_target:7} {usage.registers:4} registers "
         f"{usage.spilled_bytes:4} spilled {usage.shared_bytes:7} shared   "
         f"{tiles} warps={usage.config.num_warps} stages={usage.config.num_stages}"
     )

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import quantised_linear
+from kernels import fp8_linear, quantised_linear
 from kernels.cpu.library import Library, library_for
 from kernels.ordered_columns import ordered_columns
-from kernels.quantised import QuantisedWeight, by_input, dequantise
+from kernels.quantised import Activations, QuantisedWeight, by_input, dequantise
 
 WIDE_COLUMNS = 8192
 
@@ -37,6 +37,7 @@ class PackedLinear:
     library: Library | None = None  # what packed the weight, and alone can read it
     quantised: QuantisedWeight | None = None  # where there is no library; `weight` is its codes; contiguous, no order
     order: Tensor | None = None  # [columns] int64: the input that each column of the weight is of, -1: of none
+    activations: Activations = "kept"  # what rows are rounded to before the product
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -56,11 +57,14 @@ def pack_quantised(weight: QuantisedWeight, dtype: torch.dtype, bias: Tensor | N
     assert bias is None or (bias.shape == (weight.n,) and bias.dtype == dtype)
     library = library_for(weight.codes.new_empty(0, dtype=dtype))
     bias = None if bias is None else bias.contiguous()
-    order, inputs, weight = weight.order, weight.inputs, dataclasses.replace(weight, order=None)
+    order, inputs, activations = weight.order, weight.inputs, weight.activations
+    weight = dataclasses.replace(weight, order=None)
     if library is None:
         weight = weight.with_rows(*(None if tensor is None else tensor.contiguous() for tensor in weight.tensors()))
-        return PackedLinear(weight.codes, bias, weight.n, inputs, dtype, quantised=weight, order=order)
-    return PackedLinear(library.pack_quantised(weight), bias, weight.n, inputs, dtype, library, order=order)
+        return PackedLinear(weight.codes, bias, weight.n, inputs, dtype, None, weight, order, activations)
+    return PackedLinear(
+        library.pack_quantised(weight), bias, weight.n, inputs, dtype, library, None, order, activations
+    )
 
 
 def unpack(packed: PackedLinear) -> Tensor:
@@ -72,6 +76,7 @@ def unpack(packed: PackedLinear) -> Tensor:
 
 
 def reference(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
+    x = x if packed.activations == "kept" else fp8_linear.rounded(x)
     if packed.quantised is not None and packed.order is None:
         return quantised_linear.reference(x, packed.quantised, packed.bias, wide=wide)
     weight = unpack(packed)
@@ -92,6 +97,10 @@ def linear(x: Tensor, packed: PackedLinear, *, wide: bool = False) -> Tensor:
     assert x.dtype == packed.dtype
     if packed.order is not None:
         x = ordered_columns(x, packed.order)
+    if packed.activations == "fp8":
+        if packed.quantised is not None and fp8_linear.multiplies(x.device, packed.quantised):
+            return fp8_linear.launch(x, packed.quantised, packed.bias, wide=wide)
+        x = fp8_linear.rounded(x)
     if packed.quantised is not None:
         return quantised_linear.quantised_linear(x, packed.quantised, packed.bias, wide=wide)
     if packed.library is None:

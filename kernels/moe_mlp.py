@@ -17,7 +17,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels import gated_activation, grouped_linear, grouped_quantised_linear, linear, tuning
+from kernels import (
+    fp8_linear,
+    gated_activation,
+    grouped_fp8_linear,
+    grouped_linear,
+    grouped_quantised_linear,
+    linear,
+    tuning,
+)
 from kernels.cpu.library import Library
 from kernels.gated_activation import ActivationKind
 from kernels.grouped_linear import GroupedWeights, Order
@@ -33,7 +41,7 @@ class PackedExperts:
     down: tuple[PackedLinear, ...]  # [H, I] each
     addresses: Tensor  # [4, E] int64, on their device: of gate_up, its bias, down, its bias; 0 where there is no bias
     grouped: tuple[GroupedWeights, GroupedWeights] | None  # of gate_up, of down: what a GPU computes in one launch each
-    ordered: bool  # a weight has its columns in an order of its own, which only kernels/linear.py reads
+    apart: bool  # a CPU computes one after the other: columns have an order of their own, or rows are to be rounded
 
     @property
     def hidden_size(self) -> int:
@@ -78,8 +86,8 @@ def join_experts(gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear]) 
     table = torch.tensor(addresses, device=down[0].weight.device)
     of_gate_up, of_down = (grouped_linear.group(side) for side in (gate_up, down))
     grouped = None if of_gate_up is None or of_down is None else (of_gate_up, of_down)
-    ordered = any(part.order is not None for part in parts)
-    return PackedExperts(tuple(gate_up), tuple(down), table, grouped, ordered)
+    apart = any(part.order is not None or part.activations != "kept" for part in parts)
+    return PackedExperts(tuple(gate_up), tuple(down), table, grouped, apart)
 
 
 def reference(
@@ -134,8 +142,14 @@ def _combine_kernel(
 
 
 def _product(x: Tensor, weights: GroupedWeights, order: Order, slots_per_row: int, out: Tensor) -> None:
-    of_weights = grouped_linear if weights.first.quantised is None else grouped_quantised_linear
-    of_weights.launch(x, weights, order, slots_per_row, out)
+    quantised = weights.first.quantised
+    if quantised is None:
+        grouped_linear.launch(x, weights, order, slots_per_row, out)
+    elif quantised.activations == "fp8" and fp8_linear.multiplies(x.device, quantised):
+        grouped_fp8_linear.launch(x, weights, order, slots_per_row, out)
+    else:
+        x = x if quantised.activations == "kept" else fp8_linear.rounded(x)
+        grouped_quantised_linear.launch(x, weights, order, slots_per_row, out)
 
 
 def launch(
@@ -171,7 +185,7 @@ def moe_mlp(
     assert x.shape[1] == experts.hidden_size
     assert x.dtype == experts.down[0].dtype
     assert weights.shape == expert_ids.shape == (x.shape[0], expert_ids.shape[1])
-    if experts.library is not None and not experts.ordered:
+    if experts.library is not None and not experts.apart:
         return experts.library.moe_mlp(
             x,
             experts.addresses,

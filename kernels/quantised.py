@@ -8,7 +8,8 @@
     fp8     E4M3 without infinities                     DeepSeek's blocks of 128 x 128; a scale per tensor or output
     fp4     E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and sign   MXFP4 (E8M0 scale per 32), NVFP4 (E4M3 per 16, one per tensor)
 
-A zero point z of codes 0 ... 15 is the offset scale · (8 - z). Activations are not quantised.
+A zero point z of codes 0 ... 15 is the offset scale · (8 - z). Rows that a weight of fp8 multiplies may be rounded to
+E4M3 themselves (kernels/fp8_linear.py); all other activations are kept as they are.
 
 GPTQ in the order of activations (desc_act) lets any inputs share a scale: columns are then put together by their group
 as they are loaded, `order` says which input each is, and a product reads its rows in that order.
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Kind = Literal["int8", "int4", "fp8", "fp4"]
+Activations = Literal["kept", "fp8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
@@ -51,6 +53,7 @@ class QuantisedWeight:
     offsets: Tensor | None = None  # as the scales, one of OFFSET_DTYPES
     output_scales: Tensor | None = None  # [N] float32
     order: Tensor | None = None  # [K] int64: the input that a column is of, -1: of none, it counts for nothing
+    activations: Activations = "kept"  # what the rows that it is multiplied with are rounded to
 
     def __post_init__(self) -> None:
         width = -(-self.k // 2) if self.kind in NUMBERS else self.k
@@ -63,6 +66,7 @@ class QuantisedWeight:
         assert self.offsets is None or (self.offsets.shape == groups and self.offsets.dtype in OFFSET_DTYPES)
         assert self.output_scales is None or self.output_scales.shape == (self.n,)
         assert self.output_scales is None or self.output_scales.dtype == torch.float32
+        assert self.activations == "kept" or (self.kind == "fp8" and self.order is None)
         assert self.order is None or (self.order.shape == (self.k,) and self.order.dtype == torch.int64)
 
     @property
@@ -95,7 +99,8 @@ class QuantisedWeight:
         groups = slice(None) if self.group >= self.k else slice(start // self.group, -(-stop // self.group))
         scales = _bytes_of(self.scales)[:, groups].contiguous().view(self.scales.dtype)
         offsets = None if self.offsets is None else self.offsets[:, groups].contiguous()
-        return QuantisedWeight(self.kind, codes, scales, stop - start, self.group, offsets, self.output_scales)
+        new = QuantisedWeight(self.kind, codes, scales, stop - start, self.group, offsets, self.output_scales)
+        return dataclasses.replace(new, activations=self.activations)
 
     def of_inputs(self, inputs: Tensor) -> QuantisedWeight:
         """The weight of these inputs, [M] int64 without repeats, in this order. For weights that have an order; what is
@@ -125,13 +130,13 @@ class QuantisedWeight:
         )
         assert codes is not None
         assert scales is not None
-        return QuantisedWeight(self.kind, codes, scales, self.k, self.group, offsets, output_scales, self.order)
+        return dataclasses.replace(self, codes=codes, scales=scales, offsets=offsets, output_scales=output_scales)
 
 
 def alike(weights: Sequence[QuantisedWeight]) -> bool:
-    """Whether they can be one weight: of one kind, K, group, order of columns and dtypes."""
+    """Whether they can be one weight: of one kind, K, group, order of columns, activations and dtypes."""
     first = weights[0]
-    forms = {(weight.kind, weight.k, weight.group, weight.order is None) for weight in weights}
+    forms = {(weight.kind, weight.k, weight.group, weight.order is None, weight.activations) for weight in weights}
     dtypes = {tuple(None if tensor is None else tensor.dtype for tensor in weight.tensors()) for weight in weights}
     if len(forms) > 1 or len(dtypes) > 1:
         return False

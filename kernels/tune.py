@@ -32,7 +32,10 @@ from kernels.tuned_shapes import SHAPES
 from kernels.tuning import SHARED_BYTES, Config, Table
 
 _TILES: dict[str, dict[str, tuple[int, ...]]] = {
+    "fp8_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128, 256)},
+    "fp8_quantise": {"blocks": (4, 8, 16, 32)},
     "gated_activation": {"columns": (512, 1024, 2048, 4096)},
+    "grouped_fp8_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128, 256)},
     "grouped_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128, 256), "depth": (32, 64, 128)},
     "grouped_quantised_linear": {"rows": (16, 32, 64, 128), "outputs": (32, 64, 128), "depth": (32, 64, 128, 256)},
     "kv_pack": {"elements": (512, 1024, 2048, 4096)},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    fp8_linear,
     gated_activation,
     kv_pack,
     linear,
@@ -27,7 +28,7 @@ from kernels import (
     sampling,
 )
 from kernels.kv_rows import LARGEST_CODE, SCALE_BYTES, dequantise_rows, quantise_rows
-from kernels.quantised import CODE_DTYPES, NUMBERS, Kind, QuantisedWeight
+from kernels.quantised import CODE_DTYPES, NUMBERS, Activations, Kind, QuantisedWeight
 
 Results = tuple[Tensor, ...]
 
@@ -198,6 +199,7 @@ def experts(
     has_bias: bool = False,
     dtype: torch.dtype = BRAIN,
     form: dict[str, Any] | None = None,  # of quantised weights, as _drawn_weight takes it
+    activations: Activations = "kept",
 ) -> Call:
     def packed(num_outputs: int, depth: int) -> list[linear.PackedLinear]:
         bias = _drawn(device, num_outputs, dtype=dtype) if has_bias else None
@@ -205,8 +207,10 @@ def experts(
             weights = _drawn(device, num_experts, num_outputs, depth, dtype=dtype)
             return [linear.PackedLinear(weight, bias, num_outputs, depth, dtype) for weight in weights]
         quantised = [_drawn_weight(device, size=(num_outputs, depth), **form) for _ in range(num_experts)]
+        quantised = [dataclasses.replace(weight, activations=activations) for weight in quantised]
         return [
-            linear.PackedLinear(weight.codes, bias, num_outputs, depth, dtype, quantised=weight) for weight in quantised
+            linear.PackedLinear(weight.codes, bias, num_outputs, depth, dtype, None, weight, None, activations)
+            for weight in quantised
         ]
 
     experts = moe_mlp.join_experts(packed(2 * intermediate_size, hidden_size), packed(hidden_size, intermediate_size))
@@ -259,6 +263,34 @@ def quantised(
     weight, x = _drawn_weight(device, size=size, **form), _drawn(device, num_rows, size[1], dtype=dtype)
     run = functools.partial(quantised_linear.launch, x, weight)
     return Call(run, lambda: (run(),), lambda: (quantised_linear.reference(x, weight),))
+
+
+def fp8(
+    device: torch.device,
+    *,
+    num_rows: int,
+    size: tuple[int, int] = (4096, 4096),
+    dtype: torch.dtype = BRAIN,
+    **form: Any,
+) -> Call:
+    """form: as _drawn_weight takes it."""
+    weight, x = _drawn_weight(device, size=size, **form), _drawn(device, num_rows, size[1], dtype=dtype)
+    run = functools.partial(fp8_linear.launch, x, weight)
+    return Call(run, lambda: (run(),), lambda: (fp8_linear.reference(x, weight),))
+
+
+def fp8_rows(device: torch.device, *, num_rows: int, size: int, dtype: torch.dtype = BRAIN) -> Call:
+    x = _drawn(device, num_rows, size, dtype=dtype)
+
+    def plain(quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Results:
+        codes, scales = quantise(x)
+        return codes.float(), scales
+
+    return Call(
+        functools.partial(fp8_linear.quantise_launch, x),
+        functools.partial(plain, fp8_linear.quantise_launch),
+        functools.partial(plain, fp8_linear.quantise),
+    )
 
 
 def sample(device: torch.device, *, vocab: int, first_id: int = 0, dtype: torch.dtype = SINGLE) -> Call:

@@ -10,7 +10,20 @@ from typing import Any
 
 import torch
 
-from kernels.tuned_calls import Call, attention, experts, gate, norm, pack, quantised, rope, route, sample
+from kernels.tuned_calls import (
+    Call,
+    attention,
+    experts,
+    fp8,
+    fp8_rows,
+    gate,
+    norm,
+    pack,
+    quantised,
+    rope,
+    route,
+    sample,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,6 +138,22 @@ _QUANTISED_EXPERTS: dict[str, dict[str, Any]] = {
         for num_tokens in (4, 64, 999)
     },
 }
+_FP8_EXPERTS: dict[str, dict[str, Any]] = {
+    name: {**sizes, "num_tokens": num_tokens, "form": form, "activations": "fp8"}
+    for name, sizes, num_tokens, form in (
+        ("bf16 decode", QWEN, 32, FP8_BLOCKS),
+        ("bf16 some rows", QWEN, 1024, FP8_BLOCKS),
+        ("bf16 chunk", QWEN, 4096, FP8_BLOCKS),
+        ("fp16 odd, per output, chunk", ODD, 999, {"kind": "fp8"}),
+    )
+}
+_FP8_LINEAR: dict[str, dict[str, Any]] = {
+    "bf16 per 128, 1 row": {"num_rows": 1, **FP8_BLOCKS},
+    "bf16 per 128, 64 rows": {"num_rows": 64, **FP8_BLOCKS},
+    "bf16 per 128, 4096 rows": {"num_rows": 4096, **FP8_BLOCKS},
+    "bf16 per output, odd, 999 rows": {"num_rows": 999, "kind": "fp8", "size": (431, 999)},
+}
+_FP8_ROWS: dict[str, dict[str, Any]] = {"bf16 4096 x 7168": {"num_rows": 4096, "size": 7168}}
 _SUMS: dict[str, dict[str, Any]] = {"bf16 2880": {**OSS_EXPERTS, "num_tokens": 256}}
 _QUANTISED: dict[str, dict[str, Any]] = {
     **{
@@ -167,6 +196,9 @@ SHAPES: dict[str, TunedShape] = {
     f"{operation}, {name}": TunedShape(operation, functools.partial(make, **numbers))
     for operation, make, named in (
         ("gated_activation", gate, _GATE),
+        ("fp8_linear", fp8, _FP8_LINEAR),
+        ("fp8_quantise", fp8_rows, _FP8_ROWS),
+        ("grouped_fp8_linear", experts, _FP8_EXPERTS),
         ("grouped_linear", experts, _EXPERTS),
         ("grouped_quantised_linear", experts, _QUANTISED_EXPERTS),
         ("kv_pack", pack, _PACK),

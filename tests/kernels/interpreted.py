@@ -6,6 +6,7 @@ not be set where kernels compile.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from rope_inputs import CASES, NORMED, QUANTISED, Inputs, rows_at_the_ends
 from torch import Tensor
 
 from kernels import (
+    fp8_linear,
     gated_activation,
     linear,
     moe_mlp,
@@ -318,6 +320,70 @@ def test_moe_mlp_of_quantised_experts(form: str, dtype: torch.dtype, monkeypatch
     found = moe_mlp.launch(x, experts, expert_ids, weights, "silu")
     scale = expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 4e-3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "k"), [(1, 1), (3, 128), (5, 300), (17, 129)])
+def test_fp8_rows(num_rows: int, k: int, dtype: torch.dtype) -> None:
+    x = in_poison((torch.randn(num_rows, k) * torch.exp2(torch.randint(-12, 12, (num_rows, 1)))).to(dtype))
+    for found, expected in zip(fp8_linear.quantise_launch(x), fp8_linear.quantise(x), strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
+def test_fp8_rows_at_the_ends() -> None:
+    """Every exponent of float32, its smallest numbers, what just is and just is not the greatest of a scale, zeros."""
+    exponents = torch.exp2(torch.arange(-149, 128).double()).float()
+    x = torch.stack([exponents, exponents * 1.75, torch.nextafter(exponents * 1.75, torch.tensor(3e38))], dim=1)
+    x = torch.cat([x, torch.zeros(1, 3), torch.full((1, 3), 3.4e38)])
+    x[:, 0] *= -1
+    for found, expected in zip(fp8_linear.quantise_launch(x), fp8_linear.quantise(x), strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    broken = torch.ones(2, 300)
+    broken[0, 130], broken[1, 299] = float("inf"), float("nan")
+    codes, scales = fp8_linear.quantise_launch(broken)
+    values = codes.float() * scales.repeat_interleave(128, 1)[:, :300]
+    expected = torch.ones(2, 300, dtype=torch.bool)
+    expected[0, 128:256] = expected[1, 256:] = False
+    assert torch.equal(values.isfinite(), expected)
+
+
+@pytest.mark.parametrize("form", ["fp8 per output", "fp8 per 128"])
+@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 5, 7), (3, 70, 300), (19, 33, 130)])
+def test_fp8_linear(num_rows: int, n: int, k: int, form: str) -> None:
+    weight, x = drawn_weight(FORMS[form], n, k), in_poison(torch.randn(num_rows, k))
+    sizes = magnitudes(fp8_linear.rounded(x), weight)
+    for bias in (None, in_poison(torch.randn(n))):
+        found = fp8_linear.launch(x, weight, bias, wide=True)
+        expected = fp8_linear.reference(x, weight, bias, wide=True)
+        assert ((found - expected).abs() <= sizes * (k + 4) * 2**-24 + 1e-6).all()
+    small = in_poison((x / 256).half())
+    assert torch.equal(fp8_linear.launch(small, weight), fp8_linear.launch(small, weight, wide=True).half())
+
+
+@pytest.mark.parametrize("form", ["fp8 per output", "fp8 per 128"])
+def test_moe_mlp_of_fp8_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "shared_library", lambda: None)
+    monkeypatch.setattr(fp8_linear, "has_products", lambda device: True)
+    num_tokens, num_experts, intermediate_size, hidden_size = 23, 3, 33, 140
+
+    def packed(n: int, k: int) -> list[PackedLinear]:
+        weights = [drawn_weight(FORMS[form], n, k, seed) for seed in range(num_experts)]
+        bias = in_poison(torch.randn(n) / 64)
+        return [
+            linear.pack_quantised(dataclasses.replace(weight, activations="fp8"), torch.float32, bias)
+            for weight in weights
+        ]
+
+    experts = moe_mlp.join_experts(packed(2 * intermediate_size, hidden_size), packed(hidden_size, intermediate_size))
+    x = in_poison(torch.randn(num_tokens, hidden_size) / 4096)
+    expert_ids = torch.randint(-1, num_experts - 1, (num_tokens, 2))
+    weights = torch.rand(num_tokens, 2).masked_fill(expert_ids < 0, float("nan"))
+    found = moe_mlp.launch(x, experts, expert_ids, weights, "silu")
+    # What lies between gates and down is rounded: a bit of the sums' order may move a code.
+    expected = moe_mlp.reference(x, experts, expert_ids, weights, "silu")
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=scale * 1e-2)
 
 
 def sampled(scores: Tensor, choices: list[tuple[float, int, float, float]], first_id: int = 0) -> Tensor:
