@@ -62,6 +62,7 @@ class Form:
 
 
 AS_STORED = {"quantisation": "auto"}
+ROUNDED = AS_STORED | {"activations": "stored"}
 FORMS = {  # the first is the reference
     "bfloat16": Form({"quantisation": "none"}),
     "int8": Form({"quantisation": "int8"}),
@@ -75,6 +76,8 @@ FORMS = {  # the first is the reference
     "FP8 tensor": Form(AS_STORED, FP8_TENSOR),
     "FP8 channel": Form(AS_STORED, FP8_CHANNELS),
     "FP8 blocks": Form(AS_STORED, block_fp8(128)),
+    "FP8 channel, FP8 rows": Form(ROUNDED, FP8_CHANNELS),
+    "FP8 blocks, FP8 rows": Form(ROUNDED, block_fp8(128)),
     "MXFP4": Form(AS_STORED, MXFP4),
     "NVFP4": Form(AS_STORED, MODELOPT_NVFP4),
     "KV int8": Form({"quantisation": "none", "kv_dtype": "int8"}),

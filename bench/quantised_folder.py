@@ -28,9 +28,9 @@ class Checkpoint:
     stacked: bool = False  # the experts of gpt-oss alone
 
 
-def compressed(layout: str, **weights: Any) -> dict[str, Any]:
-    """The configuration of compressed-tensors."""
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+def compressed(layout: str, *, inputs: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    """The configuration of compressed-tensors. inputs: of activations, None where they are kept."""
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": ["lm_head"]}
 
 
@@ -55,8 +55,10 @@ def compressed_block_fp8(block: int) -> Checkpoint:
     return Checkpoint(config, partial(float_checkpoints.block_fp8, block=block, scales_name="weight_scale"))
 
 
+ROUNDED_ROWS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 FP8_CHANNELS = Checkpoint(
-    compressed("float-quantized", num_bits=8, type="float", strategy="channel"), float_checkpoints.channel_fp8
+    compressed("float-quantized", inputs=ROUNDED_ROWS, num_bits=8, type="float", strategy="channel"),
+    float_checkpoints.channel_fp8,
 )
 FP8_TENSOR = Checkpoint(
     compressed("float-quantized", num_bits=8, type="float", strategy="tensor"), float_checkpoints.tensor_fp8

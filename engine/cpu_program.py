@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from engine.layer_hook import LayerHook
+from engine.projection import Projection
 from engine.step import StepTensors
 from engine.weights import AttentionWeights, LayerWeights, MlpWeights
 from kernels.cpu.program import Program
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def record(decoder: Decoder) -> RecordedLayers | None:
-    """None where the decoder needs more than one rank's own dense layers, or has no compiled kernels."""
+    """None where the decoder needs more than one rank's own dense layers, rounds rows, or has no compiled kernels."""
     layout, layers = decoder.shard.layout, decoder.weights.layers
     if layout.dense_tp > 1 or not all(isinstance(layer.mlp, MlpWeights) for layer in layers):
         return None
@@ -26,10 +27,18 @@ def record(decoder: Decoder) -> RecordedLayers | None:
         return None
     attention = layers[0].attention
     assert isinstance(attention, AttentionWeights)
+    if any(projection.base.activations != "kept" for layer in layers for projection in _projections(layer)):
+        return None
     library = attention.qkv.base.library
     if library is None or not library.covers(decoder.dtype, decoder.kv.tensor.dtype):
         return None
     return RecordedLayers(decoder, Program(library, decoder.dtype))
+
+
+def _projections(layer: LayerWeights) -> tuple[Projection, ...]:
+    assert isinstance(layer.attention, AttentionWeights)
+    assert isinstance(layer.mlp, MlpWeights)
+    return layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down
 
 
 class RecordedLayers:

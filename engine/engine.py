@@ -26,7 +26,7 @@ from engine.projection import Segments
 from engine.speculation import DraftModel, draws_of, verified
 from engine.step import StepTensors
 from engine.vocabulary_parallel import Sampler
-from engine.weights import Quantisation, load_experts, load_weights
+from engine.weights import Quantisation, Rounding, load_experts, load_weights
 from scheduler.plan import Draw, Slice, StepPlan, StepResult, TokenLogprobs
 from spec.dtype import Dtype
 from spec.errors import InvalidConfiguration
@@ -39,10 +39,11 @@ from spec.shard import RankShard, Replicas, imbalance, replicas_for, shard_of, w
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineOptions:
     """dtype "auto": float32 for a model stored in float32, bfloat16 for every other, quantised ones included.
-    kv_dtype "auto": the same. quantisation: of the weights, see load_weights. device "auto": the GPU where there is
-    one. threads: of the CPU; None leaves torch's number. graph_rows: most sequences of a decode step that a GPU replays
-    from a CUDA graph; 0: none. max_context_tokens: no sequence is longer; None or more than the model's own: the
-    model's own. Raises InvalidConfiguration for a quantisation that is none.
+    kv_dtype "auto": the same. quantisation, activations: of the weights and of what they multiply, see load_weights.
+    device "auto": the GPU where there is one. threads: of the CPU; None leaves torch's number. graph_rows: most
+    sequences of a decode step that a GPU replays from a CUDA graph; 0: none. max_context_tokens: no sequence is longer;
+    None or more than the model's own: the model's own. Raises InvalidConfiguration for a quantisation or activations
+    that are none.
     """
 
     dtype: str = "auto"
@@ -51,12 +52,15 @@ class EngineOptions:
     block_tokens: int = 16
     kv_dtype: str = "auto"
     quantisation: Quantisation = "auto"
+    activations: Rounding = "kept"
     graph_rows: int = 64
     max_context_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.quantisation not in (known := get_args(Quantisation)):
             raise InvalidConfiguration(f"quantisation {self.quantisation!r} is none; known are {', '.join(known)}")
+        if self.activations not in (known := get_args(Rounding)):
+            raise InvalidConfiguration(f"activations {self.activations!r} is none; known are {', '.join(known)}")
 
     def dtype_for(self, spec: ModelSpec) -> Dtype:
         """Raises InvalidConfiguration for a name that is no dtype."""
@@ -131,7 +135,8 @@ class Engine:
         self._graph_rows = options.graph_rows if can_capture(self.spec, self.shard, self.device) else 0
         self._kv_layout = kv_layout_for(self.spec, options, self.shard)
         self.kv = self._kv_memory(num_blocks, kv_buffer)
-        weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, options.quantisation)
+        rounding = options.quantisation, options.activations
+        weights = load_weights(files, self.shard, dtype, self.device, progress, adapters, *rounding)
         self._graph_rows = 0 if waits_for_the_device(weights) else self._graph_rows
         self.decoder = Decoder(self.spec, self.shard, weights, self.kv, self.groups, self.device, dtype, replicas)
         self._captured = self._graphs()
@@ -140,7 +145,7 @@ class Engine:
         self._draft_model, self._grammars = draft_model, grammars or Grammars(refuse, self.shard.vocab, 1)
         self._sampler = Sampler(self.groups, self.spec.vocab_size)
         self._prepared: tuple[tuple[Slice, ...], HostInputs] | None = None
-        self._files, self._quantisation, self._replicas = files, options.quantisation, replicas or {}
+        self._files, self._rounding, self._replicas = files, rounding, replicas or {}
 
     def place_kv(self, num_blocks: int, kv_buffer: memoryview | None = None) -> None:
         """KV memory of that size in place of what is held, as the constructor takes it: before warm_up(), and before
@@ -245,7 +250,7 @@ class Engine:
         self.decoder.place_experts(
             placed,
             replicas,
-            lambda layer: load_experts(self._files, placed, layer, dtype, self.device, self._quantisation),
+            lambda layer: load_experts(self._files, placed, layer, dtype, self.device, *self._rounding),
         )
         self._replicas = replicas
         if self._captured is not None:

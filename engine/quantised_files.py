@@ -17,6 +17,7 @@ GGUF Q4_0 Q4_1 Q8_0   blocks of 32: a float16 scale (and minimum), then codes
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -34,8 +35,9 @@ from engine.quantised_heads import (
     group_inputs,
     is_fp8,
     packed_fp4,
+    rounds_rows,
 )
-from kernels.quantised import Kind, QuantisedWeight, nibbles, ordered
+from kernels.quantised import Activations, Kind, QuantisedWeight, nibbles, ordered
 from spec.errors import InvalidModel, UnsupportedModel
 
 METHODS = ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "modelopt")
@@ -75,6 +77,7 @@ class QuantisedTensors:
         self._fp4_group = 32 if layout == "mxfp4-pack-quantized" else 16
         self._group_size = config.get("group_size", config.get("q_group_size"))
         self._block = fp8_block(config)
+        self._activations: Activations = "fp8" if rounds_rows(config) else "kept"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names that the weights would have, were they not quantised, and their shapes. Where a weight is only scaled,
@@ -196,9 +199,9 @@ class QuantisedTensors:
 
     def _fp8(self, name: str, scales_name: str) -> QuantisedWeight:
         codes, scales = self._read(name), self._read(scales_name)
-        if scales.shape == fp8_grid(codes.shape, self._block):
-            return block_fp8(codes, scales, self._block)
-        return scaled_fp8(codes, scales)
+        in_blocks = scales.shape == fp8_grid(codes.shape, self._block)
+        weight = block_fp8(codes, scales, self._block) if in_blocks else scaled_fp8(codes, scales)
+        return dataclasses.replace(weight, activations=self._activations)
 
 
 def unpacked(words: Tensor, bits: int, dimension: int) -> Tensor:

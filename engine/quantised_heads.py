@@ -129,6 +129,18 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     return block[0], block[1]
 
 
+def rounds_rows(config: Mapping[str, Any]) -> bool:
+    """Whether a weight of FP8 is meant to multiply rows that are rounded to FP8 as they come: DeepSeek's scheme
+    "dynamic", or dynamic activations of compressed-tensors. Scales that were found beforehand ("static") are not used.
+    """
+    groups = config.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    inputs = [group.get("input_activations") if isinstance(group, Mapping) else None for group in groups]
+    wanted = {"dynamic": True, "type": "float", "num_bits": 8}
+    dynamic = [isinstance(each, Mapping) and wanted.items() <= each.items() for each in inputs]
+    return config.get("activation_scheme") == "dynamic" or (bool(dynamic) and all(dynamic))
+
+
 def fp8_grid(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, int]:
     """Blocks of a weight [N, K] along its two sides."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])

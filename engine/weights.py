@@ -28,6 +28,7 @@ from spec.shard import RankShard
 
 Part = Tensor | QuantisedWeight  # [rows, columns], both taking a tensor of row numbers as an index
 Quantisation = Literal["auto", "none", "int8", "int4", "fp8"]
+Rounding = Literal["kept", "stored"]  # of the rows that quantised weights multiply
 INT4_GROUP = 32
 
 
@@ -98,14 +99,17 @@ def load_weights(
     progress: Callable[[float], None] | None = None,
     adapters: Mapping[str, AdapterFiles] | None = None,
     quantisation: Quantisation = "auto",
+    activations: Rounding = "kept",
 ) -> ModelWeights:
     """Reads each tensor once. `quantisation` "auto": as they are stored; "none": none; else what is not stored so is
-    brought into it. `progress` hears the fraction done, rising from above 0 to 1.
+    brought into it. `activations` "stored": a weight that stays as it is stored rounds the rows that it multiplies to
+    FP8, where the files say that it is meant so; "kept": none does. `progress` hears the fraction done, rising from
+    above 0 to 1.
 
     Peak memory above the packed weights is about twice the largest projection, or the experts of one layer. Raises what
     ModelFiles.tensor does.
     """
-    loader = _Loader(files, shard, dtype, device, adapters or {}, quantisation)
+    loader = _Loader(files, shard, dtype, device, adapters or {}, quantisation, activations)
     family = FAMILIES[files.spec.family]
     total, done = len(shard.layers) + 2, 0
 
@@ -138,9 +142,10 @@ def load_experts(
     dtype: torch.dtype,
     device: torch.device,
     quantisation: Quantisation,
+    activations: Rounding,
 ) -> PackedExperts:
     """Those of the rank's in one layer, as load_weights() reads them."""
-    return _Loader(files, shard, dtype, device, {}, quantisation).experts(layer)
+    return _Loader(files, shard, dtype, device, {}, quantisation, activations).experts(layer)
 
 
 class _Loader:
@@ -152,9 +157,10 @@ class _Loader:
         device: torch.device,
         adapters: Mapping[str, AdapterFiles],
         quantisation: Quantisation,
+        activations: Rounding,
     ) -> None:
         self._files, self._shard, self._dtype, self._device, self._adapters = files, shard, dtype, device, adapters
-        self._quantisation = quantisation
+        self._quantisation, self._activations = quantisation, activations
         self._spec, self._family = files.spec, FAMILIES[files.spec.family]
         self._cutter = Cutter(files.spec, shard)
 
@@ -170,6 +176,7 @@ class _Loader:
         quantised and then cut: every layout holds the same numbers."""
         name = weight.tensor_name(layer, expert)
         if self._quantisation == "auto" and (stored := self._files.quantised(name)) is not None:
+            stored = stored if self._activations == "stored" else dataclasses.replace(stored, activations="kept")
             return self._cutter.cut_quantised(stored, weight.shape)
         if (kind := self._kind_of(weight)) is not None:
             return self._cutter.cut_quantised(_quantised(self._files.tensor(name), kind), weight.shape)

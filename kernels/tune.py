@@ -46,12 +46,10 @@ _TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "rope_kv_write": {"elements": (1024, 2048, 4096)},
     "sampling": {"tokens": (1024, 2048, 4096, 8192)},
 }
-_LOOPS = {
-    "grouped_linear",
-    "grouped_quantised_linear",
-    "paged_attention",
-    "quantised_linear",
-}  # whose loops are pipelined in stages
+_LOOPS = {  # whose loops are pipelined in stages
+    *("fp8_linear", "grouped_fp8_linear", "grouped_linear", "grouped_quantised_linear"),
+    *("paged_attention", "quantised_linear"),
+}
 TOLERANCE = 0.02  # of the norm of the reference; bfloat16 rounds at 0.4 %
 LEAST_GAIN = 0.02
 FLUSH_BYTES = 256 << 20  # more than a cache of the GPUs we name

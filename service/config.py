@@ -102,6 +102,7 @@ class EngineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3"] = "auto"  # auto: dtype
     quantisation: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"  # of the weights; auto: as they are stored
+    activations: Literal["kept", "stored"] = "kept"  # stored: rounded to FP8 where the model's files say so
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     layout: str = "tp1"  # of the worker's ranks, a process each: "tp2", "pp2-tp2", "dp2-ep2", "dp2-stage"
     threads: Count | None = None  # of each rank; None: the engine decides, or the host's cores shared out
@@ -230,7 +231,7 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _pools_exchange_blocks(self) -> ClusterConfig:
         pools = self._engine(self.prefill_engine), self._engine(self.decode_engine)
-        for key in ("dtype", "quantisation", "adapters"):
+        for key in ("dtype", "quantisation", "activations", "adapters"):
             if getattr(pools[0], key) != getattr(pools[1], key):
                 raise ValueError(
                     f"{key} must be the same in both pools, for one reads what the other answers: set it under engine"

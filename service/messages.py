@@ -155,12 +155,18 @@ def finish_to_proto(reason: str | None) -> common_pb2.FinishReason:
 
 
 def model_identity(
-    model_id: str, revision: str, compute_dtype: Dtype, quantisation: str = "auto", adapter: str = ""
+    model_id: str,
+    revision: str,
+    compute_dtype: Dtype,
+    quantisation: str = "auto",
+    activations: str = "kept",
+    adapter: str = "",
 ) -> worker_pb2.ModelIdentity:
     """What must be equal for two workers to exchange KV. Compare with ==; `revision` is ModelFiles.revision,
-    `quantisation` the engine's option, for weights that are rounded otherwise compute other KV, and `adapter` an
-    adapter_id()."""
+    `quantisation` and `activations` the engine's options, for what is rounded otherwise computes other KV, and
+    `adapter` an adapter_id()."""
     computed = compute_dtype.value if quantisation == "auto" else f"{compute_dtype.value}/{quantisation}"
+    computed = computed if activations == "kept" else f"{computed}/{activations} activations"
     return worker_pb2.ModelIdentity(model_id=model_id, revision=revision, adapter=adapter, compute_dtype=computed)
 
 

@@ -69,6 +69,7 @@ def options_for(config: EngineConfig, place: Place) -> EngineOptions:
         block_tokens=config.block_tokens,
         kv_dtype=config.kv_dtype,
         quantisation=config.quantisation,
+        activations=config.activations,
         max_context_tokens=config.max_context_tokens,
         graph_rows=config.max_sequences if config.cuda_graphs == "auto" else 0,
     )

@@ -35,7 +35,9 @@ def record_of(
         worker_id=config.worker_id or f"{config.role}-{secrets.token_hex(4)}",
         role=worker_pb2.PREFILL if config.role == "prefill" else worker_pb2.DECODE,
         epoch=time.time_ns(),  # grows from one start to the next, as the registry wants it
-        identity=model_identity(config.engine.model, files.revision, dtype, config.engine.quantisation),
+        identity=model_identity(
+            config.engine.model, files.revision, dtype, config.engine.quantisation, config.engine.activations
+        ),
         kv_layout=layout_to_proto(whole_layout(ranks)),
         ranks=ranks_to_proto(ranks),
         total_blocks=total_blocks,

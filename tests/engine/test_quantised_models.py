@@ -57,6 +57,43 @@ def test_logits_are_those_of_the_weights_it_stands_for(method: str, plain: Path,
         assert worst_difference(Stepper(engine).run(TOKENS, 17), expected) < TOLERANCE, quantisation
 
 
+def round_inputs(model: torch.nn.Module) -> None:
+    """Every linear layer but the head takes rows rounded to E4M3, in blocks of 128 by a power of two."""
+
+    def rounded(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        blocks = arguments[0].split(128, dim=-1)
+        scales = [2.0 ** torch.ceil(torch.log2(block.abs().amax(-1, keepdim=True) / 448)) for block in blocks]
+        codes = [(block / scale).to(torch.float8_e4m3fn) for block, scale in zip(blocks, scales, strict=True)]
+        return (torch.cat([code.float() * scale for code, scale in zip(codes, scales, strict=True)], dim=-1),)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(rounded)
+
+
+@pytest.mark.parametrize(
+    ("method", "is_dynamic"), [("fp8-blocks", True), ("fp8-channels", True), ("fp8-tensor", False)]
+)
+def test_rows_are_rounded_where_files_say_so_and_it_is_wanted(
+    method: str, is_dynamic: bool, plain: Path, tmp_path: Path
+) -> None:
+    """A row that differs in its last bit may get another code: what is far less than rounding itself changes."""
+    values = quantise_folder(plain, tmp_path / "quantised", method)
+    (tmp_path / "values").mkdir()
+    (tmp_path / "values" / "config.json").write_bytes((plain / "config.json").read_bytes())
+    save_file(values, tmp_path / "values" / "model.safetensors", metadata={"format": "pt"})
+    model = load_reference(tmp_path / "values")
+    kept = reference_of(model, TOKENS)
+    round_inputs(model)
+    rounded = reference_of(model, TOKENS)
+    options = {"dtype": "float32", "device": "cpu", "activations": "stored"}
+    found = Stepper(Engine(open_model(tmp_path / "quantised"), EngineOptions(**options), 20)).run(TOKENS, 17)
+    if is_dynamic:
+        assert worst_difference(found, rounded) < 0.2 * worst_difference(found, kept)
+    else:
+        assert worst_difference(found, kept) < TOLERANCE
+
+
 @pytest.mark.parametrize("method", ["gptq-int4", "gptq-int8-order", "fp8-blocks", "nvfp4"])
 def test_it_is_cut_among_ranks(method: str, plain: Path, tmp_path: Path) -> None:
     values = quantise_folder(plain, tmp_path / "quantised", method)

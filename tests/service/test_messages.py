@@ -117,3 +117,6 @@ def test_identities_compare_by_value() -> None:
     assert identity == messages.model_identity("smollm2", "0123456789", Dtype.BFLOAT16)
     assert identity != messages.model_identity("smollm2", "0123456780", Dtype.BFLOAT16)
     assert messages.identity_text(identity) == "smollm2@01234567 bfloat16"
+    rounds = messages.model_identity("smollm2", "0123456789", Dtype.BFLOAT16, activations="stored")
+    assert rounds != identity
+    assert messages.identity_text(rounds) == "smollm2@01234567 bfloat16/stored activations"
