@@ -15,7 +15,8 @@ def default_options(host: str) -> dict[str, str]:
     """What libucp is told: loopback stays on loopback; without GPU and RDMA device the transports of a plain host."""
     options = {"TCP_TX_SEG_SIZE": "512k", "TCP_RX_SEG_SIZE": "512k", "TCP_MAX_POLL": "64"}
     options["TCP_MAX_IOV"] = "16"  # pieces of one system call: the most that libucp takes
-    options["ALLOC_PRIO"] = "md:sysv,md:posix,mmap"  # never the heap: new memory is zeros, and untouched until used
+    # New memory is zeros and untouched until used: never the heap, nor POSIX shared memory, which libucp fills at once.
+    options["ALLOC_PRIO"] = "md:sysv,mmap"
     if _is_loopback(host):
         options["NET_DEVICES"] = "lo"
     if not Path("/proc/driver/nvidia").exists() and not Path("/sys/class/infiniband").exists():

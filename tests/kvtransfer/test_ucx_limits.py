@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy
+import psutil
 import pytest
 
 import kvtransfer.ucx
@@ -93,3 +96,24 @@ def test_a_message_that_cannot_be_taken_ends_nothing(
     with pytest.raises(TransferFailed, match="does not answer"):
         near.connect(far.address, region.descriptor, timeout_s=0.3)
     assert writes(near, peer, region, [Piece(5, 3, 100)])
+
+
+def test_memory_that_the_system_shares_no_segment_for_is_not_filled_ahead() -> None:
+    """As where a segment of that size is refused: libucp would take a file of POSIX shared memory and fill it, until
+    the host has none left."""
+    nbytes = 64 << 20
+    transport = UcxTransport(options={"TLS": "tcp,posix,self"})
+    resident = psutil.Process().memory_info().rss
+    region = transport.register(nbytes)
+    address = numpy.frombuffer(region.buffer, numpy.uint8).ctypes.data
+    with Path("/proc/self/maps").open() as maps:
+        (line,) = [line for line in maps if _holds(line.split()[0], address)]
+    assert len(line.split()) == 5, line  # of no file
+    assert psutil.Process().memory_info().rss - resident < nbytes // 2
+    region.release()
+    transport.close()
+
+
+def _holds(bounds: str, address: int) -> bool:
+    start, end = (int(bound, 16) for bound in bounds.split("-"))
+    return start <= address < end
