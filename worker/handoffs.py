@@ -24,7 +24,8 @@ class Handoffs:
         try:
             while (reply := await receiver.replies.get()) is not None:
                 yield reply
-            await reading
+            if not receiver.out_of_patience:
+                await reading
         finally:
             self.open_streams -= 1
             reading.cancel()

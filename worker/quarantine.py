@@ -1,4 +1,5 @@
-"""Memory of hand-overs whose stream broke: out of use until nothing of theirs can land in it any more.
+"""Memory of hand-overs whose stream broke, or whose writer does not stop: out of use until nothing of theirs can land
+in it any more.
 
 Two things prove that, and nothing else does:
 

@@ -7,7 +7,8 @@
     Final   plan complete: what it was reserved for goes on  ──▶ Admitted
     Quiet   nothing is in flight any more: blocks are freed
 
-A stream that ends before Admitted or Quiet leaves memory that is not proven quiet; worker/quarantine.py has it then.
+A stream that ends before Admitted or Quiet leaves memory that is not proven quiet, and so does a writer that was told
+to stop and does not say Quiet in time; worker/quarantine.py has it then.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ logger = logs.get(__name__)
 # Causes of a TicketRefused.
 GIVEN_UP = "given up"  # by the router, while the hand-over was on its way: no refusal to count
 NO_LINK = "no link"  # the writer is to connect anew
+
+# From Cancel to Quiet. A writer that runs has given its transfers up by then (worker/departures.py); of one that hangs
+# the stream stays open all the same, for gRPC's own threads keep it.
+QUIET_TIMEOUT_S = 15.0
 
 Request = worker_pb2.HandoffRequest
 Reply = worker_pb2.HandoffReply
@@ -84,6 +89,8 @@ class Receiver:
         self.begin: Request.Begin | None = None
         self._landing: LandingCheck | None = None  # of the chunk that is landing
         self.settled = False  # admitted, or quiet: the reservation is over
+        self.out_of_patience = False  # the writer was told to stop, and has not said Quiet in time
+        self._patience: asyncio.TimerHandle | None = None
         self._claims = claims
         self._core = claims.core
 
@@ -105,6 +112,8 @@ class Receiver:
             await reading
         finally:
             reading.cancel()
+            if self._patience is not None:
+                self._patience.cancel()
             self.replies.put_nowait(None)
             await asyncio.gather(reading, return_exceptions=True)
 
@@ -216,6 +225,12 @@ class Receiver:
     def _cancel_writer(self, error: LegatoError) -> None:
         cancel = Reply.Cancel(reason=reason_to_proto(error), message=error.message)
         self.replies.put_nowait(Reply(cancel=cancel))
+        if self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(QUIET_TIMEOUT_S, self._end_patience)
+
+    def _end_patience(self) -> None:
+        self.out_of_patience = True
+        self.replies.put_nowait(None)
 
     async def _renew(self) -> None:
         self._claimed()

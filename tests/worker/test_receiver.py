@@ -9,7 +9,12 @@ import typing
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
+
+import worker.receiver
 from legato.v1 import worker_pb2
+from spec.errors import TransferFailed
+from worker.handoffs import Handoffs
 from worker.receiver import Receiver
 
 Request = worker_pb2.HandoffRequest
@@ -56,3 +61,39 @@ async def test_signs_of_life_are_heard_while_a_step_takes_long() -> None:
     assert receiver.settled
     said = [receiver.replies.get_nowait() for _ in range(receiver.replies.qsize())]
     assert [reply and reply.WhichOneof("event") for reply in said] == ["admitted", None]
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_a_writer_that_does_not_stop_is_waited_for_no_longer(
+    monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    """Its stream stays open; where it says Quiet in time, nothing of it goes into quarantine."""
+    claims, told = SlowClaims(), asyncio.Event()
+    claims.core.reservations.quiet = lambda *_: None
+    monkeypatch.setattr(claims, "give_up", lambda *_: None)
+    monkeypatch.setattr(worker.receiver, "QUIET_TIMEOUT_S", 0.2 if hangs else 60.0)
+
+    async def opened(receiver: Receiver, begin: Request.Begin) -> None:
+        receiver.ticket, receiver.begin = TICKET, begin
+        claims.claim("s").cancel_writer = receiver._cancel_writer
+
+    monkeypatch.setattr(Receiver, "_open", opened)
+
+    async def requests() -> AsyncIterator[Request]:
+        yield Request(begin=Request.Begin())
+        await (asyncio.Event() if hangs else told).wait()
+        yield Request(quiet=Request.Quiet())
+
+    taken: list[Receiver] = []
+    handoffs = Handoffs(claims, typing.cast("Any", types.SimpleNamespace(take=taken.append)))
+    said = []
+    async with asyncio.timeout(10):
+        async for reply in handoffs.stream(requests()):
+            said.append(reply.WhichOneof("event"))
+            if reply.HasField("accepted"):
+                claims.claim("s").cancel_writer(TransferFailed("no sign of the writer"))
+            else:
+                told.set()
+    assert said == ["accepted", "cancel"]
+    assert [receiver.unproven for receiver in taken] == ([True] if hangs else [])
+    assert handoffs.open_streams == 0
