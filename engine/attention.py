@@ -10,6 +10,7 @@ from engine.kv_memory import KVMemory
 from engine.projection import Projection, Segments
 from engine.step import StepTensors
 from engine.weights import AttentionWeights, LatentWeights
+from kernels.head_linear import head_linear
 from kernels.linear import linear
 from kernels.paged_attention import paged_attention
 from kernels.rms_norm import rms_norm
@@ -86,7 +87,7 @@ def latent_queries(
     Writes that row; returns the queries over it, [T, Hq, kv_rank + rope_dim]."""
     latent = spec.latent
     assert latent is not None
-    num_rows, num_heads = normed.shape[0], weights.key_up.shape[0]
+    num_rows, num_heads = normed.shape[0], weights.key_up.weight.shape[0]
     row_dim = latent.kv_rank + latent.rope_dim
     down = linear(normed, weights.down)
     first, row = torch.split(down, [down.shape[1] - row_dim, row_dim], dim=1)
@@ -96,7 +97,7 @@ def latent_queries(
     per_head = first.view(num_rows, num_heads, -1)
     plain, turned = torch.split(per_head, [latent.plain_dim, latent.rope_dim], dim=2)
     joined = normed.new_empty(num_rows, num_heads + 1, row_dim)
-    joined[:, :num_heads, : latent.kv_rank] = torch.einsum("thp,hpk->thk", plain, weights.key_up)
+    head_linear(plain, weights.key_up, joined[:, :num_heads, : latent.kv_rank])
     joined[:, :num_heads, latent.kv_rank :] = turned
     joined[:, num_heads, : latent.kv_rank] = rms_norm(
         row[:, : latent.kv_rank].contiguous(), weights.norm, spec.rms_norm_eps
@@ -136,8 +137,9 @@ def latent_output(
         spec.attention_scale,
     )
     attended = attended if rows is None else attended[rows]
-    per_head = attended.view(attended.shape[0], *weights.value_up.shape[:2])  # of no row, too
-    return _output(torch.einsum("thk,hkv->thv", per_head, weights.value_up).flatten(1), weights.output, spec, groups)
+    value_up = weights.value_up
+    per_head = attended.view(attended.shape[0], value_up.weight.shape[0], value_up.k)  # of no row, too
+    return _output(head_linear(per_head, value_up).flatten(1), weights.output, spec, groups)
 
 
 def _output(attended: Tensor, output: Projection, spec: ModelSpec, groups: Groups, segments: Segments = ()) -> Tensor:

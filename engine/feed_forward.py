@@ -12,6 +12,7 @@ from engine.groups import Groups
 from engine.projection import Projection, Segments
 from engine.weights import MlpWeights, MoeWeights
 from kernels.gated_activation import gated_activation
+from kernels.linear import linear
 from kernels.moe_mlp import moe_mlp
 from kernels.moe_route import moe_route
 from spec.model import Activation, ModelSpec, MoeSpec
@@ -129,19 +130,20 @@ class Experts:
             out = self._local(x, weights, index, expert_ids, expert_weights, parts == self._part)
         else:
             out = self._dispatched(x, weights, index, expert_ids, expert_weights, parts)
-        if weights.shared is not None and rows is not None:
-            out = out + batch_sharded(x, weights.shared, self._activation, rows, self._groups)
-        elif weights.shared is not None and x.shape[0]:
-            out = out + dense(x, weights.shared, self._activation)
-        return self._groups.sum(out)
+        if weights.shared is None or (rows is None and not x.shape[0]):
+            return self._groups.sum(out)
+        if rows is not None:
+            shared = batch_sharded(x, weights.shared, self._activation, rows, self._groups)
+        else:
+            shared = dense(x, weights.shared, self._activation)
+        if x.is_cpu and self._shard.layout.dp > 1:  # the rank that has a row's experts is one by its place in the batch
+            return self._groups.sum(out) + self._groups.sum(shared)
+        return self._groups.sum(out + shared)
 
     def _route(self, x: Tensor, weights: MoeWeights, index: int, live: Tensor | None) -> tuple[Tensor, Tensor]:
         moe = self._moe
-        logits = x.float() @ weights.router.T
-        if weights.router_bias is not None:
-            logits = logits + weights.router_bias
         expert_ids, expert_weights = moe_route(
-            logits,
+            linear(x.float(), weights.router),
             experts_per_token=moe.experts_per_token,
             scoring=moe.scoring,
             normalise=moe.normalise,

@@ -40,11 +40,21 @@ class Groups:
         self._sends: list[tuple[dist.Work, Tensor]] = []  # a tensor lives until it has left
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of the group's tensors, in place of x."""
-        if self._tensor is not None and x.numel():
-            with _typed():
-                dist.all_reduce(x, group=self._tensor)
+        """The sum of the group's tensors, in place of x. On a CPU an element's bits do not depend on its place in x."""
+        if self._tensor is None or not x.numel():
+            return x
+        if x.is_cpu and self.shard.layout.tp > 2:  # of two, order makes no difference
+            return x.copy_(_added(self._every(x)))
+        with _typed():
+            dist.all_reduce(x, group=self._tensor)
         return x
+
+    def _every(self, x: Tensor) -> Tensor:
+        """The tensors of the group's ranks, alike in shape: [tp, *x.shape]."""
+        out = x.new_empty(self.shard.layout.tp, *x.shape)
+        with _typed():
+            dist.all_gather_single(out.flatten(0, 1), x.contiguous(), group=self._tensor)
+        return out
 
     def sum_all(self, x: Tensor) -> Tensor:
         """The sum of the tensors of all ranks of the worker, in place of x."""
@@ -98,7 +108,7 @@ class Groups:
         assert self._peers is not None
         own = counts[self.shard.group]
         pieces = _exchanged(x, counts, [own] * len(counts), self._peers)
-        return pieces.view(len(counts), own, *x.shape[1:]).sum(0, dtype=x.dtype)
+        return _added(pieces.view(len(counts), own, *x.shape[1:]))
 
     def exchange_columns(self, x: Tensor, counts: Sequence[int], widths: Sequence[int]) -> Tensor:
         """x: [sum(counts), widths[group]], of the rows of all groups the columns that this rank has. Returns all
@@ -162,6 +172,17 @@ def join(shard: RankShard, address: str, device: torch.device, timeout_s: float 
                 if shard.rank in ranks:
                     peers = group
         return Groups(shard, device, tensor, stage, peers)
+
+
+def _added(parts: Tensor) -> Tensor:
+    """[ranks, ...] -> [...], the sum in the order of ranks, rounded to the dtype once. On a CPU each element alike,
+    where a reduction of torch or Gloo adds up otherwise in another place. `parts` may be written over."""
+    if parts.is_cuda:
+        return parts.sum(0, dtype=parts.dtype)
+    total = parts[0].float() if parts.dtype in (torch.bfloat16, torch.float16) else parts[0]
+    for part in parts[1:]:
+        total += part
+    return total.to(parts.dtype)
 
 
 def _exchanged(x: Tensor, counts: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:

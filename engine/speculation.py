@@ -3,7 +3,8 @@
 Whatever guesses, the token at a position is drawn from the model's own distribution p by a race with the numbers of
 (seed, position, token) (kernels/sampling.py), and the guess is accepted if it is that token. So no token depends on a
 guess, and what is drawn at each position is what is drawn there without speculation: exact in distribution, and bit for
-bit the same answer where a row's logits do not depend on the rows beside it (as on the CPU).
+bit the same answer where a row's logits do not depend on the rows beside it (on a CPU with the compiled kernels,
+replicated experts excepted; on a GPU they do, by rounding).
 
 The draft model runs its own distribution q through the same race. The two agree with probability
 sum_x 1 / sum_y max(p(y) / p(x), q(y) / q(x)) (Daliri et al. 2024, arXiv:2408.07978), at least (1 - d) / (1 + d) where

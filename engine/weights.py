@@ -20,6 +20,7 @@ from engine.families import FAMILIES, Moe, Weight
 from engine.model_base import ModelFiles
 from engine.projection import Projection
 from engine.sharding import Cutter
+from kernels.head_linear import PackedHeads, pack_heads
 from kernels.linear import PackedLinear, pack, pack_quantised
 from kernels.moe_mlp import PackedExperts, join_experts
 from kernels.quantised import Kind, QuantisedWeight, alike, concatenate, dequantise, quantise
@@ -51,8 +52,8 @@ class LatentWeights:
     query_norm: Tensor | None  # [query_rank]
     query_up: PackedLinear | None  # [Hq · (plain_dim + rope_dim), query_rank]; None: `down` gives the queries
     norm: Tensor  # [kv_rank]
-    key_up: Tensor  # [Hq, plain_dim, kv_rank]
-    value_up: Tensor  # [Hq, kv_rank, value_dim]
+    key_up: PackedHeads  # [Hq, kv_rank, plain_dim]
+    value_up: PackedHeads  # [Hq, value_dim, kv_rank]
     output: Projection  # [hidden, Hq · value_dim], or see Cutter.along_hidden
 
 
@@ -64,8 +65,7 @@ class MlpWeights:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class MoeWeights:
-    router: Tensor  # [num_experts, hidden] float32
-    router_bias: Tensor | None  # [num_experts] float32
+    router: PackedLinear  # [num_experts, hidden] float32
     selection_bias: Tensor | None  # [num_experts] float32
     experts: PackedExperts  # the resident ones, in the order of RankShard.experts
     shared: MlpWeights | None
@@ -286,8 +286,8 @@ class _Loader:
             query_norm=self.vector(names.query_norm, index) if through_rank else None,
             query_up=self.packed([queries]) if through_rank else None,
             norm=self.vector(names.norm, index),
-            key_up=key_up.contiguous(),
-            value_up=value_up.transpose(1, 2).contiguous(),
+            key_up=pack_heads(key_up.transpose(1, 2)),
+            value_up=pack_heads(value_up),
             output=Projection(self._for_output(index).linear((self._family.output,), index)),
         )
 
@@ -306,8 +306,10 @@ class _Loader:
                 Projection(own.linear(names.shared_gate_up, index)), Projection(own.linear((names.shared_down,), index))
             )
         return MoeWeights(
-            router=self.vector(names.router, index, torch.float32),
-            router_bias=None if router_bias is None else router_bias.to(self._device, torch.float32),
+            router=pack(
+                self.vector(names.router, index, torch.float32),
+                None if router_bias is None else router_bias.to(self._device, torch.float32),
+            ),
             selection_bias=self._optional(names.selection_bias, index, torch.float32) if moe.selection_bias else None,
             experts=self.experts(index),
             shared=shared,

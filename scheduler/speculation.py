@@ -2,7 +2,8 @@
 
 A guess is right or wrong, it never sways: the token at a position is drawn from the model's own distribution with the
 numbers of (seed, position), as without guesses, and the guess is accepted if it is that token. So an answer
-is bit for bit the one without speculation. (The rule of Leviathan et al. 2023, arXiv:2211.17192, keeps the
+is bit for bit the one without speculation where a row's logits do not depend on the rows beside it: on a CPU with the
+compiled kernels; on a GPU they may differ by rounding. (The rule of Leviathan et al. 2023, arXiv:2211.17192, keeps the
 distribution alone: which token comes would depend on what was guessed.)
 """
 

@@ -34,8 +34,9 @@ MAX_MESSAGE_LOGPROBS = 2 * 1024 * 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Speculation:
-    """Who guesses the next tokens, for one step to verify several. It sways speed alone: an answer is bit for bit the
-    one without (scheduler/speculation.py).
+    """Who guesses the next tokens, for one step to verify several. It sways speed alone: an answer has the
+    distribution of the one without, and where a row's logits do not depend on the rows beside it (README.md, "What it
+    holds to": a CPU with the compiled kernels; on a GPU they may differ by rounding) it is bit for bit the same.
 
     "prompt_lookup": what followed the newest `ngram` tokens the last time. "draft_model": the draft model of the worker
     that decodes; where it has none, nothing is guessed.

@@ -75,6 +75,7 @@ class Library:
             (x, panels, out): self._function(f"linear_{name}", _P, _P, _P, _P, _N, _N, _N, _I)
             for (x, panels, out), name in _LINEAR.items()
         }
+        self._head_linear = self._by_dtype("head_linear", *[_P] * 3, *[_N] * 8, _I)
         self._embedding = {
             (panels, out): self._function(f"embedding_{name}", _P, _P, _P, _N, _N, _N, result=_B)
             for (panels, out), name in _EMBEDDING.items()
@@ -161,6 +162,29 @@ class Library:
             torch.get_num_threads(),
         )
         return out
+
+    def head_linear(self, x: Tensor, panels: Tensor, out: Tensor) -> None:
+        """x: [T, H, K]; panels: [H, those of a weight [N, K]]; out: [T, H, N], written; of one dtype. Of x and out only
+        the last dimension need be contiguous."""
+        num_rows, num_heads, depth = x.shape
+        num_outputs = out.shape[2]
+        assert out.shape[:2] == x.shape[:2]
+        assert x.dtype == panels.dtype == out.dtype
+        assert x.stride(2) == out.stride(2) == 1
+        assert panels.is_contiguous()
+        assert panels.shape == (num_heads, self._packed_elements(num_outputs, depth, x.element_size()))
+        self._head_linear[x.dtype](
+            x.data_ptr(),
+            panels.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            num_heads,
+            num_outputs,
+            depth,
+            *x.stride()[:2],
+            *out.stride()[:2],
+            torch.get_num_threads(),
+        )
 
     def embedding(self, token_ids: Tensor, panels: Tensor, num_outputs: int, depth: int, dtype: torch.dtype) -> Tensor:
         """token_ids: [T] int64. Returns [T, K] in `dtype`: that of the panels, or any where they are quantised."""

@@ -21,6 +21,28 @@ void pack(const T *weight, T *packed, ptrdiff_t num_outputs, ptrdiff_t depth, in
     });
 }
 
+// out[t, h] = weight[h] · x[t, h]; strides are in elements, from row to row and from head to head.
+template <class T>
+void head_linear(const T *x, const T *packed, T *out, ptrdiff_t num_rows, ptrdiff_t num_heads, ptrdiff_t num_outputs,
+                 ptrdiff_t depth, ptrdiff_t x_stride, ptrdiff_t x_head_stride, ptrdiff_t out_stride,
+                 ptrdiff_t out_head_stride, int threads) {
+    const ptrdiff_t panels = round_up(num_outputs, PANEL) / PANEL;
+    if (num_heads * num_outputs * depth * (ptrdiff_t)sizeof(T) * num_rows < PARALLEL_BYTES) threads = 1;
+    in_ranges(threads, num_heads, [&](ptrdiff_t begin, ptrdiff_t end) {
+        for (ptrdiff_t head = begin; head < end; ++head)
+            Linear<T, T>{x + head * x_head_stride,
+                         packed + head * panels * panel_elements<T>(depth),
+                         nullptr,
+                         out + head * out_head_stride,
+                         num_rows,
+                         num_outputs,
+                         depth,
+                         x_stride,
+                         out_stride}
+                .panels(0, panels);
+    });
+}
+
 template <class T>
 bool embedding(const int64_t *token_ids, const T *packed, T *out, ptrdiff_t num_tokens, ptrdiff_t num_outputs,
                ptrdiff_t depth) {
@@ -69,6 +91,19 @@ void legato_linear_wide_bf16(const Bf16 *x, const Bf16 *packed, const Bf16 *bias
 void legato_linear_fp32(const float *x, const float *packed, const float *bias, float *out, int64_t num_rows,
                         int64_t num_outputs, int64_t depth, int threads) {
     Linear<float, float>{x, packed, bias, out, num_rows, num_outputs, depth}.run(threads);
+}
+
+void legato_head_linear_bf16(const Bf16 *x, const Bf16 *packed, Bf16 *out, int64_t num_rows, int64_t num_heads,
+                             int64_t num_outputs, int64_t depth, int64_t x_stride, int64_t x_head_stride,
+                             int64_t out_stride, int64_t out_head_stride, int threads) {
+    head_linear(x, packed, out, num_rows, num_heads, num_outputs, depth, x_stride, x_head_stride, out_stride,
+                out_head_stride, threads);
+}
+void legato_head_linear_fp32(const float *x, const float *packed, float *out, int64_t num_rows, int64_t num_heads,
+                             int64_t num_outputs, int64_t depth, int64_t x_stride, int64_t x_head_stride,
+                             int64_t out_stride, int64_t out_head_stride, int threads) {
+    head_linear(x, packed, out, num_rows, num_heads, num_outputs, depth, x_stride, x_head_stride, out_stride,
+                out_head_stride, threads);
 }
 
 // False where a token id lies outside [0, num_outputs).
