@@ -21,6 +21,7 @@ from worker.peers import Met, Peers
 logger = logs.get(__name__)
 
 LOOK_S = 0.25
+FORGET_S = 60.0  # a worker that has been out of the registry for so long does not come back under its name
 AGAIN_S = 5.0  # after a meeting that failed, and before one whose connection was lost is met again
 
 
@@ -31,6 +32,7 @@ class Meetings:
         self._core = core
         self._peers = peers
         self._not_before_s: dict[str, tuple[int, float]] = {}  # worker -> epoch, when it may be met again
+        self._gone_since_s: dict[str, float] = {}
         self._under_way: set[asyncio.Task[None]] = set()
         self._task = asyncio.create_task(self._look_around(), name="meetings")
 
@@ -46,9 +48,17 @@ class Meetings:
             while True:
                 for worker_id in self._not_before_s.keys() - watcher.workers.keys():
                     del self._not_before_s[worker_id]
+                await self._forget(self._peers.known() - watcher.workers.keys())
                 for record in watcher.workers.values():
                     self._look_at(record)
                 await asyncio.sleep(LOOK_S)
+
+    async def _forget(self, gone: set[str]) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._gone_since_s = {worker_id: self._gone_since_s.get(worker_id, now_s) for worker_id in gone}
+        for worker_id, since_s in self._gone_since_s.items():
+            if now_s - since_s >= FORGET_S:
+                await self._peers.forget(worker_id)
 
     def _look_at(self, record: worker_pb2.WorkerRecord) -> None:
         ours, now_s = self._core.record, asyncio.get_running_loop().time()

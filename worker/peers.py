@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -197,7 +198,22 @@ class Peers:
             self._set_aside(key, error)
             raise
 
-    def _drop_older(self, consumer_id: str, epoch: int) -> None:
+    def known(self) -> set[str]:
+        """Workers for which something is kept."""
+        return {key[0] for known in (self._peers, self._met, self._set_aside_until_s) for key in known} | {
+            *self._channels
+        }
+
+    async def forget(self, worker_id: str) -> None:
+        """What is kept for a worker that is gone for good, unless a hand-over has to do with it yet."""
+        if any(user == worker_id for user, _ in self._links):
+            return
+        self._drop_older(worker_id, math.inf)
+        if worker_id in self._channels:
+            _, channel = self._channels.pop(worker_id)
+            await channel.close()
+
+    def _drop_older(self, consumer_id: str, epoch: float) -> None:
         """What was for an earlier life of the worker."""
         for known in (self._set_aside_until_s, self._met):
             for key in [key for key in known if key[0] == consumer_id and key[1] < epoch]:

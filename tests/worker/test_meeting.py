@@ -165,8 +165,18 @@ async def test_one_that_cannot_be_reached_harms_nobody(core: Core, decode: Decod
         assert not peers.is_connected(gone.record)
 
 
-async def test_one_that_left_is_forgotten(core: Core, decode: Decode) -> None:
-    async with joined(core):
+async def test_one_that_left_is_forgotten(core: Core, decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its connections, once no hand-over has to do with it."""
+    monkeypatch.setattr(worker.meeting, "FORGET_S", 0.3)
+    async with joined(core) as peers:
         async with registered(core, decode):
             await eventually(lambda: core.met)
+            await peers.channel("decode-0", decode.record.address)
+            link = peers.link("decode-0", 0)
+            await asyncio.sleep(1.0)
+            assert peers.is_connected(decode.record)
         await eventually(lambda: not core.meetings._not_before_s)
+        await asyncio.sleep(1.0)
+        assert peers.known() == {"decode-0"}
+        del link
+        await eventually(lambda: not peers.known())
