@@ -1,7 +1,8 @@
-"""Cases of matrix products: the experts of a mixture, and weights of four or eight bits."""
+"""Cases of matrix products with weights of four or eight bits, and with rows of eight."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,41 +11,10 @@ from torch import Tensor
 
 from bench.cpu_kernels import FORMS as CPU_FORMS
 from bench.kernel_case import Case, Goal, Peer, Run, Setting, Work
-from kernels import moe_mlp, quantised_linear
-from kernels.linear import PackedLinear
+from kernels import fp8_linear, quantised_linear
 from kernels.quantised import QuantisedWeight, dequantise, quantise
 
 FORMS = CPU_FORMS | {"fp8 per output": lambda weight: quantise(weight, "fp8")}
-
-
-def mixture(setting: Setting, *, tokens: int, experts: int, hidden: int, width: int, per_token: int) -> Work:
-    """Both products of the experts, the activation and the weighted sum, with experts chosen evenly."""
-    x = setting.drawn(tokens, hidden)
-    gate_up = setting.drawn(experts, 2 * width, hidden) * hidden**-0.5
-    down = setting.drawn(experts, hidden, width) * width**-0.5
-    packed = moe_mlp.join_experts(*(
-        [PackedLinear(each, None, *each.shape, each.dtype) for each in side] for side in (gate_up, down)
-    ))  # fmt: skip
-    expert_ids = torch.rand(tokens, experts, device=setting.device).topk(per_token).indices
-    shares = torch.rand(tokens, per_token, device=setting.device).softmax(-1)
-
-    def grouped() -> Tensor:
-        ordered, slots = expert_ids.flatten().sort(stable=True)
-        ends = torch.searchsorted(ordered, torch.arange(experts, device=x.device), right=True).int()
-        rows = slots // per_token
-        gate, up = F.grouped_mm(x[rows], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        answers = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-        out = torch.zeros(tokens, hidden, device=x.device)
-        return out.index_add_(0, rows, answers.float() * shares.flatten()[slots, None]).to(x.dtype)
-
-    used = expert_ids.unique().numel()
-    return Work(
-        lambda: moe_mlp.launch(x, packed, expert_ids, shares, "silu"),
-        lambda: moe_mlp.reference(x, packed, expert_ids, shares, "silu"),
-        {"F.grouped_mm": Peer(lambda: grouped), "torch.compile": Peer(lambda: setting.compiled(grouped))},
-        used * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes,
-        6.0 * tokens * per_token * hidden * width,
-    )
 
 
 def quantised(setting: Setting, *, form: str, rows: int, n: int, k: int) -> Work:
@@ -82,11 +52,42 @@ def _int4pack(x: Tensor, weight: QuantisedWeight) -> Run:
     return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, weight.group, factors)
 
 
+def of_fp8_rows(setting: Setting, *, form: str, rows: int, n: int, k: int) -> Work:
+    """Rows are rounded by the kernel, in its time; those of peers before."""
+    x = setting.drawn(rows, k)
+    weight = FORMS[form](torch.randn(n, k, device=setting.device) * k**-0.5).to(setting.device)
+    weight = dataclasses.replace(weight, scales=weight.scales.float(), activations="fp8")
+    return Work(
+        lambda: fp8_linear.launch(x, weight),
+        lambda: fp8_linear.reference(x, weight),
+        {
+            "F.linear of the expanded weight": Peer(lambda: _expanded(x, weight), 0.1),  # rows are not rounded
+            "F.scaled_mm with the same scales": Peer(lambda: _scaled_blocks(x, weight)),
+            "torch._scaled_mm, a scale per row and output": Peer(lambda: _scaled_anew(x, weight), 0.1),
+        },
+        weight.codes.nbytes + weight.scales.nbytes + x.nbytes + rows * n * x.element_size(),
+        2.0 * rows * n * k,
+    )
+
+
+def _scaled_blocks(x: Tensor, weight: QuantisedWeight) -> Run:
+    """Scales [T, K / 128] and [N, K / 128] whose columns lie together, as it takes them; on Hopper alone."""
+    blocks = F.ScalingType.BlockWise1x128
+    rows, factors = fp8_linear.quantise(x)
+    factors, scales = factors.t().contiguous().t(), weight.scales.t().contiguous().t()
+    columns = weight.codes.t()
+    return lambda: F.scaled_mm(rows, columns, factors, blocks, scales, blocks, output_dtype=torch.bfloat16)
+
+
+def _scaled_anew(x: Tensor, weight: QuantisedWeight) -> Run:
+    """Of a weight that is rounded anew with a scale per output."""
+    return _scaled(x, quantise(dequantise(weight), "fp8"))
+
+
 def _scaled(x: Tensor, weight: QuantisedWeight) -> Run:
     """What rounds the rows to fp8 is not timed."""
-    factors = x.float().abs().amax(1, keepdim=True) / 448
-    rows, scales = (x / factors).to(torch.float8_e4m3fn), weight.scales.float().t().contiguous()
-    columns = weight.codes.t()
+    rows, factors = fp8_rows(x)
+    columns, scales = weight.codes.t(), weight.scales.float().t().contiguous()
 
     def run() -> Tensor:
         return torch._scaled_mm(rows, columns, scale_a=factors, scale_b=scales, out_dtype=torch.bfloat16)
@@ -94,10 +95,12 @@ def _scaled(x: Tensor, weight: QuantisedWeight) -> Run:
     return run
 
 
-DRY_EXPERTS = {"tokens": 5, "experts": 3, "hidden": 32, "width": 24, "per_token": 2}
-QWEN3 = {"experts": 128, "hidden": 2048, "width": 768, "per_token": 8}
-MIXTRAL = {"experts": 8, "hidden": 4096, "width": 14336, "per_token": 2}
-CHECKED_EXPERTS = {"experts": 8, "hidden": 1024, "width": 512, "per_token": 2}
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [T, K]. Its codes, and a scale for each row: [T, 1] float32."""
+    factors = x.float().abs().amax(1, keepdim=True) / 448
+    return (x / factors).to(torch.float8_e4m3fn), factors
+
+
 DRY_WEIGHT = {"rows": 3, "n": 48, "k": 128}
 CHECKED_WEIGHT = {"rows": 13, "n": 1024, "k": 1024}
 FULL_WEIGHT = {"rows": 16, "n": 14336, "k": 4096}
@@ -116,35 +119,6 @@ def _few_rows(form: str) -> Case:
 
 
 CASES = (
-    Case(
-        "experts, 64 decodes, 128 of 2048 x 768, top 8",
-        "grouped_linear",
-        mixture,
-        DRY_EXPERTS,
-        CHECKED_EXPERTS | {"tokens": 9},
-        QWEN3 | {"tokens": 64},
-        goal=Goal("share", 0.60),
-    ),
-    Case(
-        "experts, prefill of 8192, 128 of 2048 x 768, top 8",
-        "grouped_linear",
-        mixture,
-        DRY_EXPERTS | {"tokens": 17},
-        CHECKED_EXPERTS | {"tokens": 301},
-        QWEN3 | {"tokens": 8192},
-        bound="product",
-        goal=Goal("sheet", 0.40),
-    ),
-    Case(
-        "experts, prefill of 8192, 8 of 4096 x 14336, top 2",
-        "grouped_linear",
-        mixture,
-        DRY_EXPERTS | {"experts": 2},
-        CHECKED_EXPERTS | {"tokens": 999},
-        MIXTRAL | {"tokens": 8192},
-        bound="product",
-        goal=Goal("sheet", 0.40),
-    ),
     _few_rows("int4 per 128"),
     _few_rows("int8 per output"),
     _few_rows("fp8 per output"),
@@ -158,5 +132,24 @@ CASES = (
         CHECKED_WEIGHT | {"rows": 123, "form": "fp8 per output"},
         FULL_WEIGHT | {"rows": 8192, "form": "fp8 per output"},
         bound="product",
+    ),
+    Case(
+        "fp8 rows and weights, 16 rows, 14336 x 4096",
+        "fp8_linear",
+        of_fp8_rows,
+        DRY_WEIGHT | {"k": 160, "form": "fp8 per 128"},
+        CHECKED_WEIGHT | {"form": "fp8 per 128"},
+        FULL_WEIGHT | {"form": "fp8 per 128"},
+        goal=Goal("share", 0.60, 0.75),
+    ),
+    Case(
+        "fp8 rows and weights, prefill of 8192, 14336 x 4096",
+        "fp8_linear",
+        of_fp8_rows,
+        DRY_WEIGHT | {"rows": 17, "k": 160, "form": "fp8 per 128"},
+        CHECKED_WEIGHT | {"rows": 123, "form": "fp8 per 128"},
+        FULL_WEIGHT | {"rows": 8192, "form": "fp8 per 128"},
+        bound="fp8 product",
+        goal=Goal("share", 0.40),
     ),
 )

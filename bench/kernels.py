@@ -40,9 +40,10 @@ LONGEST_ERROR = 160
 
 
 def all_cases() -> tuple[Case, ...]:
-    from bench import kernel_attention, kernel_choices, kernel_products, kernel_rows
+    from bench import kernel_attention, kernel_choices, kernel_experts, kernel_products, kernel_rows
 
-    return (*kernel_attention.CASES, *kernel_products.CASES, *kernel_rows.CASES, *kernel_choices.CASES)
+    modules = (kernel_attention, kernel_experts, kernel_products, kernel_rows, kernel_choices)
+    return tuple(case for module in modules for case in module.CASES)
 
 
 def measure_case(case: Case, setting: Setting, limits: Limits, rounds: int) -> list[Line]:
