@@ -297,7 +297,7 @@ async def test_a_sequence_that_is_preempted_on_its_way_moves_or_goes_on(
                 preempted.set()
             return None if armed.is_set() else plan(now_s)
 
-        lane.plan = plan_others  # type: ignore[method-assign]
+        lane.plan, lane.plan_ahead = plan_others, lambda *_: None  # type: ignore[method-assign]
         await caller.admit()
         await until(lambda: len(caller.tokens("source")) >= 20)
         reservation = await caller.reserve(caller.tokens("source")[:-1])

@@ -101,10 +101,10 @@ async def test_one_rank_with_other_bytes_is_enough_to_refuse(
     monkeypatch.setattr(worker.serving, "build_core", builder({"prefill": prefill, "decode": decode}, model))
     plan, faults = HandoffPlan.of, 0
 
-    def faulty(whole: HandoffPlan, layers: range | None = None) -> TransferPlan | Faulty:
+    def faulty(whole: HandoffPlan, layers: range | None = None, target_host: int = 0) -> TransferPlan | Faulty:
         nonlocal faults
         faults += 1
-        planned = plan(whole, layers)
+        planned = plan(whole, layers, target_host)
         if faults > 1:
             return planned
         core = decode_core(running)
