@@ -140,6 +140,9 @@ def cannot_be_apart() -> str:
     return ""
 
 
+CANNOT_BE_APART = cannot_be_apart()
+
+
 class Launched:
     """A decode worker of two ranks, each started by itself on a host of its own, as torchrun does."""
 
@@ -175,7 +178,7 @@ class Launched:
             rank.wait()
 
 
-@pytest.mark.skipif(bool(cannot_be_apart()), reason=cannot_be_apart())
+@pytest.mark.skipif(bool(CANNOT_BE_APART), reason=CANNOT_BE_APART)
 async def test_a_rank_of_the_other_host_is_killed_while_kv_moves_there(
     tmp_path: Path, model: Path, redis_url: str, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
